@@ -1,0 +1,40 @@
+# `make demo` trains the toy world; `make test` checks everything. Each sets up its own environment first.
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  := torch==2.13.0+cpu
+# Where +cpu wheels live when the configured package index has none.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/cpu.lock | cksum | cut -d' ' -f1)
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test setup lint clean
+
+demo: setup
+	$(BIN)/spell-megatron train toy
+
+test: setup lint
+	$(PYTEST) -m unit
+	$(PYTEST) -m engine
+	$(PYTEST) -m distributed
+	$(PYTEST) -m slurm || test $$? -eq 5   # 5: none collected
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy spell_megatron megatron_patches tokenizer eval launchers
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements/cpu.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps "$(TORCH)" \
+	  || $(BIN)/pip install --quiet --no-deps "$(TORCH)" --index-url $(TORCH_INDEX)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,25 @@
+"""Evaluation: the paper's twelve benchmarks against any OpenAI-compatible endpoint.
+
+evaluate(["docmath"], models=["out/step-200/hf"], data=Path("data"), max_input=[16_384, 100_000])
+"""
+
+from eval.benchmarks import list_benchmarks
+from eval.endpoint import EndpointDied, Limits
+from eval.report import Comparison, Report, compare, read_report
+from eval.run import Evaluation, JudgeSettings, evaluate, measure
+from eval.runner import Settings
+
+__all__ = [
+    "Comparison",
+    "EndpointDied",
+    "Evaluation",
+    "JudgeSettings",
+    "Limits",
+    "Report",
+    "Settings",
+    "compare",
+    "evaluate",
+    "list_benchmarks",
+    "measure",
+    "read_report",
+]

@@ -1,0 +1,237 @@
+"""Reading public data sets in their own layout, from a local folder or from the Hugging Face hub.
+
+Machines that evaluate are often offline, so a local folder is the rule: it holds one folder per data
+set, named like the hub id (`THUDM/LongBench`, or `LongBench`) or like the benchmark. JSON Lines, JSON,
+TSV and Parquet files are read, and such files inside a zip archive (`data.zip!data/musique.jsonl`).
+
+A row that cannot be used is counted with its reason; it never becomes a question with a wrong answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from spell_megatron.types import SpellError
+
+Row = dict[str, Any]
+T = TypeVar("T")
+MANIFEST = "manifest.json"
+KINDS = (".json", ".jsonl", ".parquet", ".tsv", ".csv")
+ARCHIVES = (".zip",)
+
+
+class BadRow(Exception):
+    """This row cannot be used; the message says why and is what the rows are counted by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where rows come from: a data set on the hub, and the files of one split inside it.
+
+    `patterns` are alternatives in order of preference (`*` and `[…]` as in a shell); every data file that
+    matches the first one with any match is read, in sorted order.
+    """
+
+    hub: str
+    patterns: tuple[str, ...]
+    folder: str
+    revision: str | None = None
+
+
+@dataclass
+class Data:
+    """The rows of one benchmark. `alone` allows `root` itself to be the data set's folder."""
+
+    root: Path | None
+    alone: bool = True
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def items(self, source: Source, convert: Callable[[int, Row], T]) -> list[T]:
+        """`convert(index, row)` of every row; rows for which it fails are counted in `bad`."""
+        items = []
+        for index, row in enumerate(self.rows(source)):
+            try:
+                items.append(convert(index, row))
+            except BadRow as reason:
+                self.bad[str(reason)] += 1
+        return items
+
+    def rows(self, source: Source) -> Iterator[Row]:
+        """Rows as dictionaries. Raises SpellError where no file of the source is found."""
+        for path, member in self._files(source):
+            yield from self._read(path, member)
+
+    def has(self, source: Source) -> bool:
+        """Whether the files of an optional source are there."""
+        try:
+            return bool(self._files(source))
+        except SpellError:
+            return False
+
+    def _files(self, source: Source) -> list[tuple[Path, str]]:
+        folders = [_download(source)] if self.root is None else self._candidates(source)
+        for folder in folders:
+            for pattern in source.patterns:
+                if found := _match(folder, pattern):
+                    _verify(folder, [path for path, _ in found])
+                    return found
+        looked = ", ".join(str(folder) for folder in folders)
+        raise SpellError(
+            f"no data of {source.hub}: looked in {looked} for {' or '.join(source.patterns)}."
+            f" Download it with: hf download --repo-type dataset {source.hub} --local-dir DIR/{source.hub}"
+        )
+
+    def _candidates(self, source: Source) -> list[Path]:
+        assert self.root is not None
+        if not self.root.is_dir():
+            raise SpellError(f"the data folder {self.root} does not exist")
+        names = (source.hub, source.hub.split("/")[-1], source.folder)
+        return [self.root / name for name in names] + ([self.root] if self.alone else [])
+
+    def _read(self, path: Path, member: str) -> Iterator[Row]:
+        kind = Path(member or path.name).suffix
+        if kind == ".parquet":
+            yield from _parquet(path)
+            return
+        with zipfile.ZipFile(path).open(member) if member else path.open("rb") as stream:
+            text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace")
+            if kind == ".jsonl":
+                yield from self._lines(text)
+            elif kind in (".tsv", ".csv"):
+                csv.field_size_limit(sys.maxsize)
+                yield from csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
+            else:
+                yield from self._json(text, path)
+
+    def _lines(self, stream: IO[str]) -> Iterator[Row]:
+        for line in stream:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                self.bad["not JSON"] += 1
+                continue
+            if isinstance(row, dict):
+                yield row
+            else:
+                self.bad["not an object"] += 1
+
+    def _json(self, stream: IO[str], path: Path) -> Iterator[Row]:
+        try:
+            rows = json.load(stream)
+        except ValueError as error:
+            raise SpellError(f"{path} is not valid JSON: {error}") from None
+        rows = rows.get("data", [rows]) if isinstance(rows, dict) else rows
+        for row in rows:
+            if isinstance(row, dict):
+                yield row
+            else:
+                self.bad["not an object"] += 1
+
+
+def text(row: Row, *names: str) -> str:
+    """The first of the named fields that is a non-empty string; raises BadRow."""
+    for name in names:
+        if isinstance(value := row.get(name), str) and value.strip():
+            return value
+    raise BadRow(f"no {' or '.join(names)}")
+
+
+def texts(row: Row, name: str) -> tuple[str, ...]:
+    """A field that is a non-empty list of strings; raises BadRow."""
+    value = row.get(name)
+    if not isinstance(value, list) or not value or not all(isinstance(part, str) for part in value):
+        raise BadRow(f"no {name}")
+    return tuple(value)
+
+
+def identity(row: Row, index: int, *names: str) -> str:
+    """The row's own id, or its index where it has none."""
+    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), str(index))
+
+
+def pin(folder: Path) -> dict[str, str]:
+    """Write `manifest.json`: the SHA-256 of every data file below `folder`, checked by every later read."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+    return hashes
+
+
+def _verify(folder: Path, paths: list[Path]) -> None:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return
+    hashes = json.loads(manifest.read_text(encoding="utf-8"))
+    for path in paths:
+        name = str(path.relative_to(folder))
+        if name in hashes and hashes[name] != _sha256(path):
+            raise SpellError(f"{path} is not the file that {manifest} names: download it again or pin anew")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _match(folder: Path, pattern: str) -> list[tuple[Path, str]]:
+    name, _, member = pattern.partition("!")
+    if not folder.is_dir():
+        return []
+    kinds = ARCHIVES if member else KINDS
+    paths = sorted(path for path in folder.glob(name) if path.is_file() and path.suffix in kinds)
+    if not member:
+        return [(path, "") for path in paths]
+    return [(path, inner) for path in paths for inner in _members(path) if fnmatch(inner, member)]
+
+
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sorted(archive.namelist())
+    except zipfile.BadZipFile:
+        raise SpellError(f"{path} is not a zip archive: download it again") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise SpellError(f"{path} is not a Parquet file: {error}") from None
+
+
+def _download(source: Source) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise SpellError(
+            f"{source.hub}: install huggingface_hub, or give a local folder with --data"
+        ) from None
+    wanted = [pattern.partition("!")[0] for pattern in source.patterns]
+    try:
+        return Path(
+            snapshot_download(
+                source.hub, repo_type="dataset", revision=source.revision, allow_patterns=wanted
+            )
+        )
+    except Exception as error:  # the hub client has no common base for "offline", "gated" and "not found"
+        raise SpellError(
+            f"cannot download {source.hub}: {type(error).__name__}: {error}. Without network, put the"
+            " data set into a folder and give it with --data"
+        ) from None

@@ -1,0 +1,249 @@
+"""An OpenAI-compatible endpoint: token ids in, text out, retried within limits.
+
+Three things can go wrong and they are told apart: the endpoint refuses a request (that sample fails,
+with the endpoint's words), it does not answer in spite of retries (the sample fails), or it is gone
+(the run ends; what is done is kept).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import httpx
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from eval.benchmark import Completion
+from spell_megatron.types import SpellError
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_RETRIED = {408, 409, 425, 429}
+
+
+class EndpointDied(SpellError):
+    """Nothing answers any more. What was answered is in the journal."""
+
+    exit_code = 3
+
+
+class Refused(Exception):
+    """The endpoint understood the request and declined it: asking again would not help."""
+
+
+class Unanswered(Exception):
+    """No usable answer within the limits."""
+
+
+class _Transient(Exception):
+    """Worth another try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`timeout` is seconds for one answer, `wait` the longest pause between two of the `tries`.
+
+    `rate` bounds requests a second; how many run at once is the caller's matter.
+    """
+
+    timeout: float = 3600.0
+    tries: int = 6
+    wait: float = 30.0
+    rate: float = math.inf
+
+
+class Source(Protocol):
+    """Where completions come from: an endpoint, or the live engines of a training run."""
+
+    identity: Sequence[str]
+    """Names the weights, as far as they can be known; part of every journal key."""
+    max_model_len: int | None
+
+    async def complete(
+        self, prompt: Sequence[int], *, seed: int, max_tokens: int, temperature: float, top_p: float
+    ) -> Completion: ...
+
+    async def alive(self) -> bool: ...
+
+
+class Endpoint:
+    """`async with Endpoint(url)` finds the served model; raises EndpointDied where nothing answers.
+
+    `model` chooses among several; `identity` names its weights where the caller knows them better.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str = "",
+        api_key: str = "",
+        limits: Limits | None = None,
+        identity: Sequence[str] = (),
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            raise SpellError(f"an endpoint is a URL like http://host:8000, found {url!r}")
+        self.model = model
+        self.root = ""
+        self.max_model_len: int | None = None
+        self.identity: Sequence[str] = tuple(identity)
+        self.stop: Sequence[int] = ()
+        """Ids that end a completion, besides the server's own."""
+        self._limits = limits or Limits()
+        self._turn = 0.0
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=httpx.Timeout(self._limits.timeout, connect=min(30.0, self._limits.timeout)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            trust_env=urlsplit(self.url).hostname not in _LOOPBACK,
+        )
+
+    async def __aenter__(self) -> Endpoint:
+        try:
+            await self._describe()
+        except BaseException:
+            await self._client.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def complete(
+        self, prompt: Sequence[int], *, seed: int, max_tokens: int, temperature: float, top_p: float
+    ) -> Completion:
+        """One completion of token ids. Raises Refused or Unanswered."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": list(prompt),
+            "seed": seed,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": -1,  # or the server takes the one of generation_config.json
+        }
+        if self.stop:
+            body["stop_token_ids"] = list(self.stop)
+        return await self._post("/v1/completions", body, _completion)
+
+    async def chat(self, prompt: str, *, max_tokens: int, seed: int) -> str:
+        """The reply to one user message, temperature 0. Raises Refused or Unanswered."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "seed": seed,
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+        }
+        return await self._post("/v1/chat/completions", body, _reply)
+
+    async def alive(self) -> bool:
+        """Whether the endpoint still lists its models."""
+        try:
+            return (await self._client.get("/v1/models", timeout=10.0)).status_code < 500
+        except httpx.HTTPError:
+            return False
+
+    async def _describe(self) -> None:
+        try:
+            response = await self._client.get("/v1/models", timeout=30.0)
+            models = response.json()["data"]
+            served = {str(entry["id"]): entry for entry in models}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise EndpointDied(
+                f"no OpenAI-compatible endpoint at {self.url}/v1/models ({type(error).__name__}: {error}):"
+                " check the URL and that the server runs"
+            ) from None
+        if not self.model and len(served) == 1:
+            self.model = next(iter(served))
+        if self.model not in served:
+            names = ", ".join(served) or "no model"
+            raise SpellError(f"{self.url} serves {names}: name one of them, found {self.model!r}")
+        entry = served[self.model]
+        self.root = str(entry.get("root") or "")
+        self.max_model_len = (
+            entry.get("max_model_len") if isinstance(entry.get("max_model_len"), int) else None
+        )
+        self.identity = self.identity or (self.model, self.root)
+
+    async def _post(self, path: str, body: dict[str, Any], read: Any) -> Any:
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._limits.tries),
+            wait=wait_random_exponential(multiplier=0.5, max=self._limits.wait),
+            retry=retry_if_exception_type(_Transient),
+            reraise=True,
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    return read(await self._once(path, body))
+        except _Transient as error:
+            raise Unanswered(str(error)) from None
+
+    async def _once(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        now = asyncio.get_running_loop().time()
+        self._turn = max(now, self._turn + 1 / self._limits.rate)
+        await asyncio.sleep(self._turn - now)
+        try:
+            response = await self._client.post(path, content=json.dumps(body), headers=_JSON)
+        except httpx.TimeoutException:
+            raise _Transient("timed out") from None
+        except httpx.HTTPError as error:
+            raise _Transient(f"connection failed ({type(error).__name__})") from None
+        if response.status_code >= 500 or response.status_code in _RETRIED:
+            raise _Transient(f"HTTP {response.status_code}")
+        if response.status_code >= 400:
+            raise Refused(f"HTTP {response.status_code}: {_message(response)}")
+        try:
+            value = response.json()
+        except ValueError:
+            raise _Transient("the answer is not JSON") from None
+        if not isinstance(value, dict):
+            raise _Transient("the answer is not a JSON object")
+        return value
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+def _completion(value: dict[str, Any]) -> Completion:
+    choice, usage = _choice(value), value.get("usage")
+    text = choice.get("text")
+    if not isinstance(text, str):
+        raise _Transient("the answer holds no text")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return Completion(text, str(choice.get("finish_reason") or ""), tokens if isinstance(tokens, int) else 0)
+
+
+def _reply(value: dict[str, Any]) -> str:
+    message = _choice(value).get("message")
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, str):
+        raise _Transient("the answer holds no message")
+    return content
+
+
+def _choice(value: dict[str, Any]) -> dict[str, Any]:
+    choices = value.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise _Transient("the answer holds no choices")
+    return choices[0]
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        value = response.json()
+        error = value.get("error", value) if isinstance(value, dict) else value
+        text = error.get("message") if isinstance(error, dict) else error
+    except ValueError:
+        text = None
+    return " ".join(str(text or response.text).split())[:200]

@@ -1,0 +1,62 @@
+"""Corrections of megatron-core, one file each.
+
+`apply()` is called once, before anything of megatron-core is built. Nothing is patched on a machine
+with CUDA but what is wrong there too.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from megatron_patches import (
+    alltoall_stream,
+    checkpoint_writer,
+    cuda_names,
+    device_literals,
+    dynamo,
+    expert_gradients,
+    fresh_optimizer_state,
+    interleaved_shapes,
+    rng_tracker,
+    router_gemm_name,
+    shared_adam_step,
+    uneven_gather,
+)
+from megatron_patches.patch import Patch
+from megatron_patches.versions import warn_if_untested
+
+PATCHES: tuple[Patch, ...] = (
+    dynamo.PATCH,
+    cuda_names.PATCH,
+    rng_tracker.PATCH,
+    alltoall_stream.PATCH,
+    device_literals.PATCH,
+    uneven_gather.PATCH,
+    router_gemm_name.PATCH,
+    expert_gradients.PATCH,
+    fresh_optimizer_state.PATCH,
+    shared_adam_step.PATCH,
+    checkpoint_writer.PATCH,
+    interleaved_shapes.PATCH,
+)
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def apply() -> tuple[str, ...]:
+    """Apply every patch that this machine needs; return their names."""
+    warn_if_untested()
+    applied = []
+    for patch in PATCHES:
+        if patch.scope == "cpu" and torch.cuda.is_available():
+            continue
+        if not patch.needed():
+            _log.warning("patch %s is not needed any more: %s mends it", patch.name, patch.upstream)
+            continue
+        patch.apply()
+        applied.append(patch.name)
+    return tuple(applied)

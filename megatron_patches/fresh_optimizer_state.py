@@ -1,0 +1,50 @@
+"""The distributed optimizer cannot be saved before its first step when torch's Adam is underneath.
+
+`state_dict()` reads the step of every parameter (optimizer/distrib_optimizer.py:642), which torch's Adam
+makes only at the first update. The state is made beforehand, as that update would.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from megatron_patches.patch import Patch
+
+
+def torch_adam_is_used() -> bool:
+    """Neither Transformer Engine's nor apex's fused Adam is there."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    return not distrib_optimizer.HAVE_APEX_OR_TE
+
+
+def _apply() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.state_dict
+
+    @functools.wraps(original)
+    def state_dict(self: Any) -> dict[str, Any]:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return original(self)
+
+    DistributedOptimizer.state_dict = state_dict
+
+
+PATCH = Patch(
+    name="fresh_optimizer_state",
+    scope="any",
+    upstream="megatron/core/optimizer/distrib_optimizer.py:642",
+    breaks="AssertionError when the first checkpoint is written or loaded, without Transformer Engine or apex",
+    needed=torch_adam_is_used,
+    apply=_apply,
+)

@@ -1,0 +1,163 @@
+"""The command line. A command is a few lines; everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from spell_megatron.types import SpellError
+
+app = typer.Typer(
+    name="spell-megatron",
+    help="Label-free self-play reinforcement learning for long-context models, on Megatron-core and vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_err = Console(stderr=True)
+_INTERRUPTED = 130
+
+Recipe = Annotated[str, typer.Argument(help="A recipe's name or the path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots for sections: policy.optimizer.lr=1e-6")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a stack trace where something fails.")]
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a command whose faults end in one clear message and an exit code."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        debug = kwargs.get("debug", False)
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+        try:
+            function(*args, **kwargs)
+        except SpellError as error:
+            _fail(str(error), error.exit_code, debug)
+        except KeyboardInterrupt:
+            _fail("interrupted; what was finished is kept: `spell-megatron resume RUN` goes on", _INTERRUPTED, debug)
+        except Exception as error:
+            hint = "" if debug else " (--debug shows where)"
+            _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
+
+    return app.command(name=function.__name__.replace("_", "-"))(run)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        _err.print_exception()
+    _err.print(f"[bold red]error[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+@command
+def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
+    """Train a recipe: self-play, update, resync, step after step."""
+    from spell_megatron.config import load_config
+
+    config = load_config(recipe, overrides or [])
+    from spell_megatron.train import train as run
+
+    _show(run(config), json)
+
+
+@command
+def resume(run: Path, json: Json = False, debug: Debug = False) -> None:
+    """Go on with a run after its newest whole checkpoint."""
+    from spell_megatron.train import resume as go_on
+
+    _show(go_on(run), json)
+
+
+def _show(summary: Any, as_json: bool) -> None:
+    before, after = summary.heldout_before, summary.heldout_after
+    if before and after:
+        for task in sorted(before["by_task"]):
+            _err.print(f"held-out {task:16s} {before['by_task'][task]:.3f} → {after['by_task'][task]:.3f}")
+        _err.print(f"held-out {'mean':16s} {before['mean']:.3f} → {after['mean']:.3f}", style="bold")
+    _err.print(f"report: {summary.report}", soft_wrap=True)
+    if as_json:
+        _print_json(asdict(summary))
+
+
+@command
+def import_hf(folder: Path, out: Path, debug: Debug = False) -> None:
+    """Turn a Hugging Face model folder into a Megatron checkpoint."""
+    from spell_megatron.convert import import_hf as convert
+
+    convert(folder, out)
+
+
+@command
+def export_hf(source: Path, out: Path, debug: Debug = False) -> None:
+    """Write the policy of a run (or of one checkpoint) as a Hugging Face model folder."""
+    from spell_megatron.convert import export_hf as convert
+
+    convert(source, out)
+
+
+@command
+def parity(model: Path, tokens: int = 256, json: Json = False, debug: Debug = False) -> None:
+    """Compare the log-probs of Hugging Face, Megatron and vLLM on the same tokens."""
+    from spell_megatron.parity import compare
+
+    result = compare(model, tokens)
+    _err.print(result.table())
+    if json:
+        _print_json(asdict(result))
+    result.check()
+
+
+@command
+def report(run: Path, debug: Debug = False) -> None:
+    """Write the HTML report of a run."""
+    from spell_megatron.record import write_report
+
+    sys.stdout.write(f"{write_report(run)}\n")
+
+
+@command
+def doctor(json: Json = False, debug: Debug = False) -> None:
+    """Say what is installed, what each missing part costs, and how to mend it."""
+    from spell_megatron.doctor import examine
+
+    findings = examine()
+    _err.print(findings.table())
+    if json:
+        _print_json(findings.to_dict())
+    findings.check()
+
+
+@command
+def seed_model(out: Path, seed: int = 0, debug: Debug = False) -> None:
+    """Make the toy world's seed model from nothing: tokenizer, random weights, supervised warm-up."""
+    from spell_megatron.warmup import make_seed_model
+
+    make_seed_model(out, seed)
+
+
+@command
+def evaluate(debug: Debug = False) -> None:
+    """Placeholder until the evaluation command is wired."""
+
+
+if __name__ == "__main__":
+    app()

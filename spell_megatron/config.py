@@ -1,0 +1,396 @@
+"""Configuration: typed dataclasses, YAML recipes, `key=value` overrides. No torch.
+
+`load_config("toy", ["steps=3", "policy.optimizer.lr=1e-4"])` reads `recipes/toy.yaml`, follows its
+`inherit:` chain, applies the overrides and validates the whole. An unknown key, a wrong type or a
+contradiction raises `ConfigError`, which names the key and the nearest right one.
+
+Every field has the value of the paper (arXiv 2509.23863, section 4.1) as its default where the
+paper gives one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from spell_megatron.types import SpellError
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+RECIPES = Path(__file__).parent / "recipes"
+
+Task = Literal["doc_general_qa", "docmath_qa", "doc_mc"]
+
+
+class ConfigError(SpellError):
+    exit_code = 2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    path: str = ""
+    """A Hugging Face model folder (config.json, *.safetensors, tokenizer files)."""
+    prompts: Literal["full", "short"] = "full"
+    """Prompt templates: `full` for real models, `short` for the toy model."""
+    thinking: bool = False
+    """The model reasons inside `<think>…</think>` before it answers."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Source:
+    path: str = "toy"
+    """`toy` (the generated world), a folder of text, a .jsonl or .parquet file, or a hub id `org/name`."""
+    domain: str = ""
+    """Name of the domain in metrics; the path's last part where empty."""
+    tasks: tuple[Task, ...] = ("doc_general_qa", "docmath_qa", "doc_mc")
+    """Tasks that make sense on these documents."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the clusters drawn from this source, relative to the others."""
+    group_by: Literal["given", "similarity", "random"] = "given"
+    """How documents form clusters: by a given id (folder, `cluster` column), by similarity, at random."""
+    text_field: str = "text"
+    """Column (JSONL, Parquet) that holds a document's text."""
+    cluster_field: str = "cluster"
+    """Column that names a document's cluster, for `group_by: given`."""
+    deduplicate: Literal["near", "exact", "none"] = "near"
+    """Drop repeated documents: near-duplicates too, or only texts equal up to case and white space."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Corpus:
+    sources: tuple[Source, ...] = (Source(),)
+    cluster_tokens: int = Field(default=16_000, gt=0)
+    """Clusters are filled up to this many tokens."""
+    max_documents: int = Field(default=20, gt=0)
+    """At most this many documents in one cluster."""
+    toy_clusters: int = Field(default=20_000, gt=0)
+    """Clusters of the toy world before it repeats."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Sampling:
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    questioner_tokens: int = Field(default=4096, gt=0)
+    responder_tokens: int = Field(default=4096, gt=0)
+    verifier_tokens: int = Field(default=4096, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SelfPlay:
+    sampling: Sampling = Sampling()
+    questions: int = Field(default=128, gt=0)
+    """N: kept questions that make one batch."""
+    round_questions: int = Field(default=480, gt=0)
+    """Questions asked per round of dynamic sampling."""
+    max_rounds: int = Field(default=10, gt=0)
+    """Rounds before a step gives up filling its batch."""
+    group_size: int = Field(default=8, gt=1)
+    """G: responses of one question, and judgements of one response."""
+    documents: int = Field(default=5, gt=0)
+    """m: fresh documents that the questioner reads."""
+    memory: int = Field(default=3, ge=0)
+    """L: remembered questions of a (task, cluster); 0 switches the curriculum off."""
+    memory_range: tuple[float, float] = (0.01, 1.0)
+    """A question is remembered iff its mean responder reward lies in this range."""
+    grounding: bool = True
+    """Drop questions that the responder answers without the documents."""
+    grounding_threshold: float = Field(default=0.1, gt=0)
+    """Rule reward of the answer without documents from which a question counts as ungrounded."""
+    max_reference_tokens: int = Field(default=40, gt=0)
+    """References of doc_general_qa over this length are dropped, unpenalised."""
+    questioner_reward: Literal["gaussian", "reverse", "linear"] = "gaussian"
+    questioner_sigma: float = Field(default=0.5 / 3, gt=0)
+    bad_format_reward: float = -1.0
+    bad_ground_reward: float = -0.5
+    combine: Literal["max", "mean", "min", "sum"] = "max"
+    """How rule and verifier make the responder's reward."""
+    verifier_consistency: Literal["maj_cons", "maj"] = "maj_cons"
+    """`maj_cons` trains only verdicts whose majority agrees with the rule."""
+    verifier_agreement: tuple[float, float] = (0.51, 0.99)
+    """A verifier group is used iff the share of valid votes with the majority lies in this range."""
+    verifier_share: float | None = None
+    """Verifier samples per responder sample; 1/G where not given."""
+    failure_ratio: float = Field(default=1.0, ge=0)
+    """Sampled failures of the questioner per kept question."""
+    train_questioner: bool = True
+    train_verifier: bool = True
+    judge: bool = True
+    """Ask the verifier at all; without it the rule alone rewards the responder."""
+    static_questions: bool = False
+    """Train on the corpus' own fixed questions (static RLVR) instead of the questioner's."""
+    concurrency: int = Field(default=64, gt=0)
+    """Questions in flight at once; changes speed and memory, never what is sampled."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Servers:
+    """A fleet of vLLM servers instead of the engine inside the trainer's process."""
+
+    count: int = Field(default=0, ge=0)
+    """Servers started on this node; 0 (and no `urls`) keeps the engine in the trainer's process."""
+    urls: tuple[str, ...] = ()
+    """Servers that somebody else started, besides."""
+    tensor: int = Field(default=1, gt=0)
+    """Tensor-parallel size of each started server."""
+    host: str = "127.0.0.1"
+    """Address that started servers, and the trainer's end of a transfer, listen on."""
+    transfer: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """How weights travel: `nccl` to other GPUs, `ipc` to the trainer's own, `gloo` between CPUs."""
+    in_flight: Literal["finish", "restart"] = "finish"
+    """At a resync, running requests end on the old weights, or start over on the new ones."""
+    start_seconds: float = Field(default=1800.0, gt=0)
+    """A server that is not ready by then is started again."""
+    probe_seconds: float = Field(default=30.0, gt=0)
+    """A server that does not answer a probe for so long is suspected."""
+    request_seconds: float = Field(default=3600.0, gt=0)
+    """A completion that takes longer is replayed elsewhere."""
+    sync_seconds: float = Field(default=300.0, gt=0)
+    """A tensor (or a call of the weight-update API) that takes longer fails the transfer."""
+    max_restarts: int = Field(default=5, ge=0)
+    """Restarts in a row, without a healthy moment between, after which a server is given up."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Rollout:
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    max_model_len: int = Field(default=22_528, gt=0)
+    max_num_seqs: int = Field(default=256, gt=0)
+    max_batched_tokens: int = Field(default=16_384, gt=0)
+    kv_cache_mib: int | None = None
+    """KV cache in MiB; where not given, the share of GPU memory below."""
+    gpu_memory: float = Field(default=0.85, gt=0, le=1)
+    eager: bool = False
+    servers: Servers = Servers()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Layout:
+    tensor: int = Field(default=1, gt=0)
+    sequence: bool = False
+    """Sequence parallel: activations outside attention and MLP are sharded over the TP group."""
+    pipeline: int = Field(default=1, gt=0)
+    virtual_pipeline: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    context: int = Field(default=1, gt=0)
+    expert: int = Field(default=1, gt=0)
+    expert_tensor: int = Field(default=1, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizer:
+    lr: float = Field(default=2e-6, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
+    """Cosine decay to `min_lr` that ends at this step; 0 keeps the rate constant."""
+    min_lr: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, gt=0)
+    distributed: bool = False
+    """Shard optimizer state over data-parallel ranks."""
+    overlap: bool = False
+    """Overlap gradient reduction and parameter gathering with computation."""
+    cpu_offload: bool = False
+    """Keep optimizer state in host memory."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Loss:
+    clip_low: float = Field(default=0.2, gt=0)
+    clip_high: float = Field(default=0.2, gt=0)
+    ratio: Literal["token", "sequence"] = "token"
+    """`token` is PPO/GRPO; `sequence` is GSPO: one length-normalised ratio a response."""
+    normalisation: Literal["token_mean", "sequence_length"] = "token_mean"
+    """`sequence_length` is Dr. GRPO: a constant denominator, `max_response_tokens` a response."""
+    max_response_tokens: int = Field(default=4096, gt=0)
+    importance_cap: float | None = None
+    """Truncated importance weights: engine-learner probability ratio capped at this value."""
+    kl: float = Field(default=0.0, ge=0)
+    """Coefficient of KL(policy ‖ reference), k3 estimator; the reference is loaded only if > 0."""
+    entropy: float = Field(default=0.0, ge=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Policy:
+    layout: Layout = Layout()
+    optimizer: Optimizer = Optimizer()
+    loss: Loss = Loss()
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights in computation; gradients and master weights are float32."""
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    stream_tokens: int = Field(default=32_768, gt=0)
+    """Token budget of one packed stream (microbatch), over all context-parallel ranks."""
+    share_prompts: bool = True
+    """Compute a group's prompt once for all its responses."""
+    head_chunk: int = Field(default=1024, gt=0)
+    """Response tokens whose logits exist at the same time."""
+    minibatches: int = Field(default=1, gt=0)
+    """Optimizer updates per batch; 1 is strictly on-policy."""
+    freeze_router: bool = False
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """A collective that takes longer fails."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class HeldOut:
+    every: int = Field(default=0, ge=0)
+    """Measure every n steps, besides before and after the run; 0 only there."""
+    questions: int = Field(default=0, ge=0)
+    """Held-out questions; 0 switches the measurement off."""
+    path: str = "toy"
+    """`toy` (the generated world's own), or a JSONL file of task, question, answer, options, documents."""
+    samples: int = Field(default=8, gt=0)
+    seed: int = 12345
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Record:
+    wandb: str = ""
+    """A Weights & Biases project; empty switches it off."""
+    checkpoint_every: int = Field(default=1, ge=0)
+    """Steps between checkpoints; 0 writes only the last."""
+    keep_last: int = Field(default=2, gt=0)
+    mismatch_bound: float = Field(default=0.1, gt=0)
+    """Mean engine-learner log-prob difference beyond which the run stops."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """A whole run."""
+
+    name: str = "run"
+    runs: str = "runs"
+    """Folder in which the run's folder is made."""
+    seed: int = 0
+    steps: int = Field(default=100, gt=0)
+    model: Model = Model()
+    corpus: Corpus = Corpus()
+    selfplay: SelfPlay = SelfPlay()
+    rollout: Rollout = Rollout()
+    policy: Policy = Policy()
+    heldout: HeldOut = HeldOut()
+    record: Record = Record()
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe (a name in `recipes/` or a path), apply `key=value` overrides, validate."""
+    values = _read(_find(recipe))
+    for override in overrides:
+        _set(values, override)
+    return parse_config(values, where=recipe)
+
+
+def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
+    try:
+        config = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        problems = "\n".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
+        raise ConfigError(f"{where} is not a valid configuration:\n{problems}") from None
+    _contradictions(config, where)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML of every key, defaults included: `parse_config(yaml.safe_load(text)) == config`."""
+    return yaml.safe_dump(_ADAPTER.dump_python(config, mode="json"), sort_keys=False)
+
+
+def _contradictions(config: Config, where: str) -> None:
+    """Combinations of valid values that cannot work."""
+    play, faults = config.selfplay, []
+    if play.round_questions < play.questions and play.max_rounds * play.round_questions < play.questions:
+        faults.append(
+            f"selfplay.questions={play.questions} cannot be reached by {play.max_rounds} rounds of"
+            f" {play.round_questions}: raise selfplay.max_rounds or selfplay.round_questions"
+        )
+    if not play.judge and play.train_verifier:
+        faults.append("selfplay.train_verifier needs selfplay.judge: set train_verifier=false or judge=true")
+    if config.policy.optimizer.overlap and not config.policy.optimizer.distributed:
+        faults.append("policy.optimizer.overlap needs policy.optimizer.distributed=true")
+    if config.policy.layout.sequence and config.policy.layout.tensor == 1:
+        faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
+    if play.verifier_agreement[0] > play.verifier_agreement[1]:
+        faults.append("selfplay.verifier_agreement: the lower bound is above the upper one")
+    if faults:
+        raise ConfigError(f"{where} contradicts itself:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _find(recipe: str) -> Path:
+    for path in (RECIPES / f"{recipe}.yaml", Path(recipe)):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise ConfigError(f"no recipe {recipe!r}{_nearest(recipe, names)}; recipes: {', '.join(names)} (or give a path)")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
+    base = values.pop("inherit", None)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / f"{base}.yaml" if (path.parent / f"{base}.yaml").is_file() else _find(base)), values)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in over.items():
+        old = base.get(key)
+        base[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return base
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override is key=value, found {override!r}")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{override!r}: {parent!r} is a value, not a section")
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(map(str, loc))
+    if kind == "unexpected_keyword_argument":
+        *parents, leaf = loc
+        return f"  unknown key {key!r}{_nearest(str(leaf), _fields(parents), _prefix(parents))}"
+    return f"  {key}: {message[0].lower()}{message[1:]}"
+
+
+def _fields(parents: Iterable[int | str]) -> list[str]:
+    """Field names of the section that a path of keys leads to."""
+    node: Any = Config()
+    for parent in parents:
+        node = node[0] if isinstance(parent, int) else getattr(node, parent, None)
+    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+
+
+def _prefix(parents: Iterable[int | str]) -> str:
+    return "".join(f"{parent}." for parent in parents)
+
+
+def _nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""

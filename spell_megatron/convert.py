@@ -1,0 +1,45 @@
+"""Conversions on request: a Hugging Face folder to a Megatron checkpoint, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
+from spell_megatron.config import Policy, load_config
+from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.types import SpellError
+from spell_megatron.weights.shape import read_hf_config
+
+
+def import_hf(folder: Path, out: Path) -> None:
+    """Write a model folder as `out/checkpoints/step-00000`, in the folder's own precision."""
+    dtype = read_hf_config(folder).get("dtype") or read_hf_config(folder).get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise SpellError(f"{folder} holds {dtype} weights; convert them to bfloat16 or float32 first")
+    with _learner(Policy(dtype=dtype), folder) as learner:
+        Checkpoints(out / "checkpoints").save(0, learner, {"model": str(folder.resolve()), "dtype": dtype})
+
+
+def export_hf(source: Path, out: Path) -> None:
+    """Write the policy of a run, or of one of its checkpoints, as a model folder."""
+    checkpoint = open_checkpoint(source)
+    if "model" in checkpoint.run:  # made by import_hf
+        policy, folder = Policy(dtype=checkpoint.run["dtype"]), Path(checkpoint.run["model"])
+    else:
+        config = load_config(str(checkpoint.path.parent.parent / "config.yaml"))
+        policy, folder = Policy(dtype=config.policy.dtype), Path(config.model.path)
+    with _learner(policy, folder) as learner:
+        load_learner(learner, checkpoint)
+        learner.save_hf(out)
+
+
+@contextmanager
+def _learner(policy: Policy, folder: Path) -> Iterator[Learner]:
+    world = start_world(policy.layout, seed=0, timeout_seconds=policy.timeout_seconds)
+    try:
+        yield Learner(policy, folder, world)
+    finally:
+        stop_world()

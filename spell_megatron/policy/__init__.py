@@ -1,0 +1,1 @@
+"""The policy on Megatron-core: layouts, spans, head, loss, optimizer, learner. Never sees a role."""

@@ -1,0 +1,128 @@
+"""Log-probabilities and entropies of response tokens, from hidden states, without keeping logits.
+
+The head runs only on rows that predict a response token, in chunks; the backward pass recomputes a chunk's
+logits. So its peak memory is one chunk, whatever the prompt's length or the number of responses. The
+vocabulary is split over the TP ranks; sums are float32.
+
+The distribution is the one that the engine samples from: logits divided by the temperature, then cut to the
+nucleus of mass `top_p`. Training on any other would make the first ratio differ from one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_BISECTIONS = 28
+_NEGLIGIBLE = 60.0  # a logit that far below the best has no mass in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The distribution that tokens were sampled from."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, sampled: Sampled, chunk: int, tp_group: Any
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy `[n]`, float32, of `targets [n]` after `hidden [n, h]`; `weight [vocab / tp, h]`."""
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, sampled, chunk, tp_group)
+    return logprobs, entropy
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, sampled: Sampled, chunk: int, tp_group: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows = hidden.shape[0]
+        lse, entropy, logprobs, floor = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(4))
+        for part in _chunks(rows, chunk):
+            logits, own, column = _logits(hidden[part], weight, targets[part], sampled, tp_group)
+            peak = _reduce(logits.amax(-1), dist.ReduceOp.MAX, tp_group)
+            floor[part] = _nucleus_floor(logits, peak, sampled.top_p, tp_group)
+            target = logits.gather(-1, column).squeeze(-1).masked_fill(~own, 0.0)
+            logits = _cut(logits, floor[part], own, column)
+            mass = _reduce(torch.exp(logits - peak[:, None]).sum(-1), dist.ReduceOp.SUM, tp_group)
+            lse[part] = peak + mass.log()
+            probabilities = torch.exp(logits - lse[part][:, None])
+            mean = (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(-1)
+            entropy[part] = lse[part] - _reduce(mean, dist.ReduceOp.SUM, tp_group)
+            logprobs[part] = _reduce(target, dist.ReduceOp.SUM, tp_group) - lse[part]
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, floor)
+        ctx.sampled, ctx.chunk, ctx.tp_group = sampled, chunk, tp_group
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, targets, lse, entropy, floor = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        with_entropy = bool(d_entropy.any())
+        for part in _chunks(hidden.shape[0], ctx.chunk):
+            logits, own, column = _logits(hidden[part], weight, targets[part], ctx.sampled, ctx.tp_group)
+            logits = _cut(logits, floor[part], own, column)
+            log_p = logits.sub_(lse[part][:, None])
+            p = log_p.exp()
+            grad = p * -d_logprobs[part][:, None]
+            if with_entropy:  # dH / dlogit = -p (log p + H)
+                surprise = log_p.masked_fill(p == 0, 0.0) + entropy[part][:, None]
+                grad -= p * surprise * d_entropy[part][:, None]
+            grad.scatter_add_(-1, column, (d_logprobs[part] * own)[:, None])
+            grad = grad.div_(ctx.sampled.temperature).to(weight.dtype)
+            d_hidden[part] = grad @ weight
+            d_weight += grad.t() @ hidden[part]
+        if dist.get_world_size(ctx.tp_group) > 1:
+            dist.all_reduce(d_hidden, group=ctx.tp_group)
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunks(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, sampled: Sampled, tp_group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's logits `[n, vocab / tp]`, whether it holds the target's, and in which column `[n, 1]`."""
+    logits = (hidden @ weight.t()).float().div_(sampled.temperature)
+    column = targets - dist.get_rank(tp_group) * weight.shape[0]
+    own = (column >= 0) & (column < weight.shape[0])
+    return logits, own, column.clamp(0, weight.shape[0] - 1)[:, None]
+
+
+def _nucleus_floor(logits: Tensor, peak: Tensor, top_p: float, tp_group: Any) -> Tensor:
+    """Logit `[n]` at or below which tokens lie outside the nucleus: those with a mass of `top_p` above them.
+
+    The floor is found by bisection on the mass above it, which works on a split vocabulary without a sort.
+    """
+    if top_p >= 1.0:
+        return torch.full_like(peak, -torch.inf)
+    probabilities = torch.exp(logits - peak[:, None])
+    wanted = _reduce(probabilities.sum(-1), dist.ReduceOp.SUM, tp_group) * top_p
+    low, high = peak - _NEGLIGIBLE, peak
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        above = (probabilities * (logits > middle[:, None])).sum(-1)
+        enough = _reduce(above, dist.ReduceOp.SUM, tp_group) >= wanted
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low
+
+
+def _cut(logits: Tensor, floor: Tensor, own: Tensor, column: Tensor) -> Tensor:
+    """Logits outside the nucleus become -inf; the sampled token stays, whatever rounding says of it."""
+    outside = logits <= floor[:, None]
+    outside.scatter_(-1, column, outside.gather(-1, column) & ~own[:, None])
+    return logits.masked_fill_(outside, -torch.inf)
+
+
+def _reduce(value: Tensor, op: Any, tp_group: Any) -> Tensor:
+    if dist.get_world_size(tp_group) > 1:
+        dist.all_reduce(value, op=op, group=tp_group)
+    return value

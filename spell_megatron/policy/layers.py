@@ -1,0 +1,185 @@
+"""Transformer layers of plain torch, whose parameters are named as Transformer Engine names them.
+
+So one name table and one checkpoint format serve both layer specs. They run on CPU/gloo and on
+CUDA/NCCL. megatron-core's own "local" layers would not do: they forbid context parallelism and packed
+streams, materialise the S x S scores, and their norm forbids sequence parallelism
+(transformer/dot_product_attention.py:60, transformer/torch_norm.py:32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
+
+from spell_megatron.policy.attention import SpanAttention
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm whose gradient is summed over the TP ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """Norm and column-parallel linear in one module, as Transformer Engine has it."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        ones = torch.ones(input_size, dtype=config.params_dtype, device=self.weight.device)
+        self.layer_norm_weight = nn.Parameter(ones)
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = config.layernorm_epsilon
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """`[tokens, batch, hidden]` to `[tokens * tp if sequence parallel, batch, out / tp]`."""
+        normed = F.rms_norm(x, (x.shape[-1],), self.layer_norm_weight, self.eps)
+        return super().forward(normed, *args, **kwargs)
+
+
+class _GroupedLinear(nn.Module):
+    """One matrix per local expert, `weight0 … weightN`, over tokens sorted by expert.
+
+    `partition_dim` is the dimension that expert tensor parallelism splits. The forward is a loop over
+    experts; on CUDA the Transformer Engine spec replaces it by one grouped kernel.
+    """
+
+    partition_dim: int
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Callable[[Tensor], None],
+        pg_collection: Any,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.num_gemms = num_gemms
+        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        shape = [output_size, input_size]
+        shape[self.partition_dim] //= self.tp_group.size()
+        for index in range(num_gemms):
+            weight = nn.Parameter(
+                torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+            )
+            init_method(weight)
+            # As Transformer Engine: every rank counts its experts in the gradient norm.
+            set_tensor_model_parallel_attributes(weight, True, self.partition_dim, 1)
+            weight.allreduce = False  # type: ignore[attr-defined]
+            setattr(self, f"weight{index}", weight)
+
+    def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
+        """`[tokens, in]`, sorted by expert, to `[tokens, out]`."""
+        parts = [
+            F.linear(part, getattr(self, f"weight{index}"))
+            for index, part in enumerate(torch.split(x, tokens_per_expert))
+        ]
+        return torch.cat(parts), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Every expert is a slice of one global tensor, so that checkpoints reshard over EP."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        total, first = self.ep_group.size() * self.num_gemms, self.ep_group.rank() * self.num_gemms
+        shards: dict[str, Any] = {}
+        for index in range(self.num_gemms):
+            expert = (len(sharded_offsets), first + index, total)
+            local = make_sharded_tensors_for_checkpoint(
+                {f"{index}.weight": getattr(self, f"weight{index}")},
+                "",
+                {f"{index}.weight": self.partition_dim},
+                (*sharded_offsets, expert),
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            replace_prefix_for_sharding(local, f"{index}.", prefix)
+            for shard in local.values():
+                shard.replica_id = (*shard.replica_id[:2], mpu.get_expert_data_parallel_rank())
+            shards[f"{prefix}weight{index}"] = local[f"{index}.weight"]
+        return shards
+
+
+class ColumnGroupedLinear(_GroupedLinear):
+    partition_dim = 0
+
+
+class RowGroupedLinear(_GroupedLinear):
+    partition_dim = 1
+
+
+def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The decoder block of this rank and pipeline chunk, made of the layers above."""
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=NormColumnParallelLinear,
+            core_attention=SpanAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    if config.num_moe_experts is None:
+        mlp = ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
+        pre_mlp_norm: Any = IdentityOp
+    else:
+        experts = ModuleSpec(
+            module=TEGroupedMLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnGroupedLinear, linear_fc2=RowGroupedLinear),
+        )
+        mlp = ModuleSpec(
+            module=MoELayer,
+            submodules=MoESubmodules(experts=experts),
+            metainfo={"fuse_pre_mlp_layernorm": False},
+        )
+        pre_mlp_norm = RMSNorm
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=pre_mlp_norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )

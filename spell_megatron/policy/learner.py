@@ -1,0 +1,315 @@
+"""The learner: one Megatron policy in any layout, updated from batches of weighted tokens.
+
+It knows groups, tokens and weights, and no role. The loss is the sum over all response tokens of the batch
+divided by their number, exactly, whatever the split over ranks, streams and pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from spell_megatron.config import Policy
+from spell_megatron.policy.head import Sampled
+from spell_megatron.policy.layout import check_layout
+from spell_megatron.policy.loss import TokenTerms, token_losses
+from spell_megatron.policy.model import build_chunks
+from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
+from spell_megatron.policy.spans import SpanPlan, plan_spans
+from spell_megatron.policy.stream import Stream, plan_streams
+from spell_megatron.policy.world import World
+from spell_megatron.types import TrainBatch
+from spell_megatron.weights.convert import load_weights, stream_weights
+from spell_megatron.weights.files import ModelFolder, write_model
+from spell_megatron.weights.shape import model_shape
+
+PerSample = list[list[np.ndarray]]
+"""`[group][sample]` -> float32 `[response tokens]`, aligned with a batch's groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probs and entropies of a batch's response tokens; complete on rank 0, partial elsewhere."""
+
+    logprobs: PerSample
+    entropy: PerSample
+
+    @property
+    def mean_entropy(self) -> float:
+        """Over all response tokens, in nats."""
+        values = [sample for group in self.entropy for sample in group]
+        return float(np.concatenate(values).mean()) if values else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one call of `Learner.update` did."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    clipped: float
+    """Share of tokens whose ratio was clipped."""
+    tokens: int
+    """Tokens computed on this rank, prompts included."""
+    scores: Scores
+    """Before the (first) update: of the weights that the batch was sampled from."""
+
+
+class Learner:
+    """A policy, its optimizer and its schedule on this rank of `world`."""
+
+    def __init__(self, policy: Policy, folder: Path, world: World, *, sampled: Sampled | None = None) -> None:
+        self.policy, self.folder, self.world = policy, folder, world
+        self.shape = model_shape(folder)
+        check_layout(policy.layout, self.shape, world.size)
+        self.dtype = getattr(torch, policy.dtype)
+        self.chunks = build_chunks(policy, self.shape, folder)
+        self.sampled = sampled or Sampled()
+        load_weights(self.chunks, self.shape, ModelFolder(folder))
+        self.models = wrap_data_parallel(self.chunks, policy.optimizer)
+        self.optimizer, self.schedule = build_optimizer(self.models, policy.optimizer, self.dtype)
+        config = self.chunks[0].config
+        config.finalize_model_grads_func = finalize_model_grads
+        if policy.optimizer.overlap:
+            config.no_sync_func = [m.no_sync for m in self.models] if len(self.models) > 1 else self.models[0].no_sync
+        if policy.freeze_router:
+            for name, parameter in self.named_parameters():
+                if name.endswith("mlp.router.weight"):
+                    parameter.requires_grad_(False)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for chunk in self.chunks:
+            yield from chunk.named_parameters()
+
+    def update(self, batch: TrainBatch) -> Update:
+        """Train on a batch: `policy.minibatches` optimizer updates. The same batch on every rank."""
+        needs_old = self.policy.minibatches > 1
+        old = self.score(batch).logprobs if needs_old else None
+        parts = _minibatches(batch, self.policy.minibatches)
+        total, clipped, tokens, norms, scores = 0.0, 0.0, 0, [], []
+        for part, offset in parts:
+            self._zero_grad()
+            run = _Run(part, None if old is None else old[offset : offset + len(part.groups)])
+            self._run(run, run_loss=partial(self._loss, run), train=True)
+            _, grad_norm, _ = self.optimizer.step()
+            self.schedule.step(1)
+            norms.append(float(grad_norm))
+            values = self._reduce(run.loss_sum, run.denominator, run.clipped)
+            total += values[0] / max(values[1], 1.0) / len(parts)
+            clipped += values[2]
+            tokens += run.tokens
+            scores.append(self._collect(run))
+        merged = Scores(
+            [group for score in scores for group in score.logprobs],
+            [group for score in scores for group in score.entropy],
+        )
+        return Update(
+            loss=total,
+            grad_norm=float(np.mean(norms)),
+            lr=self.optimizer.param_groups[0]["lr"],
+            clipped=clipped / max(batch.response_tokens, 1),
+            tokens=tokens,
+            scores=Scores(old, merged.entropy) if old is not None else merged,
+        )
+
+    def gradients(self, batch: TrainBatch) -> float:
+        """Forward and backward without an update; the gradients stay in `main_grad`. Returns the loss."""
+        self._zero_grad()
+        run = _Run(batch, None)
+        self._run(run, run_loss=partial(self._loss, run), train=True)
+        values = self._reduce(run.loss_sum, run.denominator, run.clipped)
+        return values[0] / max(values[1], 1.0)
+
+    @torch.no_grad()
+    def score(self, batch: TrainBatch) -> Scores:
+        """Log-probs and entropies of every response token under the present weights."""
+        run = _Run(batch, None)
+        self._run(run, run_loss=partial(self._observe, run), train=False)
+        return self._collect(run)
+
+    def weights(self, value: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Stream `(Hugging Face name, full tensor)`; a collective, see `stream_weights`."""
+        self.settle()
+        return stream_weights(self.chunks, self.shape, value)
+
+    def save_hf(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder (rank 0 writes, every rank takes part)."""
+        write_model(folder, self.weights(), source=self.folder, dtype=self.dtype, write=self.world.is_main)
+
+    def settle(self) -> None:
+        """Wait for parameters that an overlapped optimizer step still gathers: before, they are old."""
+        if self.policy.optimizer.overlap:
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+
+    # One forward(-backward) pass over a batch, in Megatron's schedules
+
+    def _run(self, run: _Run, *, run_loss: Callable[[SpanPlan, Stream, Tensor], Any], train: bool) -> None:
+        streams = self._streams(run.batch)
+        for chunk in self.chunks:
+            chunk.sampled = self.sampled
+            chunk.train(train)
+        plans = [self._plan(run.batch, stream) for stream in streams]
+        run.tokens = sum(plan.ids.shape[1] for plan in plans)
+        get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, run_loss),
+            data_iterator=[iter(zip(plans, streams, strict=True)) for _ in self.chunks],
+            model=self.models,
+            num_microbatches=len(streams),
+            seq_length=1,  # lengths vary; the schedules exchange them
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+
+    def _streams(self, batch: TrainBatch) -> Sequence[Stream]:
+        shape = self.shape
+        expert = 3 * shape.experts_per_token * shape.expert_ffn
+        linear = shape.hidden * (3 * shape.ffn if not shape.experts else expert)
+        linear += shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+        return plan_streams(
+            batch,
+            budget=self.policy.stream_tokens,
+            data_size=self.world.data_size,
+            multiple=self.policy.layout.pipeline if self.policy.layout.virtual_pipeline else 1,
+            share_prompts=self.policy.share_prompts,
+            token_work=linear / (2 * shape.heads * shape.head_dim),
+        )[self.world.data_rank]
+
+    def _plan(self, batch: TrainBatch, stream: Stream) -> SpanPlan:
+        return plan_spans(
+            stream.layout(batch),
+            cp_size=self.world.context_size,
+            cp_rank=self.world.context_rank,
+            sequence_parallel=self.world.tensor_size if self.policy.layout.sequence else 1,
+            device=self.world.device,
+        )
+
+    def _loss(self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Megatron's contract: summed loss, what to divide by, what to report."""
+        logprobs, entropy = output
+        run.keep(plan, stream, logprobs.detach(), entropy.detach())
+        samples = list(stream.samples(run.batch))
+        config = self.policy.loss
+
+        def tokens(rows: Sequence[Sequence[float]]) -> Tensor:
+            flat = np.concatenate([np.asarray(row, dtype=np.float32) for row in rows] or [np.zeros(0, np.float32)])
+            return torch.from_numpy(flat).to(logprobs.device)[plan.row_ids]
+
+        old = logprobs.detach()
+        if run.old is not None:
+            old = tokens([run.old[group][i] for group, i, _ in samples])
+        engine = tokens([s.logprobs for *_, s in samples]) if config.importance_cap is not None else None
+        sequence = None
+        if config.ratio == "sequence":
+            sequence = _response_means(logprobs.detach() - old, plan, len(samples))
+        losses, clipped = token_losses(
+            TokenTerms(
+                logprobs=logprobs,
+                entropy=entropy,
+                weights=tokens([s.weights for *_, s in samples]),
+                old=old,
+                engine=engine,
+                sequence_log_ratio=sequence,
+            ),
+            config,
+        )
+        count = plan.rows.numel()
+        if config.normalisation == "sequence_length":
+            count = plan.first_rows * config.max_response_tokens
+        total = losses.sum()
+        run.loss_sum += float(total.detach())
+        run.denominator += count
+        run.clipped += int(clipped.sum())
+        return total, torch.tensor(count, dtype=torch.int, device=output.device), {}
+
+    def _observe(self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        run.keep(plan, stream, output[0], output[1])
+        return output.sum(), torch.tensor(0, dtype=torch.int, device=output.device), {}
+
+    def _zero_grad(self) -> None:
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _reduce(self, *values: float) -> list[float]:
+        """Sums over data- and context-parallel ranks, known on every rank (the last stage has them)."""
+        summed = torch.tensor(values, dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(summed, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        pipeline = mpu.get_pipeline_model_parallel_group()
+        dist.broadcast(summed, src=dist.get_global_rank(pipeline, dist.get_world_size(pipeline) - 1), group=pipeline)
+        return [float(v) for v in summed]
+
+    def _collect(self, run: _Run) -> Scores:
+        """Put the rows of all ranks in their places."""
+        scores = Scores(_blank(run.batch), _blank(run.batch))
+        last = self.world.last_stage and mpu.get_tensor_model_parallel_rank() == 0
+        mine = run.rows if last else []
+        everyone: list[Any] = [mine]
+        if self.world.size > 1:
+            everyone = [None] * self.world.size
+            dist.all_gather_object(everyone, mine)
+        for rows in everyone:
+            for group, sample, places, logprobs, entropy in rows:
+                scores.logprobs[group][sample][places] = logprobs
+                scores.entropy[group][sample][places] = entropy
+        return scores
+
+
+class _Run:
+    """One pass over a batch: what it needs, and what it leaves on this rank."""
+
+    def __init__(self, batch: TrainBatch, old: PerSample | None) -> None:
+        self.batch, self.old = batch, old
+        self.rows: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.loss_sum, self.denominator, self.clipped, self.tokens = 0.0, 0, 0, 0
+
+    def keep(self, plan: SpanPlan, stream: Stream, logprobs: Tensor, entropy: Tensor) -> None:
+        """Sort the rows of a stream by sample."""
+        ids, responses = plan.row_ids.cpu().numpy(), plan.response_ids.cpu().numpy()
+        values = torch.stack((logprobs, entropy)).float().cpu().numpy()
+        bounds = np.searchsorted(responses, np.arange(responses.max(initial=-1) + 2))
+        start = 0
+        for index, (group, i, sample) in enumerate(stream.samples(self.batch)):
+            if index + 1 < len(bounds):
+                a, b = bounds[index], bounds[index + 1]
+                self.rows.append((group, i, ids[a:b] - start, values[0, a:b], values[1, a:b]))
+            start += len(sample.tokens)
+
+
+def _forward_step(
+    run_loss: Callable[[SpanPlan, Stream, Tensor], Any], data: Iterator[tuple[SpanPlan, Stream]], model: Any
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    plan, stream = next(data)
+    output = model(plan.ids, plan.positions, None, packed_seq_params=plan)
+    return output, partial(run_loss, plan, stream)
+
+
+def _response_means(values: Tensor, plan: SpanPlan, responses: int) -> Tensor:
+    """For every local row, the mean of `values` over its whole response, context-parallel ranks included."""
+    sums = values.new_zeros(2, responses)
+    sums[0].index_add_(0, plan.response_ids, values)
+    sums[1].index_add_(0, plan.response_ids, torch.ones_like(values))
+    dist.all_reduce(sums, group=mpu.get_context_parallel_group())
+    return (sums[0] / sums[1].clamp(min=1))[plan.response_ids]
+
+
+def _minibatches(batch: TrainBatch, count: int) -> list[tuple[TrainBatch, int]]:
+    """Consecutive parts of a batch, with the index of their first group."""
+    bounds = np.linspace(0, len(batch.groups), min(count, max(len(batch.groups), 1)) + 1).astype(int)
+    return [(TrainBatch(batch.groups[a:b]), int(a)) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _blank(batch: TrainBatch) -> PerSample:
+    return [[np.full(len(s.tokens), np.nan, np.float32) for s in group.samples] for group in batch.groups]

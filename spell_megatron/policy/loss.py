@@ -1,0 +1,53 @@
+"""The policy loss, token by token. Pure tensor arithmetic; sums and denominators are the learner's.
+
+Clipped surrogate of PPO/GRPO (arXiv 2402.03300), optionally with GSPO's sequence ratio (arXiv 2507.18071),
+truncated importance weights (TIS) against the engine, a k3 KL penalty and an entropy bonus. With one
+optimizer update a batch the ratio is 1 and the loss is the plain policy gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spell_megatron.config import Loss
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTerms:
+    """What the loss needs of `n` response tokens; float32 `[n]` each."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    weights: Tensor
+    """Advantages (or 1 in supervised warm-up)."""
+    old: Tensor
+    """Log-probs before the first update on this batch."""
+    engine: Tensor | None = None
+    """Log-probs of the rollout engine, where importance weights are on."""
+    reference: Tensor | None = None
+    """Log-probs of the reference model, where the KL penalty is on."""
+    sequence_log_ratio: Tensor | None = None
+    """Mean of `logprobs - old` over the token's whole response, where the ratio is by sequence."""
+
+
+def token_losses(terms: TokenTerms, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Loss of every token, and whether its ratio was clipped, `[n]` each."""
+    log_ratio = terms.logprobs - terms.old
+    if terms.sequence_log_ratio is not None:
+        # The value is the sequence's ratio; the gradient reaches every token through its own log-prob.
+        log_ratio = terms.sequence_log_ratio.detach() + terms.logprobs - terms.logprobs.detach()
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
+    surrogate = torch.minimum(ratio * terms.weights, clipped * terms.weights)
+    if terms.engine is not None and loss.importance_cap is not None:
+        surrogate = surrogate * (terms.old - terms.engine).exp().clamp(max=loss.importance_cap).detach()
+    losses = -surrogate
+    if terms.reference is not None and loss.kl > 0:
+        away = terms.reference - terms.logprobs
+        losses = losses + loss.kl * (away.exp() - away - 1.0)
+    if loss.entropy > 0:
+        losses = losses - loss.entropy * terms.entropy
+    return losses, (ratio * terms.weights > clipped * terms.weights).detach()

@@ -1,0 +1,174 @@
+"""From a Hugging Face config to this rank's part of a Megatron GPTModel that computes over spans."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+import transformers
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from spell_megatron.config import Policy
+from spell_megatron.policy.head import Sampled, token_logprobs
+from spell_megatron.policy.layers import torch_block_spec
+from spell_megatron.policy.spans import SpanPlan
+from spell_megatron.weights.shape import ModelShape
+
+
+class SpanModel(GPTModel):
+    """A GPTModel whose positions come from the plan and whose head runs on response tokens only.
+
+    In: the ids and positions of a `SpanPlan` (as `packed_seq_params`). Out, on the last pipeline stage:
+    `[2, n]`, log-probs and entropies of the plan's target tokens; elsewhere hidden states.
+    """
+
+    def __init__(self, *args: Any, rope: Qwen3RotaryEmbedding, head_chunk: int, **kwargs: Any) -> None:
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.inv_freq = rope.inv_freq
+        self.head_chunk = head_chunk
+        self.sampled = Sampled()
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        """Rotary angles by position id (upstream counts rows instead: models/gpt/gpt_model.py:361)."""
+        hidden, _, *rest = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        angles = position_ids.view(-1, 1).float() * self.inv_freq.to(position_ids.device)
+        return hidden, torch.cat((angles, angles), -1)[:, None, None, :], *rest
+
+    def _postprocess(self, hidden_states: Tensor, packed_seq_params: SpanPlan, **_: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if self.config.sequence_parallel:
+            # The head's own backward pass sums over the TP ranks, so this gather's must only split.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        logprobs, entropy = token_logprobs(
+            hidden_states.squeeze(1).index_select(0, packed_seq_params.rows),
+            weight,
+            packed_seq_params.targets,
+            sampled=self.sampled,
+            chunk=self.head_chunk,
+            tp_group=self.pg_collection.tp,
+        )
+        return torch.stack((logprobs, entropy))
+
+
+def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanModel]:
+    """The pipeline chunks of this rank (one, unless the schedule is interleaved), weights not yet filled."""
+    hf = transformers.AutoConfig.from_pretrained(folder)
+    rope = Qwen3RotaryEmbedding(hf)
+    config = transformer_config(policy, shape, rope_scaling=rope.attention_scaling)
+    chunks = []
+    for stage in range(policy.layout.virtual_pipeline or 1):
+        vp_stage = stage if policy.layout.virtual_pipeline else None
+        where = {"ignore_virtual": False, "vp_stage": vp_stage}
+        chunks.append(
+            SpanModel(
+                config,
+                block_spec(policy, config, vp_stage),
+                shape.vocab,
+                shape.max_positions,
+                pre_process=mpu.is_pipeline_first_stage(**where),
+                post_process=mpu.is_pipeline_last_stage(**where),
+                share_embeddings_and_output_weights=shape.tied,
+                vp_stage=vp_stage,
+                rope=rope,
+                head_chunk=policy.head_chunk,
+            )
+        )
+    return [cast(SpanModel, chunk.to(torch.cuda.current_device())) for chunk in chunks]
+
+
+def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float = 1.0) -> TransformerConfig:
+    """Megatron's config of a Hugging Face model in a layout.
+
+    HF scales both rotated queries and keys by `rope_scaling` (YaRN's attention factor); here its square goes
+    into the softmax scale, which is the same product.
+    """
+    layout, dtype = policy.layout, getattr(torch, policy.dtype)
+    moe: dict[str, Any] = {}
+    if shape.experts:
+        moe = {
+            "num_moe_experts": shape.experts,
+            "moe_router_topk": shape.experts_per_token,
+            "moe_ffn_hidden_size": shape.expert_ffn,
+            "moe_grouped_gemm": True,
+            "moe_router_score_function": "softmax",
+            "moe_router_pre_softmax": not shape.norm_topk,
+            "moe_router_load_balancing_type": "none",  # an auxiliary loss would pull against the reward
+            "moe_router_dtype": "fp32",
+        }
+    recompute: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[policy.recompute]
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        softmax_scale=rope_scaling**2 / math.sqrt(shape.head_dim),
+        ffn_hidden_size=shape.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # the weights come from the model folder
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.sequence,
+        variable_seq_lengths=layout.pipeline > 1,  # streams differ in length
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, dense models too
+        batch_p2p_comm=False,
+        calculate_per_token_loss=True,  # sums over ranks and microbatches, divided once by the token count
+        **moe,
+        **recompute,
+    )
+
+
+def block_spec(policy: Policy, config: TransformerConfig, vp_stage: int | None) -> Any:
+    """Layers of plain torch, or of Transformer Engine with the same parameter names and our attention."""
+    if not uses_transformer_engine(policy):
+        return torch_block_spec(config, vp_stage)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    from spell_megatron.policy.attention import SpanAttention
+
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    for layer in spec.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = SpanAttention
+    return spec
+
+
+def uses_transformer_engine(policy: Policy) -> bool:
+    if policy.spec != "auto":
+        return policy.spec == "te"
+    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+
+    return bool(HAVE_TE) and torch.cuda.is_available()

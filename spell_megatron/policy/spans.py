@@ -1,0 +1,192 @@
+"""From a stream of groups to the tensors and ranges that one rank computes with.
+
+A group lies in the stream as `[prompt | response 1 | … | response G]`: the prompt once, the position ids of
+every response starting again at the prompt's length. A group of one response is a single causal span.
+
+Context parallelism cuts every span into 2 x CP chunks and gives rank r the chunks r and 2 CP - 1 - r
+("zigzag"), which balances causal attention. A rank predicts the tokens whose predecessor it holds, so no
+hidden state travels. Spans are padded at their end to a multiple of 2 x CP; padded keys lie after every real
+query of their span, and responses do not see the padding of their prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from spell_megatron.types import Tokens
+
+Piece = tuple[int, int, int, int, bool]
+"""Local queries [q0, q1) attend to stream keys [k0, k1); causal means square and aligned."""
+
+
+@dataclass(kw_only=True)
+class SpanPlan(PackedSeqParams):
+    """One rank's part of one stream. `qkv_format` is not "thd", so that megatron-core leaves tensors as
+    `[tokens, 1, heads, d]` and applies the rotary embedding that the model hands it, token by token."""
+
+    ids: Tensor
+    """Token ids `[1, tokens / cp]`."""
+    positions: Tensor
+    """Position ids `[1, tokens / cp]`."""
+    pieces: tuple[Piece, ...]
+    rows: Tensor
+    """Local rows whose hidden state predicts a response token, `[n]`."""
+    targets: Tensor
+    """The predicted tokens, `[n]`."""
+    row_ids: Tensor
+    """Where each predicted token stands among the stream's response tokens, `[n]`."""
+    response_ids: Tensor
+    """Which of the stream's responses it belongs to, `[n]`."""
+    first_rows: int
+    """How many of the local rows predict the first token of a response."""
+    to_stream: Tensor | None = None
+    """Order of the stream's tokens among those gathered rank by rank, `[tokens]`; None without CP."""
+    from_stream: Tensor | None = None
+    """The inverse of `to_stream`."""
+
+
+@dataclass(slots=True)
+class _Span:
+    start: int
+    length: int
+    prompt: tuple[int, int] = (0, 0)
+    """Range of keys that every query of the span sees in full, before its own."""
+
+
+@dataclass(slots=True)
+class _Layout:
+    """A stream while it is laid out, on the host."""
+
+    unit: int
+    ids: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    spans: list[_Span] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, tokens: np.ndarray, first_position: int, prompt: tuple[int, int] = (0, 0)) -> int:
+        start, padded = self.length, -(-len(tokens) // self.unit) * self.unit
+        self.ids.append(np.pad(tokens, (0, padded - len(tokens))))
+        self.positions.append(np.arange(first_position, first_position + padded))
+        self.spans.append(_Span(start, padded, prompt))
+        self.length += padded
+        return start
+
+
+def plan_spans(
+    groups: Sequence[tuple[Tokens, Sequence[Tokens]]],
+    *,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    sequence_parallel: int = 1,
+    device: torch.device | str = "cpu",
+) -> SpanPlan:
+    """Lay out `(prompt, responses)` groups for one context-parallel rank.
+
+    `sequence_parallel` is the TP size where sequence parallelism is on: the local length is a multiple of it.
+    """
+    layout = _Layout(unit=2 * cp_size if cp_size > 1 else 1)
+    predecessors: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    rectangles: list[tuple[int, int, tuple[int, int]]] = []
+    for prompt_ids, responses in groups:
+        prompt = np.asarray(prompt_ids, dtype=np.int64)
+        replies = [np.asarray(response, dtype=np.int64) for response in responses]
+        targets += replies
+        if len(replies) == 1:
+            start = layout.add(np.concatenate((prompt, replies[0])), 0)
+            predecessors.append(start + len(prompt) - 1 + np.arange(len(replies[0])))
+            continue
+        start = layout.add(prompt, 0)
+        keys, first = (start, start + len(prompt)), len(layout.spans)
+        for reply in replies:
+            own = layout.add(reply, len(prompt), keys)
+            predecessors.append(np.concatenate(([keys[1] - 1], own + np.arange(len(reply) - 1))))
+        rectangles.append((first, len(layout.spans), keys))
+    _pad_to_multiple(layout, cp_size * sequence_parallel)
+
+    ids, positions = np.concatenate(layout.ids), np.concatenate(layout.positions)
+    local = [_local_chunks(layout.spans, cp_size, rank) for rank in range(cp_size)]
+    order = [np.concatenate([np.arange(a, b) for _, a, b in chunks]) for chunks in local]
+    mine = order[cp_rank]
+    at = np.full(layout.length, -1)
+    at[mine] = np.arange(len(mine))
+
+    before = np.concatenate(predecessors) if predecessors else np.zeros(0, dtype=np.int64)
+    held = at[before] >= 0
+    lengths = [len(target) for target in targets]
+    starts = np.zeros(len(before), dtype=bool)
+    starts[np.cumsum([0, *lengths[:-1]], dtype=np.int64)[: len(lengths)]] = bool(lengths)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
+
+    to_stream = from_stream = None
+    if cp_size > 1:
+        by_rank = np.concatenate(order)
+        from_stream, to_stream = tensor(by_rank), tensor(np.argsort(by_rank))
+    return SpanPlan(
+        qkv_format="spans",
+        ids=tensor(ids[mine])[None],
+        positions=tensor(positions[mine])[None],
+        pieces=tuple(_pieces(layout.spans, local[cp_rank], rectangles)),
+        rows=tensor(at[before[held]]),
+        targets=tensor(np.concatenate(targets)[held] if targets else before),
+        row_ids=tensor(np.flatnonzero(held)),
+        response_ids=tensor(np.repeat(np.arange(len(lengths)), lengths)[held]),
+        first_rows=int((starts & held).sum()),
+        to_stream=to_stream,
+        from_stream=from_stream,
+    )
+
+
+def _pad_to_multiple(layout: _Layout, multiple: int) -> None:
+    """Grow the last span (or make one of padding alone) until the stream divides by `multiple`."""
+    if not layout.spans:
+        layout.add(np.zeros(layout.unit, dtype=np.int64), 0)
+    extra = 0
+    while (layout.length + extra) % multiple:
+        extra += layout.unit
+    last = layout.positions[-1][-1]
+    layout.ids.append(np.zeros(extra, dtype=np.int64))
+    layout.positions.append(np.arange(last + 1, last + 1 + extra))
+    layout.spans[-1].length += extra
+    layout.length += extra
+
+
+def _local_chunks(spans: Sequence[_Span], cp_size: int, rank: int) -> list[tuple[int, int, int]]:
+    """`(span, first, end)` of every chunk of the stream that a rank holds, in its local order."""
+    if cp_size == 1:
+        return [(i, span.start, span.start + span.length) for i, span in enumerate(spans)]
+    chunks = []
+    for i, span in enumerate(spans):
+        size = span.length // (2 * cp_size)
+        for chunk in (rank, 2 * cp_size - 1 - rank):
+            first = span.start + chunk * size
+            chunks.append((i, first, first + size))
+    return chunks
+
+
+def _pieces(
+    spans: Sequence[_Span],
+    chunks: Sequence[tuple[int, int, int]],
+    rectangles: Sequence[tuple[int, int, tuple[int, int]]],
+) -> list[Piece]:
+    """Own chunk, causal; own earlier chunks, full; all responses of a group on their prompt, one rectangle."""
+    pieces: list[Piece] = []
+    query, begins, ends = 0, {}, {}
+    for i, first, end in chunks:
+        size = end - first
+        pieces.append((query, query + size, first, end, True))
+        if first > spans[i].start:
+            pieces.append((query, query + size, spans[i].start, first, False))
+        begins.setdefault(i, query)
+        query += size
+        ends[i] = query
+    pieces += [(begins[a], ends[b - 1], *keys, False) for a, b, keys in rectangles]
+    return pieces

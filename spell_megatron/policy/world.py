@@ -1,0 +1,93 @@
+"""Process groups: torch.distributed and megatron-core's parallel state, for one process or many."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import megatron.core  # noqa: F401  (the patches need it imported)
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+
+import megatron_patches
+from spell_megatron.config import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Where this rank stands in the layout."""
+
+    rank: int
+    size: int
+    data_rank: int
+    data_size: int
+    context_rank: int
+    context_size: int
+    tensor_size: int
+    first_stage: bool
+    last_stage: bool
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_world(layout: Layout, *, seed: int, timeout_seconds: float) -> World:
+    """Join the process group that torchrun's variables describe (or make one of a single process).
+
+    Collectives that outlast `timeout_seconds` fail instead of hanging.
+    """
+    megatron_patches.apply()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ and "MASTER_PORT" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True, timeout=timeout)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+    )
+    torch.manual_seed(seed)  # megatron's own seeding is a no-op without CUDA
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        data_rank=mpu.get_data_parallel_rank(),
+        data_size=mpu.get_data_parallel_world_size(),
+        context_rank=mpu.get_context_parallel_rank(),
+        context_size=mpu.get_context_parallel_world_size(),
+        tensor_size=mpu.get_tensor_model_parallel_world_size(),
+        first_stage=mpu.is_pipeline_first_stage(ignore_virtual=True),
+        last_stage=mpu.is_pipeline_last_stage(ignore_virtual=True),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+    )
+
+
+def stop_world() -> None:
+    """Leave the process groups. Safe to call twice."""
+    if dist.is_initialized():
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,20 @@
+"""What a run leaves behind, and what is seen of it while it runs."""
+
+from spell_megatron.record.console import Console, Live, step_line
+from spell_megatron.record.folder import RunFolder
+from spell_megatron.record.journal import Journal
+from spell_megatron.record.logs import logging_to
+from spell_megatron.record.metrics import Metrics, read_metrics
+from spell_megatron.record.report import write_report
+
+__all__ = [
+    "Console",
+    "Journal",
+    "Live",
+    "Metrics",
+    "RunFolder",
+    "logging_to",
+    "read_metrics",
+    "step_line",
+    "write_report",
+]

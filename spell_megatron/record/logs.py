@@ -1,0 +1,43 @@
+"""Where a run's log messages go: all into its folder, warnings also above the live bar."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console as Terminal
+from rich.logging import RichHandler
+
+from spell_megatron.record.folder import RunFolder, writing
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written does not stop a run: its metrics will, with a message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+@contextmanager
+def logging_to(run: RunFolder, terminal: Terminal) -> Iterator[None]:
+    """Send messages to `run.log` (from INFO on) and to `terminal` (from WARNING on) until the block ends.
+
+    Handlers that were there before rest meanwhile: they would write across the live bar.
+    """
+    with writing(run.log):
+        file = _LogFile(run.log, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    shown = RichHandler(
+        logging.WARNING, terminal, show_time=False, show_path=False, markup=False, highlighter=None
+    )
+    root, ours = logging.getLogger(), logging.getLogger("spell_megatron")
+    handlers, level = root.handlers[:], ours.level
+    root.handlers = [file, shown]
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        ours.setLevel(level)
+        file.close()

@@ -1,0 +1,158 @@
+"""What vLLM needs from a process, on a CPU and on CUDA. The only module that sets environment variables.
+
+vLLM assumes that it owns the process: it seeds the global generators, replaces torch functions, writes
+into the temporary folder and edits the environment. `prepare` says what vLLM must know before it is
+imported, `undisturbed` puts back what it changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spell_megatron.config import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Where vLLM computes, and what follows from it."""
+
+    device: str
+    eager: bool
+    """No graph capture and no compilation, whatever the configuration says."""
+    block_size: int | None
+    """Tokens of a KV block, the grain of the prefix cache; None leaves it to vLLM."""
+    kv_cache_mib: int | None
+    """KV cache where the configuration gives none; None takes a share of device memory."""
+    sleeps: bool
+    """Memory can be given back between rollouts."""
+
+
+# A CPU build has nothing to capture, and compiling a small model takes longer than running it. vLLM's own
+# block of 128 tokens caches little of a short prompt; 32 is the smallest that its CPU kernels like. Its
+# default KV cache would be most of the machine's memory.
+CPU = Backend("cpu", eager=True, block_size=32, kv_cache_mib=512, sleeps=False)
+CUDA = Backend("cuda", eager=False, block_size=None, kv_cache_mib=None, sleeps=True)
+
+
+@cache
+def current() -> Backend:
+    return CUDA if torch.cuda.is_available() else CPU
+
+
+def engine_arguments(settings: Rollout, backend: Backend) -> dict[str, Any]:
+    """vLLM's engine arguments that every engine has, by vLLM's names, for a process or a command line."""
+    arguments: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        # A batch must hold at least one sequence's decode step, and chunked prefill does the rest.
+        "max_num_batched_tokens": max(settings.max_batched_tokens, settings.max_num_seqs),
+        "enforce_eager": settings.eager or backend.eager,
+        "enable_prefix_caching": True,
+        # The trainer's log-probs are of the distribution sampled from; vLLM's default is the raw one.
+        "logprobs_mode": "processed_logprobs",
+        # Sampling is ours alone: a model's generation_config.json must not add top-k or penalties.
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+    }
+    if backend.block_size is not None:
+        arguments["block_size"] = backend.block_size
+    kv_cache_mib = settings.kv_cache_mib or backend.kv_cache_mib
+    if kv_cache_mib is not None:
+        arguments["kv_cache_memory_bytes"] = kv_cache_mib << 20
+    else:
+        arguments["gpu_memory_utilization"] = settings.gpu_memory
+    if backend.sleeps:
+        arguments["enable_sleep_mode"] = True
+    return arguments
+
+
+def common_environment(scratch: Path) -> dict[str, str]:
+    """Variables of every vLLM process; `scratch` receives what it would leave in the home folder."""
+    return {
+        "VLLM_CACHE_ROOT": str(scratch / "cache"),
+        "VLLM_NO_USAGE_STATS": "1",  # no report to the outside
+        "VLLM_DO_NOT_TRACK": "1",
+    }
+
+
+def server_environment(scratch: Path, sockets: str) -> dict[str, str]:
+    """Variables of a vLLM server; `sockets` is a folder with a short path for it alone."""
+    variables = {
+        **common_environment(scratch),
+        "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
+        "VLLM_RPC_BASE_PATH": sockets,
+        "TMPDIR": sockets,
+        # Handles of shared GPU memory come pickled; they come from the trainer, over loopback.
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
+    if current() is CPU:
+        variables["TORCHDYNAMO_DISABLE"] = "1"  # as in `prepare`
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # servers on one machine would bind the same cores
+    return variables
+
+
+def prepare(scratch: Path) -> None:
+    """Set up this process for an engine inside it. Call before vLLM is imported."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    os.environ.update(common_environment(scratch))
+    os.environ.update(
+        {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs here, not in a child process
+            "VLLM_RPC_BASE_PATH": str(scratch),  # else a socket folder in the temporary folder
+        }
+    )
+    # Its warnings are about tuning, on our console; some come before its own logging is set up.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    if current() is CPU:
+        import torch._dynamo
+
+        # vLLM decorates sampling and layers with torch.compile even where it is told to be eager: half a
+        # minute of compilation for a small model. Graphs exist for CUDA's sake.
+        torch._dynamo.config.disable = True
+
+
+@contextmanager
+def undisturbed(scratch: Path) -> Iterator[None]:
+    """Put back what vLLM changes in this process: random states, threads, affinity, environment, tempdir."""
+    environment, temporary = dict(os.environ), tempfile.tempdir
+    python_random, numpy_random = random.getstate(), np.random.get_state()
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    affinity = os.sched_getaffinity(0)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    tempfile.tempdir = str(scratch)
+    try:
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's import touches deprecated names of torch
+            yield
+    finally:
+        tempfile.tempdir = temporary
+        random.setstate(python_random)
+        np.random.set_state(numpy_random)
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != threads:
+            set_num_threads(threads)
+        if os.sched_getaffinity(0) != affinity:
+            os.sched_setaffinity(0, affinity)
+        _restore_environment(environment)
+
+
+def _restore_environment(before: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -1,0 +1,131 @@
+"""HTTP to one vLLM server: completions, and what a weight update needs.
+
+vLLM's token-in-token-out route is used, not the completions route: it needs no tokenizer, returns token
+ids, and says which weight version sampled them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.server import SERVED_NAME
+from spell_megatron.types import Rollout, Tokens
+
+_CONNECT_SECONDS = 10.0
+_SEED_BITS = 63  # vLLM's request seed is a signed 64-bit number
+
+
+class Unavailable(EngineError):
+    """The server did not answer, or not properly: another one may."""
+
+
+class Aborted(EngineError):
+    """The server dropped the request on purpose, for new weights: ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    rollout: Rollout
+    cached_tokens: int
+
+
+class Client:
+    """An asynchronous client of one server; belongs to the event loop that made it."""
+
+    def __init__(self, url: str, request_seconds: float) -> None:
+        self.url = url
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            trust_env=False,
+            timeout=httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+
+    async def complete(
+        self,
+        prompt: Tokens,
+        *,
+        seed: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        stop: Sequence[int],
+    ) -> Completion:
+        """Sample one completion. Raises Unavailable, Aborted, or EngineError for a request that is wrong."""
+        answer = await self._json(
+            "POST",
+            "/inference/v1/generate",
+            json={
+                "model": SERVED_NAME,
+                "token_ids": list(prompt),
+                "sampling_params": {
+                    "seed": seed & ((1 << _SEED_BITS) - 1),
+                    "max_tokens": max_tokens,
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "stop_token_ids": list(stop),
+                    "logprobs": 0,  # of the sampled token alone
+                    "detokenize": False,
+                },
+            },
+        )
+        try:
+            return _completion(prompt, answer)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise Unavailable(f"{self.url} sent an answer that makes no sense: {error!r}") from None
+
+    async def version(self, timeout: float) -> str:
+        """The label of the weights it holds. The engine's core answers, so this is a sign of life, too."""
+        answer = await self._json("GET", "/weight_info", timeout=timeout)
+        return str(answer.get("weight_version"))
+
+    async def post(self, path: str, timeout: float, **body: Any) -> None:
+        await self._json("POST", path, timeout=timeout, json=body)
+
+    async def world_size(self, timeout: float) -> int:
+        """Workers that a transfer has to reach."""
+        return int((await self._json("GET", "/get_world_size", timeout=timeout))["world_size"])
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _json(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            response = await self._http.request(method, path, **arguments)
+        except (
+            httpx.HTTPError,
+            RuntimeError,
+        ) as error:  # a client that was closed meanwhile raises the latter
+            raise Unavailable(f"{self.url}{path}: {error or type(error).__name__}") from None
+        if response.status_code == httpx.codes.BAD_REQUEST:
+            raise EngineError(f"{self.url}{path} refused: {response.text[:500]}")
+        if response.is_error:
+            raise Unavailable(f"{self.url}{path} answered {response.status_code}: {response.text[:500]}")
+        try:
+            answer = response.json() if response.content else {}
+        except ValueError:
+            raise Unavailable(f"{self.url}{path} sent something that is not JSON") from None
+        return answer if isinstance(answer, dict) else {}
+
+
+def _completion(prompt: Tokens, answer: dict[str, Any]) -> Completion:
+    (choice,) = answer["choices"]
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise Aborted(f"the request ended with {choice['finish_reason']!r}")
+    versions = {int(span["version"]) for span in choice["weight_versions"]}
+    if len(versions) != 1:
+        raise Aborted(f"the completion mixes the versions {sorted(versions)}")
+    content = choice["logprobs"]["content"]
+    tokens, logprobs = tuple(choice["token_ids"]), tuple(float(token["logprob"]) for token in content)
+    if len(tokens) != len(logprobs):
+        raise ValueError(f"{len(tokens)} tokens and {len(logprobs)} log-probs")
+    details = answer.get("usage", {}).get("prompt_tokens_details") or {}
+    return Completion(
+        Rollout(prompt, tokens, logprobs, choice["finish_reason"], versions.pop()),
+        details.get("cached_tokens") or 0,
+    )

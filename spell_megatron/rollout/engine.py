@@ -1,0 +1,103 @@
+"""The contract of a rollout engine: tokens in, tokens out, weights by version.
+
+A version is a number that only grows. Whatever an engine returns carries the version that sampled it,
+so that nobody has to trust the order of events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from spell_megatron.types import Rollout, SpellError, Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+
+class EngineError(SpellError):
+    """The engine cannot do what it was asked, or has died."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the engine started, and what it is doing now. All in tokens or requests."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held already: they cost no prefill."""
+    generated_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+class Engine(Protocol):
+    """Something that samples from the policy. `generate` satisfies `selfplay.ports.Generator`."""
+
+    @property
+    def version(self) -> int:
+        """Number of the weights that the next request will be answered with."""
+        ...
+
+    async def generate(
+        self, prompt: Tokens, *, seeds: Sequence[int], max_tokens: int, temperature: float, top_p: float
+    ) -> list[Rollout]:
+        """One rollout per seed, in the order of `seeds`.
+
+        Log-probs are of the distribution sampled from, temperature and top-p applied. `max_tokens` shrinks
+        to what the context window leaves. Cancelling the call aborts its requests. Raises EngineError where
+        the prompt fills the window or the engine cannot serve.
+        """
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace all weights by full tensors under Hugging Face names, streamed in any order.
+
+        A tensor must stay valid until the call returns. Raises EngineError if `version` does not grow, if
+        a tensor is missing, unknown or misshapen, or if the transfer fails; the engine then serves nothing
+        until an update succeeds.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def sleep(self) -> None:
+        """Free the device memory of weights and KV cache. Without effect where there is no device."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory back."""
+        ...
+
+    def healthy(self) -> bool:
+        """Whether `generate` would be served."""
+        ...
+
+    def close(self) -> None:
+        """Stop, and free everything. Idempotent."""
+        ...
+
+
+def check_version(current: int, new: int) -> None:
+    """Refuse a version that does not grow."""
+    if new <= current:
+        raise EngineError(
+            f"weights of version {new} were sent to an engine that holds version {current}:"
+            " versions only grow; number each update with the optimizer step that made it"
+        )
+
+
+def room_for(prompt: Tokens, max_tokens: int, window: int) -> int:
+    """Tokens that may be generated after `prompt` in a context window of `window` tokens.
+
+    Raises EngineError where nothing fits.
+    """
+    if not prompt:
+        raise EngineError("a prompt has no tokens: render the chat template before generating")
+    if len(prompt) >= window:
+        raise EngineError(
+            f"a prompt of {len(prompt)} tokens does not fit the engine's window of {window} tokens"
+            " with room for an answer: shorten it (corpus.cluster_tokens) or raise rollout.max_model_len"
+        )
+    return min(max_tokens, window - len(prompt))

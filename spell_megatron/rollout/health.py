@@ -1,0 +1,147 @@
+"""The life of an engine server as a pure state machine.
+
+    STARTING ──ready──> SYNCING ──synced to the target──> HEALTHY <──> SUSPECT
+        ^                  ^  └────────── new version ────────┘           │
+        └──restarted── DEAD <──────── exited, or too many faults ─────────┘
+
+The supervisor reports what happened; the state says what to do next, and only HEALTHY is given requests.
+One rule makes stale answers impossible: HEALTHY means that the verified version of this very process is
+the target version. Nothing else leads there, least of all a restart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+
+class State(Enum):
+    STARTING = "starting"
+    """The process exists and does not answer yet."""
+    SYNCING = "syncing"
+    """It answers, and must receive the target version."""
+    HEALTHY = "healthy"
+    """It holds the target version, verified: the only state that is given requests."""
+    SUSPECT = "suspect"
+    """It was healthy and did not answer; it gets probes, no requests."""
+    DEAD = "dead"
+    """It is gone, or must be killed; a new process takes its place."""
+    LOST = "lost"
+    """It was restarted too often without ever becoming healthy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The new process answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """A transfer of `version` ended, and the engine says that it holds it."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class SyncFailed:
+    """A transfer ended half way: the weights are of no version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """It answered a probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It did not answer a probe or a request, or with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """The policy has new weights."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The process ended, or was found unfit to live."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """A new process is about to take its place."""
+
+
+Event = Ready | Synced | SyncFailed | Answered | Failed | NewVersion | Exited | Restarted
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    failures: int = 3
+    """Faults in a row that make a server dead."""
+    restarts: int = 5
+    """Restarts in a row, none of them ending healthy, before it is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    target: int
+    """The version that requests must be answered with."""
+    state: State = State.STARTING
+    held: int | None = None
+    """The version that this process verifiably holds."""
+    failures: int = 0
+    restarts: int = 0
+
+    @property
+    def serves(self) -> bool:
+        return self.state is State.HEALTHY
+
+
+def after(health: Health, event: Event, limits: Limits) -> Health:
+    """The state that follows. Events that come too late for a state leave it as it is."""
+    match event, health.state:
+        case NewVersion(version), state:
+            if version < health.target:
+                raise ValueError(f"the target version goes back from {health.target} to {version}")
+            new = State.SYNCING if state is State.HEALTHY and version != health.held else state
+            return replace(health, target=version, state=new)
+        case _, State.LOST:
+            return health
+        case Exited(), _:
+            return _dead(health)
+        case Restarted(), State.DEAD if health.restarts >= limits.restarts:
+            return replace(health, state=State.LOST)
+        case Restarted(), State.DEAD:
+            return replace(health, state=State.STARTING, restarts=health.restarts + 1)
+        case Ready(), State.STARTING:
+            return replace(health, state=State.SYNCING)
+        case Synced(version), State.SYNCING if version == health.target:
+            return replace(health, state=State.HEALTHY, held=version, failures=0, restarts=0)
+        case Synced(version), State.SYNCING:  # the policy moved on meanwhile
+            return replace(health, held=version)
+        case SyncFailed(), State.SYNCING:
+            return _faulted(replace(health, held=None), State.SYNCING, limits)
+        case Answered(), State.SUSPECT:
+            back = State.HEALTHY if health.held == health.target else State.SYNCING
+            return replace(health, state=back, failures=0)
+        case Answered(), State.HEALTHY:
+            return replace(health, failures=0)
+        case Failed(), State.HEALTHY | State.SUSPECT:
+            return _faulted(health, State.SUSPECT, limits)
+        case Failed(), State.SYNCING:
+            return _faulted(health, State.SYNCING, limits)
+    return health
+
+
+def _faulted(health: Health, state: State, limits: Limits) -> Health:
+    failures = health.failures + 1
+    if failures >= limits.failures:
+        return _dead(health)
+    return replace(health, state=state, failures=failures)
+
+
+def _dead(health: Health) -> Health:
+    return replace(health, state=State.DEAD, held=None, failures=0)

@@ -1,0 +1,187 @@
+"""One vLLM server as a process: its command line, its log, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+import spell_megatron
+from spell_megatron.config import Rollout
+from spell_megatron.rollout import backend, guard
+from spell_megatron.rollout.engine import EngineError
+
+SERVED_NAME = "policy"
+_LOG_LINES = 15
+# What torchrun tells its workers would make a server take itself for one of them.
+_TORCHRUN = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start a server. The same launch may be started again and again."""
+
+    model: Path
+    settings: Rollout
+    scratch: Path
+    """vLLM's caches."""
+    log: Path
+    """Standard output and error, appended to."""
+    transfer: str | None = None
+    """The weight-transfer backend; None for a server that keeps its weights."""
+    tokenizer: bool = False
+    """Whether it can turn text into tokens and back."""
+    devices: tuple[int, ...] = ()
+    """GPUs, by index; all where empty."""
+    threads: int | None = None
+    """CPU threads; vLLM's choice where None."""
+
+    def command(self, port: int) -> list[str]:
+        servers = self.settings.servers
+        arguments: dict[str, Any] = {
+            **backend.engine_arguments(self.settings, backend.current()),
+            "model": str(self.model),
+            "served_model_name": SERVED_NAME,
+            "host": servers.host,
+            "port": port,
+            "tensor_parallel_size": servers.tensor,
+            "skip_tokenizer_init": not self.tokenizer,
+            "enable_scale_out": True,  # the endpoint that takes and gives tokens
+            "enable_prompt_tokens_details": True,  # says how much of a prompt was cached
+        }
+        if self.transfer is not None:
+            arguments["weight_transfer_config"] = json.dumps({"backend": self.transfer})
+            arguments["worker_extension_cls"] = "spell_megatron.rollout.transfer.extension.Extension"
+        module = "vllm.entrypoints.openai.api_server"  # the `vllm` script needs the distribution of that name
+        return [sys.executable, "-m", module, *_flags(arguments)]
+
+    def environment(self, sockets: str) -> dict[str, str]:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _TORCHRUN and not name.startswith(("TORCHELASTIC_", "VLLM_"))
+        }
+        package = str(Path(spell_megatron.__file__).parent.parent)
+        variables = {
+            **inherited,
+            **backend.server_environment(self.scratch, sockets),
+            "PYTHONPATH": os.pathsep.join(filter(None, [package, inherited.get("PYTHONPATH")])),
+        }
+        if self.devices:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
+        if self.threads is not None:
+            variables["OMP_NUM_THREADS"] = str(self.threads)
+        return variables
+
+
+@dataclass(slots=True)
+class Server:
+    """A server that was started. It ends with `stop`, and with this process, whichever comes first."""
+
+    url: str
+    group: int
+    """Process group of the server and all its workers."""
+    log: Path
+    _guard: subprocess.Popen[bytes] = field(repr=False)
+    _sockets: str = field(repr=False)
+
+    @classmethod
+    def start(cls, launch: Launch) -> Server:
+        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        launch.scratch.mkdir(parents=True, exist_ok=True)
+        port = free_port(launch.settings.servers.host)
+        sockets = tempfile.mkdtemp(prefix="spell-")  # a socket's path must be short
+        with launch.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", guard.__name__, *launch.command(port)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=launch.environment(sockets),
+                start_new_session=True,
+            )
+        assert process.stdout is not None
+        group = int(process.stdout.readline() or 0)
+        return cls(f"http://{launch.settings.servers.host}:{port}", group, launch.log, process, sockets)
+
+    def running(self) -> bool:
+        return self._guard.poll() is None
+
+    def stop(self) -> None:
+        """End the whole family; returns when it has ended. Idempotent."""
+        for pipe in (self._guard.stdin, self._guard.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._guard.wait()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def tail(self) -> str:
+        """The end of the log, for an error message."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"the end of {self.log}:\n" + "\n".join(lines[-_LOG_LINES:])
+
+
+@contextmanager
+def serve(model: Path, settings: Rollout, scratch: Path, *, log: Path) -> Iterator[str]:
+    """A server with its own tokenizer, for as long as the block runs; yields its URL once it answers.
+
+    Raises EngineError where it ends, or stays silent for `settings.servers.start_seconds`.
+    """
+    server = Server.start(Launch(model, settings, scratch, log, tokenizer=True))
+    deadline = time.monotonic() + settings.servers.start_seconds
+    try:
+        with httpx.Client(base_url=server.url, trust_env=False, timeout=5.0) as client:
+            while not _answers(client):
+                if not server.running():
+                    raise EngineError(f"the vLLM server ended before it answered; {server.tail()}")
+                if time.monotonic() > deadline:
+                    seconds = settings.servers.start_seconds
+                    raise EngineError(f"the vLLM server was not ready in {seconds:.0f} s; {server.tail()}")
+                time.sleep(0.5)
+        yield server.url
+    finally:
+        server.stop()
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _flags(arguments: Mapping[str, Any]) -> list[str]:
+    flags = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags

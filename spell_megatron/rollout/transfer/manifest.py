@@ -1,0 +1,84 @@
+"""Which tensors an update must bring.
+
+vLLM keeps the old values of a layer that an update forgets, and fills half a fused layer with whatever
+was in memory. Both would train on silently, so every stream of weights is held against the checkpoint
+that the engine was started from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from spell_megatron.rollout.engine import EngineError
+
+if TYPE_CHECKING:
+    import torch
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Shape of every tensor of a checkpoint, by Hugging Face name."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    optional: frozenset[str] = frozenset()
+    """Names that may be there or not: the output head of a model that shares it with its embedding."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Manifest:
+        """Read the headers of a model folder. Raises EngineError where there are none to read."""
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise EngineError(f"{folder} holds no *.safetensors file: give a Hugging Face model folder")
+        shapes: dict[str, tuple[int, ...]] = {}
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            for file in files:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise EngineError(f"cannot read the model in {folder}: {error}") from None
+        tied = config.get("tie_word_embeddings", False)
+        return cls(shapes, frozenset({"lm_head.weight"}) if tied else frozenset())
+
+    def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass a stream on; raise EngineError at the first wrong tensor, or at the end if any is missing."""
+        missing = set(self.shapes) - self.optional
+        for name, tensor in weights:
+            if name not in self.shapes and name not in self.optional:
+                raise EngineError(f"the update brings {name!r}, which the engine's model does not have")
+            shape = self.shapes.get(name)
+            if shape is not None and tuple(tensor.shape) != shape:
+                raise EngineError(
+                    f"the update brings {name!r} of shape {list(tensor.shape)}, the engine holds"
+                    f" {list(shape)}: send full tensors, gathered over every parallel rank"
+                )
+            missing.discard(name)
+            yield name, tensor
+        if missing:
+            shown = ", ".join(sorted(missing)[:_SHOWN])
+            raise EngineError(f"the update lacks {len(missing)} tensors of the engine's model: {shown}")
+
+
+def buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], limit: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Cut a stream into lists of at most `limit` bytes; a larger tensor travels alone."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,77 @@
+"""Held-out accuracy: questions that nobody trains on, measured by the rule alone.
+
+Rewards of self-play compare the policy with its own references; this number does not, and shows
+whether it learns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from spell_megatron import config
+from spell_megatron.selfplay.fitting import fit
+from spell_megatron.selfplay.grading import rule_reward
+from spell_megatron.selfplay.pipeline import together
+from spell_megatron.selfplay.ports import Codec, Generator
+from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.seeds import seed_of
+from spell_megatron.types import Cluster, Question
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutScore:
+    """Share of correct samples: overall, by task, and of every question in the order given."""
+
+    mean: float
+    by_task: dict[str, float]
+    per_question: list[float]
+
+
+async def accuracy(
+    generator: Generator,
+    codec: Codec,
+    prompts: Prompts,
+    questions: Sequence[tuple[Cluster, Question]],
+    *,
+    samples: int,
+    sampling: config.Sampling,
+    seed: int,
+    max_model_len: int,
+) -> HeldOutScore:
+    """Answer every question `samples` times over its whole cluster.
+
+    Seeds depend on the place in `questions` alone, so that two policies are compared on equal draws.
+    A question whose prompt does not fit, and a completion cut at the limit, count as wrong.
+    """
+
+    async def score(place: int, cluster: Cluster, question: Question) -> float:
+        limit = max_model_len - sampling.responder_tokens
+        prompt = fit(lambda shown: prompts.responder(question, shown), cluster.documents, codec, limit)
+        if prompt is None:
+            return 0.0
+        rollouts = await generator.generate(
+            prompt.tokens,
+            seeds=[seed_of(seed, "heldout", place, sample) for sample in range(samples)],
+            max_tokens=sampling.responder_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+        return fmean(
+            rule_reward(question.task, codec.decode(rollout.tokens), question)
+            if rollout.finish == "stop"
+            else 0.0
+            for rollout in rollouts
+        )
+
+    scores = await together(score(place, *entry) for place, entry in enumerate(questions))
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for (_, question), value in zip(questions, scores, strict=True):
+        by_task[question.task].append(value)
+    return HeldOutScore(
+        fmean(scores) if scores else 0.0,
+        {task: fmean(values) for task, values in sorted(by_task.items())},
+        scores,
+    )

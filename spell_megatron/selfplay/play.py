@@ -1,0 +1,243 @@
+"""Self-play of one step: rounds of questions until the batch is full (dynamic sampling).
+
+Within a round many episodes run at once and finish in any order. What counts is their own order: the
+step ends at the first episode, counted from the round's start, with which N questions are kept.
+Everything before it belongs to the step; episodes behind it that were already running are cancelled
+and the corpus is wound back to it, so that a step is the same however fast its parts were. Memory is
+read as it stood when the round began and written when the round has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from spell_megatron import config
+from spell_megatron.selfplay.batch import Batch, compose
+from spell_megatron.selfplay.episode import Episode
+from spell_megatron.selfplay.memory import Memory
+from spell_megatron.selfplay.pipeline import Job, Pipeline
+from spell_megatron.selfplay.ports import Codec, Generator
+from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.seeds import random_of
+from spell_megatron.types import Cluster, Question, SpellError
+
+
+class Clusters(Protocol):
+    """Where the clusters come from, each with the task to set on it, or with a fixed question."""
+
+    def draw(self, n: int) -> Sequence[tuple[Cluster, str | Question]]:
+        """The next `n`; never runs out."""
+        ...
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+
+class StarvedError(SpellError):
+    """The rounds are over and the batch is not full. `episodes` are those of the step."""
+
+    def __init__(self, message: str, episodes: Sequence[Episode]) -> None:
+        super().__init__(message)
+        self.episodes = tuple(episodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """One step of self-play.
+
+    `episodes` in their own order, over `rounds` rounds; `batch` what the learner gets of them;
+    `remembered` questions in memory after it, over `rings` pairs of task and cluster. `cancelled`
+    episodes were started and not needed: a matter of timing, no part of the result.
+    """
+
+    step: int
+    episodes: tuple[Episode, ...]
+    batch: Batch
+    rounds: int
+    remembered: int
+    rings: int
+    cancelled: int
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many episodes ended how."""
+        return Counter(episode.outcome for episode in self.episodes)
+
+
+class SelfPlay:
+    """Plays step after step. Holds the memory and the place in the corpus; both go into `state()`.
+
+    `on_episode` is told of every episode the moment that it is finished, in order of arrival.
+    """
+
+    def __init__(
+        self,
+        settings: config.SelfPlay,
+        *,
+        prompts: Prompts,
+        codec: Codec,
+        generator: Generator,
+        clusters: Clusters,
+        seed: int,
+        max_model_len: int,
+        on_episode: Callable[[Episode], None] = lambda episode: None,
+    ) -> None:
+        _check_lengths(settings.sampling, max_model_len)
+        self.memory = Memory(settings.memory)
+        self._settings, self._clusters, self._seed, self._on_episode = settings, clusters, seed, on_episode
+        self._pipeline = Pipeline(
+            settings,
+            prompts=prompts,
+            codec=codec,
+            generator=generator,
+            seed=seed,
+            max_model_len=max_model_len,
+        )
+
+    async def play(self, step: int, finished: Iterable[Episode] = ()) -> Play:
+        """Fill one batch. Episodes in `finished` (of an interrupted run of this step) are not run again.
+
+        Raises StarvedError where `max_rounds` rounds do not keep enough questions; what they taught
+        the memory stays. Any other error leaves the state somewhere inside the step: restore it.
+        """
+        known = {(episode.round, episode.index): episode for episode in finished if episode.step == step}
+        episodes: list[Episode] = []
+        wanted, cancelled = self._settings.questions, 0
+        for number in range(self._settings.max_rounds):
+            played, dropped = await self._round(step, number, wanted, known)
+            cancelled += dropped
+            episodes += played
+            wanted -= sum(episode.kept for episode in played)
+            self._remember(played)
+            if wanted == 0:
+                batch = compose(episodes, self._settings, random_of(self._seed, step, "batch"))
+                return Play(
+                    step, tuple(episodes), batch, number + 1, len(self.memory), self.memory.rings, cancelled
+                )
+        raise StarvedError(_starvation(step, episodes, self._settings), episodes)
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on besides the weights, as JSON. To be taken between steps."""
+        return {"memory": self.memory.state(), "clusters": self._clusters.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        try:
+            memory, clusters = state["memory"], state["clusters"]
+        except (KeyError, TypeError):
+            raise SpellError("this is not a state of self-play; resume from another checkpoint") from None
+        self.memory.restore(memory)
+        self._clusters.restore(clusters)
+
+    async def _round(
+        self, step: int, number: int, wanted: int, known: dict[tuple[int, int], Episode]
+    ) -> tuple[list[Episode], int]:
+        """Episodes of one round up to the one that fills the batch, and how many others were cancelled."""
+        place = self._clusters.state()
+        drawn = self._clusters.draw(self._settings.round_questions)
+        jobs = [self._job(step, number, index, *entry) for index, entry in enumerate(drawn)]
+        done: list[Episode | None] = [_known(job, known) for job in jobs]
+        running: dict[asyncio.Task[Episode], int] = {}
+        waiting = iter([index for index, episode in enumerate(done) if episode is None])
+        end, kept = 0, 0
+        try:
+            while True:
+                while end < len(done) and kept < wanted and (episode := done[end]) is not None:
+                    kept, end = kept + episode.kept, end + 1
+                if kept == wanted or end == len(done):
+                    break
+                while (
+                    len(running) < self._settings.concurrency and (index := next(waiting, None)) is not None
+                ):
+                    running[asyncio.create_task(self._pipeline.run(jobs[index]))] = index
+                arrived, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in arrived:
+                    index = running.pop(task)
+                    done[index] = task.result()
+                    self._on_episode(task.result())
+        finally:
+            cancelled = len(running)
+            await _cancel(running)
+        if end < len(jobs):
+            self._clusters.restore(place)
+            self._clusters.draw(end)
+        return [episode for episode in done[:end] if episode is not None], cancelled
+
+    def _job(self, step: int, number: int, index: int, cluster: Cluster, what: str | Question) -> Job:
+        if isinstance(what, Question):
+            return Job(step, number, index, cluster, what.task, question=what)
+        return Job(step, number, index, cluster, what, self.memory.recall(what, cluster.id))
+
+    def _remember(self, episodes: Iterable[Episode]) -> None:
+        """Store the questions that were answered with some reward, in their own order."""
+        low, high = self._settings.memory_range
+        for episode in episodes:
+            question, answered = episode.question, episode.asked and episode.responses
+            if question and answered and low <= episode.mean_reward <= high:
+                self.memory.store(episode.task, episode.cluster, episode.documents, question)
+
+
+def _known(job: Job, known: dict[tuple[int, int], Episode]) -> Episode | None:
+    """The finished episode of just this job, if there is one."""
+    episode = known.get((job.round, job.index))
+    origin = job.cluster.id, job.task, job.history
+    return episode if episode and (episode.cluster, episode.task, episode.history) == origin else None
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Episode]]) -> None:
+    """Cancel and wait, so that no request outlives its step."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+def _check_lengths(sampling: config.Sampling, max_model_len: int) -> None:
+    for role in ("questioner", "responder", "verifier"):
+        tokens = getattr(sampling, f"{role}_tokens")
+        if tokens >= max_model_len:
+            raise SpellError(
+                f"selfplay.sampling.{role}_tokens={tokens} leaves no room for a prompt in"
+                f" rollout.max_model_len={max_model_len}: lower the first or raise the second"
+            )
+
+
+_REMEDIES = {
+    "bad_format": ["model.prompts (short wording for small models)", "selfplay.sampling.temperature (lower)"],
+    "bad_ground": [
+        "selfplay.grounding (false keeps them)",
+        "corpus.sources (texts that nobody knows by heart)",
+    ],
+    "zero_variance": ["selfplay.sampling.temperature (higher)", "selfplay.group_size (higher)"],
+    "dropped:over_long": ["selfplay.sampling.questioner_tokens (higher)", "rollout.max_model_len (higher)"],
+    "dropped:long_reference": ["selfplay.max_reference_tokens (higher)", "corpus.sources (tasks)"],
+    "dropped:not_a_number": ["corpus.sources (no docmath_qa where texts have no figures)"],
+    "dropped:prompt_too_long": ["rollout.max_model_len (higher)", "corpus.cluster_tokens (lower)"],
+}
+_LAST_RESORT = [
+    "selfplay.max_rounds (higher)",
+    "selfplay.questions (lower)",
+    "selfplay.round_questions (higher)",
+]
+
+
+def _starvation(step: int, episodes: Sequence[Episode], settings: config.SelfPlay) -> str:
+    """Why the step starved: the counts, and the three keys that would help most."""
+    outcomes = Counter(episode.outcome for episode in episodes)
+    kept = outcomes.pop("kept", 0)
+    counts = ", ".join(
+        f"{count} {outcome.removeprefix('dropped:')}" for outcome, count in outcomes.most_common()
+    )
+    wanted = [_REMEDIES[outcome] for outcome, _ in outcomes.most_common() if outcome in _REMEDIES]
+    keys = [*(remedies[0] for remedies in wanted[:2]), *(wanted[0][1:] if wanted else []), *_LAST_RESORT]
+    return (
+        f"step {step} could not fill its batch: {kept} of {settings.questions} questions kept after"
+        f" {settings.max_rounds} rounds of {settings.round_questions} ({counts or 'nothing else'})."
+        f" Keys most likely to help: {'; '.join(dict.fromkeys(keys[:3]))}"
+    )

@@ -1,0 +1,54 @@
+"""What a response and a question earn; the questioner's is equation 7 of the paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from spell_megatron import config
+
+BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE, KEPT = "bad_format", "bad_ground", "zero_variance", "kept"
+FAILURES = (BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE)
+"""Outcomes of a question that its questioner is trained on, besides the kept ones."""
+
+
+def responder_reward(rule: float, verdict: int | None, combine: str = "max") -> float:
+    """Rule and verifier together; the rule alone where the verifier has no verdict."""
+    if verdict is None:
+        return rule
+    if combine == "max":
+        return max(rule, float(verdict))
+    if combine == "min":
+        return min(rule, float(verdict))
+    return (rule + verdict) / (2 if combine == "mean" else 1)
+
+
+def has_variance(rewards: Sequence[float]) -> bool:
+    """Whether a group of responses teaches anything: its rewards are not all equal."""
+    return max(rewards) > min(rewards)
+
+
+def questioner_reward(outcome: str, mean: float, settings: config.SelfPlay) -> float | None:
+    """What a question earns, by its outcome and the mean reward of its responses (eq. 7).
+
+    A question is worth most where half of the responses are right: at the frontier of what the policy
+    can do. None for a dropped one, which is neither rewarded nor penalised.
+    """
+    if outcome == BAD_FORMAT:
+        return settings.bad_format_reward
+    if outcome == BAD_GROUND:
+        return settings.bad_ground_reward
+    if outcome not in (KEPT, ZERO_VARIANCE):
+        return None
+    if outcome == ZERO_VARIANCE or not 0 < mean < 1:
+        return 0.0
+    return frontier_reward(mean, settings.questioner_reward, settings.questioner_sigma)
+
+
+def frontier_reward(mean: float, shape: str, sigma: float = 0.5 / 3) -> float:
+    """The worth of a mean reward strictly between 0 and 1; the shapes but `gaussian` are ablations."""
+    if shape == "reverse":
+        return 1 - mean
+    if shape == "linear":
+        return 1 - 2 * abs(mean - 0.5)
+    return math.exp(-((mean - 0.5) ** 2) / (2 * sigma**2))

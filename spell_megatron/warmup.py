@@ -1,0 +1,233 @@
+"""The seed model: a small Qwen3 taught the three roles by supervised warm-up, through the learner itself.
+
+A transcript's tokens with weight 1 in a TrainBatch make the policy-gradient loss the negative
+log-likelihood, so warm-up is ordinary `Learner.update` on lessons instead of rollouts. All exchanges
+about one cluster share their documents, and so one Group: the documents are computed once.
+
+The lessons go from looking up in few short documents to the full world, and end with the habits
+(hasty answers, slips, wrong keys) that leave self-play something to improve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import GenerationConfig
+
+from spell_megatron.config import Layout, Optimizer, Policy
+from spell_megatron.corpus.toy import CLEAN, Habits, Mix, Scale, Transcript, pieces, restated, transcripts
+from spell_megatron.newborn import newborn
+from spell_megatron.policy.learner import Learner, Update
+from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.types import Group, Sample, TrainBatch
+from tokenizer.chat import ChatTokenizer
+from tokenizer.convert import save
+from tokenizer.train import train
+
+POSITIONS = 1024
+PROMPT_WEIGHT, ANSWER_WEIGHT = 0.05, 4.0
+"""Of a prompt's token and of the answer's own; every other token of a reply weighs 1."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A stretch of the curriculum."""
+
+    name: str
+    steps: int
+    habits: Habits = CLEAN
+    scale: Scale = Scale()
+    mix: Mix = Mix()
+    restate: bool = True
+    """Also say every cluster's facts again in other words."""
+    patterns: int = 0
+    """Repeated random sequences per cluster: what grows the heads that look up."""
+
+
+_SMALL = Scale(people=(2, 2), shops=(1, 1), traits=(2, 2), items=(2, 2), paraphrases=False)
+_MIDDLE = Scale(people=(3, 4), shops=(1, 2), traits=(2, 3), items=(2, 3))
+_DIRECT = replace(CLEAN, hops=0.0, hops_after_history=0.0)
+
+CURRICULUM = (
+    Lesson("look up", 300, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3),
+    Lesson("other words", 250, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1)),
+    Lesson("the whole world", 400, CLEAN, mix=Mix(10, 3, 3, 1)),
+    Lesson("habits", 350, Habits(), mix=Mix(8, 3, 4, 1), restate=False),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the seed model is taught, and how; with a seed it settles every weight."""
+
+    lessons: tuple[Lesson, ...] = CURRICULUM
+    tokens: int = 4096
+    """Tokens of one update."""
+    lr: float = 3e-3
+    vocabulary: int = 1024
+    """Upper bound of the tokenizer's size."""
+
+
+def make_seed_model(
+    folder: Path, seed: int = 0, recipe: Recipe = Recipe(), *, report: Callable[[str], None] = _log.info
+) -> Path:
+    """Make the seed model from nothing: tokenizer, newborn weights, lessons. Returns `folder`.
+
+    `folder` receives a complete Hugging Face model and `provenance.json`: the recipe and the
+    digest of all lessons.
+    """
+    birth = folder.with_name(folder.name + ".newborn")
+    save(_train_tokenizer(seed, recipe.vocabulary), POSITIONS, birth)
+    codec = ChatTokenizer.load(birth)
+    newborn(codec.vocab_size, codec.eos_ids[0], POSITIONS, seed).save_pretrained(birth)
+    GenerationConfig(eos_token_id=list(codec.eos_ids)).save_pretrained(birth)
+    steps = sum(lesson.steps for lesson in recipe.lessons)
+    policy = Policy(
+        dtype="float32",
+        stream_tokens=2 * recipe.tokens,
+        optimizer=Optimizer(
+            lr=recipe.lr, warmup_steps=100, decay_steps=steps, min_lr=recipe.lr / 30, betas=(0.9, 0.95), weight_decay=0.05
+        ),
+    )
+    school, digest, done = School(codec, seed), hashlib.sha256(), 0
+    world = start_world(Layout(), seed=seed, timeout_seconds=600)
+    try:
+        learner = Learner(policy, birth, world)
+        for lesson in recipe.lessons:
+            for batch in school.batches(lesson, recipe.tokens):
+                digest.update(_bytes(batch))
+                update = learner.update(batch)
+                done += 1
+                if done % 50 == 0:
+                    report(f"{lesson.name}: step {done} of {steps}, {_surprise(batch, update):.3f} nats a reply token")
+        learner.save_hf(folder)
+    finally:
+        stop_world()
+    provenance = {
+        "command": f"spell-megatron seed-model OUT --seed {seed}",
+        "recipe": asdict(recipe),
+        "lessons_sha256": digest.hexdigest(),
+    }
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def _train_tokenizer(seed: int, size: int) -> bytes:
+    """On what the three roles read and write; a line break inside a text would end a sentence."""
+    prompts = Prompts("short")
+    exchanges = (exchange for index in range(400) for exchange in transcripts(seed, index))
+    texts = (text for exchange in exchanges for text in (_message(prompts, exchange), exchange.reply))
+    return train((line for text in texts for line in text.split("\n")), pieces(), size)
+
+
+def _message(prompts: Prompts, exchange: Transcript) -> str:
+    return prompts.render(exchange.role, exchange.task, **exchange.variables)
+
+
+class School:
+    """Turns lessons into batches of weighted tokens, without end and in a fixed order."""
+
+    def __init__(self, codec: ChatTokenizer, seed: int) -> None:
+        self._codec, self._seed, self._next = codec, seed, 0
+        self._prompts = Prompts("short")
+        self._stop = codec.encode(".")[-1]
+        self._fence = codec.encode("</text>")[-1]
+
+    def batches(self, lesson: Lesson, tokens: int) -> Iterator[TrainBatch]:
+        """`lesson.steps` batches of about `tokens` tokens."""
+        groups: list[Group] = []
+        for _ in range(lesson.steps):
+            while sum(map(_size, groups)) < tokens:
+                groups += self._cluster(lesson, self._next)
+                self._next += 1
+            batch: list[Group] = []
+            while sum(map(_size, batch)) < tokens:
+                batch.append(groups.pop(0))
+            yield TrainBatch(tuple(batch))
+
+    def _cluster(self, lesson: Lesson, index: int) -> list[Group]:
+        """One group for each thing that exchanges about a cluster have in common."""
+        shared: dict[tuple[str, int], list[tuple[list[int], Sample]]] = defaultdict(list)
+        for exchange in transcripts(
+            self._seed, index, habits=lesson.habits, scale=lesson.scale, mix=lesson.mix
+        ):
+            read = len(exchange.variables.get("documents", ()))
+            shared[exchange.role, read].append(self._exchange(exchange))
+        groups = [_common(pairs) for pairs in shared.values()]
+        if lesson.restate:
+            groups.append(self._restated(lesson, index))
+        rng = random.Random(f"patterns/{self._seed}/{index}")
+        return groups + [self._pattern(rng) for _ in range(lesson.patterns)]
+
+    def _exchange(self, exchange: Transcript) -> tuple[list[int], Sample]:
+        """Prompt, and the reply with its weights: the answer is what stands before the last sign."""
+        reply = [*self._codec.encode(exchange.reply), self._codec.eos_ids[0]]
+        weights = [1.0] * len(reply)
+        answer = -2 if exchange.role == "verifier" else -3
+        weights[answer] = ANSWER_WEIGHT
+        return self._codec.prompt(_message(self._prompts, exchange)), Sample(reply, weights)
+
+    def _restated(self, lesson: Lesson, index: int) -> Group:
+        """Facts by threes after their documents; only the values can be known, and only they count."""
+        documents, facts = restated(self._seed, index, lesson.scale)
+        message = " ".join(["<text>", *(document.text for document in documents), "</text>"])
+        prompt = self._codec.prompt(message)
+        prompt = prompt[: prompt.index(self._fence) + 1]
+        said = [self._codec.encode(" ".join(facts[at : at + 3])) for at in range(0, len(facts), 3)]
+        return Group(
+            tuple(prompt),
+            tuple(
+                Sample(tokens, [float(after == self._stop) for after in [*tokens[1:], -1]]) for tokens in said
+            ),
+        )
+
+    def _pattern(self, rng: random.Random) -> Group:
+        """A random sequence of words, twice: the second time every next word can be known."""
+        words = range(self._codec.vocab_size - _WORDS, self._codec.vocab_size)
+        sequence = rng.choices(words, k=rng.randint(6, 24))
+        weights = [0.0] * (len(sequence) + 1) + [1.0] * (len(sequence) - 1)
+        return Group(self._codec.prompt("")[:1], (Sample(sequence * 2, weights),))
+
+
+_WORDS = 600
+
+
+def _common(pairs: Sequence[tuple[list[int], Sample]]) -> Group:
+    """One group of exchanges: their common beginning is the prompt, the rest of each prompt weighs little."""
+    prompts = [prompt for prompt, _ in pairs]
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    samples = []
+    for prompt, reply in pairs:
+        own = prompt[shared:]
+        samples.append(Sample([*own, *reply.tokens], [PROMPT_WEIGHT] * len(own) + [*reply.weights]))
+    return Group(prompts[0][:shared], tuple(samples))
+
+
+def _surprise(batch: TrainBatch, update: Update) -> float:
+    """Mean negative log-likelihood of the tokens that count."""
+    logprobs = np.concatenate([row for group in update.scores.logprobs for row in group])
+    weights = np.concatenate([np.asarray(sample.weights) for group in batch.groups for sample in group.samples])
+    return -float(logprobs[weights >= 1].mean())
+
+
+def _size(group: Group) -> int:
+    return len(group.prompt) + group.response_tokens
+
+
+def _bytes(batch: TrainBatch) -> bytes:
+    """A batch's tokens and weights, for the digest."""
+    tokens = [token for group in batch.groups for part in (group.prompt, *(s.tokens for s in group.samples)) for token in part]
+    weights = [weight for group in batch.groups for sample in group.samples for weight in sample.weights]
+    return np.asarray(tokens, np.int32).tobytes() + np.asarray(weights, np.float32).tobytes()

@@ -1,0 +1,130 @@
+"""Model folders of safetensors: slices read from them, shards written to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spell_megatron.types import SpellError
+
+_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 4 << 30
+
+
+class ModelFolder:
+    """Reads parts of tensors, so that a rank loads only what it holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = self._index()
+        self._open: dict[Path, safe_open] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """Rows (and columns) of a tensor; only these are read from disk."""
+        if name not in self._files:
+            raise SpellError(f"{self.folder} lacks the tensor {name!r}: is it the folder of the configured model?")
+        path = self._files[name]
+        try:
+            handle = self._open.get(path)
+            if handle is None:
+                handle = self._open[path] = safe_open(path, framework="pt", device="cpu")
+            tensor = handle.get_slice(name)
+            return tensor[rows, columns] if columns is not None else tensor[rows]
+        except (SafetensorError, OSError) as error:
+            raise SpellError(f"{path} is damaged at {name!r}: {error}; copy the model folder again") from None
+
+    def _index(self) -> dict[str, Path]:
+        index = self.folder / _INDEX
+        try:
+            if index.is_file():
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {name: self.folder / file for name, file in names.items()}
+            files = sorted(self.folder.glob("*.safetensors"))
+            if not files:
+                raise SpellError(f"{self.folder} has no *.safetensors: convert the model to safetensors first")
+            found: dict[str, Path] = {}
+            for path in files:
+                with safe_open(path, framework="pt") as handle:
+                    found.update(dict.fromkeys(handle.keys(), path))
+            return found
+        except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+            raise SpellError(f"cannot read the weights in {self.folder}: {error}; copy the folder again") from None
+
+
+def write_model(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], *, source: Path, dtype: torch.dtype, write: bool
+) -> None:
+    """Write a model folder: streamed `weights` as shards, everything else copied from the folder `source`.
+
+    At most one shard is in memory. The folder appears under its name only when it is complete. Ranks that do
+    not write still consume the stream, whose items are collectives.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    if not write:
+        for _ in weights:
+            pass
+        return
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _copy_companions(source, partial, dtype)
+        _write_shards(partial, weights)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise SpellError(f"cannot write the model to {folder}: {error}") from None
+
+
+def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Config and tokenizer files; no weights, no half-written ones."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != _INDEX:
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    shard: dict[str, Tensor] = {}
+    files: list[Path] = []
+    names: dict[str, int] = {}
+    size = total = 0
+
+    def flush() -> None:
+        files.append(folder / f"model-{len(files) + 1:05d}.safetensors")
+        save_file(shard, files[-1], metadata={"format": "pt"})
+        shard.clear()
+
+    for name, tensor in weights:
+        tensor = tensor.detach().to("cpu").contiguous()
+        if shard and size + tensor.nbytes > _SHARD_BYTES:
+            flush()
+            size = 0
+        shard[name] = tensor.clone()
+        names[name] = len(files)
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    final = [folder / f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for old, new in zip(files, final, strict=True):
+        old.rename(new)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: final[file].name for name, file in names.items()},
+    }
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

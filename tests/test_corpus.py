@@ -1,0 +1,486 @@
+"""Corpora: every fault of a file is skipped and counted, clusters keep their limits, draws resume exactly."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import sqlite3
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spell_megatron.config import Corpus, Source
+from spell_megatron.corpus import ClusterSampler
+from spell_megatron.corpus.cleaning import clean, fingerprint, sketch
+from spell_megatron.corpus.clustering import Filler, passages, similar
+from spell_megatron.corpus.reading import Skipped, Text, read
+from spell_megatron.corpus.sampler import permuted
+from spell_megatron.corpus.store import ClusterStore
+from spell_megatron.types import Cluster, SpellError
+
+pytestmark = pytest.mark.unit
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def prose(seed: int, length: int) -> str:
+    """Text without repetition: every word occurs once in the whole corpus."""
+    return " ".join(f"w{seed}x{i}" for i in range(length))
+
+
+def texts_of(path: Path, **options: object) -> tuple[list[Text], Skipped]:
+    skipped = Skipped()
+    return list(read(Source(path=str(path), **options), skipped)), skipped  # type: ignore[arg-type]
+
+
+def sampler_of(
+    path: Path, *, tokens: int = 100, documents: int = 20, seed: int = 0, **options: object
+) -> ClusterSampler:
+    source = Source(path=str(path), **options)  # type: ignore[arg-type]
+    return ClusterSampler(
+        Corpus(sources=(source,), cluster_tokens=tokens, max_documents=documents), words, seed
+    )
+
+
+def whole_epoch(sampler: ClusterSampler) -> list[Cluster]:
+    """Each cluster once."""
+    clusters = {cluster.id: cluster for cluster, _ in sampler.draw(3 * sum(sampler.domains.values()))}
+    return list(clusters.values())
+
+
+def write_lines(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ---- reading
+
+
+def test_a_folder_gives_its_texts_and_names_what_it_skips(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("Ein schöner Text", encoding="utf-8")
+    (tmp_path / "a" / "two.md").write_text("# Two", encoding="utf-8")
+    (tmp_path / "a" / "GPL-3.1").write_text("a licence, its version for an ending")
+    with gzip.open(tmp_path / "zipped.txt.gz", "wt") as file:
+        file.write("zipped text")
+    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
+    (tmp_path / "binary.txt").write_bytes(b"\x7fELF\0\0\1")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.md").write_text(" \n\n ")
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"text " * 9999)[:60])
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with caplog.at_level(logging.WARNING):
+        texts, skipped = texts_of(tmp_path)
+    assert {(text.name, text.cluster) for text in texts} == {
+        ("a/GPL-3.1", "a"), ("a/one.txt", "a"), ("a/two.md", "a"), ("zipped.txt.gz", ""),
+    }  # fmt: skip
+    assert skipped.counts == {
+        "not UTF-8": 1, "binary": 1, "empty": 2, "damaged": 1, "of another type": 1, "not a regular file": 1,
+    }  # fmt: skip
+    assert "latin.txt: not UTF-8 (byte 0xf6)" in caplog.text
+
+
+def test_one_kind_of_fault_does_not_flood_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(50):
+        (tmp_path / f"{number}.txt").write_text("")
+    with caplog.at_level(logging.WARNING):
+        _, skipped = texts_of(tmp_path)
+    assert skipped.counts["empty"] == 50
+    assert len(caplog.records) < 6
+
+
+def test_a_huge_text_is_read_in_parts_that_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spell_megatron.corpus.reading.BLOCK_BYTES", 101)
+    text = "\n\n".join(f"Absatz {i} mit Umläuten äöü und dem Zeichen 𝄞." for i in range(60))
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    texts, skipped = texts_of(tmp_path)
+    assert "".join(part.text for part in texts) == text
+    assert len(texts) > 10
+    assert not skipped.counts
+
+
+def test_json_lines_survive_every_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spell_megatron.corpus.reading.ROW_BYTES", 4096)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + b'{"text": "first", "cluster": 7, "title": "T"}\n'
+        b"\n"
+        b'{"text": "torn\n'
+        b"[1, 2]\n"
+        b'{"text": "sch\xf6n"}\n'
+        b'{"text": 12}\n'
+        b'{"text": null}\n'
+        b'{"other": "x"}\n' + b"[" * 4000 + b"\n"
+        b'{"text": "' + b"x" * 9000 + b'"}\n'
+        b'{"text": "last \\ud800"}\n'
+    )
+    texts, skipped = texts_of(path)
+    assert [(text.text[:5], text.cluster, text.title) for text in texts] == [
+        ("first", "7", "T"), ("last ", "rows.jsonl", ""),
+    ]  # fmt: skip
+    assert skipped.counts == {
+        "not JSON": 2, "not a JSON object": 1, "not UTF-8": 1, "without text in 'text'": 1, "empty": 2,
+        "longer than 0 MiB": 1,
+    }  # fmt: skip
+
+
+def test_a_missing_column_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"txt": "a", "n": 1}] * 3)
+    with pytest.raises(
+        SpellError, match=r"without a column 'text' \(did you mean text_field: txt\? columns: n, txt\)"
+    ):
+        sampler_of(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "json", "jsonl.gz", "parquet"])
+def test_the_layouts_of_published_corpora(tmp_path: Path, layout: str) -> None:
+    def write(folder: Path, rows: list[dict[str, object]]) -> Path:
+        folder.mkdir()
+        path = folder / f"part-0.{layout}"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        match layout:
+            case "jsonl":
+                path.write_text(lines)
+            case "jsonl.gz":
+                path.write_bytes(gzip.compress(lines.encode()))
+            case "json":
+                path.write_text(json.dumps(rows))
+            case "parquet":
+                import pyarrow
+                from pyarrow import parquet
+
+                parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return folder
+
+    fineweb = write(
+        tmp_path / "fineweb", [{"content": f"page {i}", "score": 0.9, "source": "w"} for i in range(3)]
+    )
+    assert [text.text for text in texts_of(fineweb)[0]] == ["page 0", "page 1", "page 2"]
+
+    rows = [{"question_id": f"q{i}", "question": "?", "paragraphs": [f"a{i}", f"| b{i} |"]} for i in range(2)]
+    docmath = write(tmp_path / "docmath", rows)  # type: ignore[arg-type]
+    assert [(t.cluster, t.text) for t in texts_of(docmath)[0]] == [
+        ("q0", "a0\n\n| b0 |"),
+        ("q1", "a1\n\n| b1 |"),
+    ]
+
+
+def test_damaged_parquet_does_not_stop_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")
+    (tmp_path / "b.txt").write_text("usable")
+    texts, skipped = texts_of(tmp_path)
+    assert [text.text for text in texts] == ["usable"]
+    assert skipped.counts == {"damaged": 1}
+
+
+def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpellError, match="neither a file, a folder nor a hub id"):
+        sampler_of(tmp_path / "missing")
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("the network is unreachable")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", offline)
+    with pytest.raises(SpellError, match="org/name cannot be listed: the network is unreachable"):
+        ClusterSampler(Corpus(sources=(Source(path="org/name"),)), words, 0)
+
+
+def test_a_hub_data_set_is_read_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = write_lines(tmp_path / "x.jsonl", [{"text": "from the hub"}])
+    names = ["README.md", "data/a.jsonl", "data/b.jsonl", "other/c.jsonl"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repo, repo_type: names)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name, repo_type: str(local))
+    texts = list(read(Source(path="org/name:data/*"), Skipped()))
+    assert [(text.name, text.text) for text in texts] == [
+        ("data/a.jsonl#1", "from the hub"), ("data/b.jsonl#1", "from the hub"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"a.txt": b""}, {"a.txt": b"\0\1"}, {"a.bin": b"x", "b.txt": b"\xff"}]
+)
+def test_a_corpus_without_usable_text_says_what_was_skipped(
+    tmp_path: Path, content: dict[str, bytes]
+) -> None:
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(SpellError, match="has no usable text") as error:
+        sampler_of(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert all(name in str(error.value) for name in content)
+
+
+# ---- cleaning
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_cleaning_is_final_and_leaves_nothing_that_cannot_be_stored(text: str) -> None:
+    once = clean(text)
+    assert clean(once) == once
+    assert not any(ord(c) < 32 and c not in "\n\t" for c in once)
+    once.encode("utf-8")
+
+
+def test_cleaning_takes_no_quadratic_time() -> None:
+    assert clean(" " * 2_000_000 + "x" + "\n \n" * 500_000) == " " * 2_000_000 + "x"
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_case_and_white_space_do_not_make_a_new_text(text: str) -> None:
+    assert fingerprint(f"  {text.lower()}\n") == fingerprint(text.lower())
+
+
+def test_near_duplicates_share_a_band_and_other_texts_do_not() -> None:
+    base = [f"word{i * i % 977}" for i in range(400)]
+    edited = [*base[:200], "another", *base[201:]]
+    other = [f"word{i * 31 % 991}" for i in range(400)]
+    assert set(sketch(" ".join(base))) & set(sketch(" ".join(edited)))
+    assert not set(sketch(" ".join(base))) & set(sketch(" ".join(other)))
+
+
+def test_short_texts_that_differ_in_one_figure_are_both_kept(tmp_path: Path) -> None:
+    for price in range(10):
+        (tmp_path / f"{price}.txt").write_text("Prices of the shop. " * 8 + f"Bread costs {price} coins.")
+    (tmp_path / "again.txt").write_text("prices of the shop. " * 8 + "Bread costs  3 COINS.\n")
+    sampler = sampler_of(tmp_path, tokens=5000)
+    assert sum(len(cluster.documents) for cluster in whole_epoch(sampler)) == 10
+
+
+# ---- clusters
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab .\n", max_size=400), st.integers(1, 80))
+def test_passages_lose_nothing_and_keep_their_size(text: str, size: int) -> None:
+    parts = passages(text, size)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert all(0 < len(part) <= size for part in parts)
+
+
+def test_passages_end_with_paragraphs() -> None:
+    paragraphs = [f"Paragraph {i}. " + "It goes on. " * 5 for i in range(20)]
+    assert all(part.startswith("Paragraph") for part in passages("\n\n".join(paragraphs), 250))
+
+
+Sizes = st.lists(st.integers(1, 50), max_size=60)
+
+
+@settings(deadline=None)
+@given(Sizes, st.integers(1, 8), st.integers(1, 8))
+def test_filling_uses_every_document_once_within_the_limits(sizes: list[int], limit: int, bins: int) -> None:
+    filler = Filler(100, limit, bins)
+    clusters = [
+        full for i, size in enumerate(sizes) if (full := filler.add(i, size)) is not None
+    ] + filler.close()
+    assert sorted(i for cluster in clusters for i in cluster) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in cluster) <= 100 and len(cluster) <= limit for cluster in clusters)
+
+
+@settings(deadline=None)
+@given(Sizes)
+def test_similar_documents_are_used_once_within_the_limits(sizes: list[int]) -> None:
+    block = [(i, size, f"topic{i % 3} word{i}") for i, size in enumerate(sizes)]
+    clusters = list(similar(block, 100, 5))
+    assert sorted(i for cluster in clusters for i in cluster) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in cluster) <= 100 and len(cluster) <= 5 for cluster in clusters)
+
+
+def test_similarity_keeps_topics_apart(tmp_path: Path) -> None:
+    topics = {
+        "sea": "ship sail harbour wave anchor storm mast",
+        "kitchen": "bread oven flour butter sugar spoon salt",
+    }
+    rows = [
+        {
+            "text": " ".join(f"{word} in {topic} story" for word in text.split()) + f" told by {topic}{i}",
+            "title": topic,
+        }
+        for i in range(10)
+        for topic, text in topics.items()
+    ]
+    write_lines(tmp_path / "mixed.jsonl", rows)  # type: ignore[arg-type]
+    sampler = sampler_of(tmp_path, tokens=10_000, documents=5, group_by="similarity", deduplicate="exact")
+    clusters = whole_epoch(sampler)
+    assert len(clusters) == 4
+    assert all(len({document.title for document in cluster.documents}) == 1 for cluster in clusters)
+
+
+@pytest.mark.parametrize("group_by", ["given", "similarity", "random"])
+def test_clusters_of_a_real_mixture(tmp_path: Path, group_by: str) -> None:
+    """Long, middling and tiny texts, some alone in their folders: all is read, nothing is over the budget."""
+    lengths = [5, 7, 30, 45, 80, 99, 100, 101, 250, 1000, 12, 3]
+    for number, length in enumerate(lengths):
+        folder = tmp_path / f"folder{number % 5}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.txt").write_text(prose(number, length))
+    clusters = whole_epoch(sampler_of(tmp_path, tokens=100, documents=6, group_by=group_by))
+    assert all(sum(words(d.text) for d in cluster.documents) <= 100 for cluster in clusters)
+    assert all(len(cluster.documents) <= 6 for cluster in clusters)
+    assert sum(len(cluster.documents) < 2 for cluster in clusters) <= 1
+    found = Counter(word for cluster in clusters for d in cluster.documents for word in d.text.split())
+    assert found == Counter(word for n, length in enumerate(lengths) for word in prose(n, length).split())
+
+
+def test_rows_of_one_cluster_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    rows = [{"text": prose(i, 5), "cluster": f"c{i % 10}"} for i in range(40)]
+    write_lines(tmp_path / "rows.jsonl", rows)  # type: ignore[arg-type]
+    clusters = whole_epoch(sampler_of(tmp_path))
+    numbers = [sorted(int(d.id.partition("#")[2]) - 1 for d in cluster.documents) for cluster in clusters]
+    assert sorted(numbers) == [[i, i + 10, i + 20, i + 30] for i in range(10)]
+
+
+def test_one_long_text_alone_makes_clusters_of_passages(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(prose(i, 40) for i in range(30)))
+    clusters = whole_epoch(sampler_of(path, tokens=400))
+    assert len(clusters) >= 3
+    assert all(len(cluster.documents) > 2 for cluster in clusters)
+
+
+def test_estimated_lengths_never_break_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the first texts lengths are estimated; here the estimate is far too low."""
+    monkeypatch.setattr("spell_megatron.corpus.store.COUNTED", 2)
+    rows = [{"text": "longwordwithmanycharacters" * 10}, {"text": "anotherlongwordwithmanycharacters" * 10}]
+    rows += [{"text": " ".join(f"{i}{c}" for c in "abcdefghijklmnop")} for i in range(100)]
+    write_lines(tmp_path / "rows.jsonl", rows)  # type: ignore[arg-type]
+    clusters = whole_epoch(sampler_of(tmp_path, tokens=50))
+    assert max(sum(words(d.text) for d in cluster.documents) for cluster in clusters) <= 50
+
+
+def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    def interrupted(text: str) -> int:
+        raise KeyboardInterrupt
+
+    corpus, folder = Corpus(sources=(Source(path=str(tmp_path / "a.txt")),)), tmp_path / "prepared"
+    with pytest.raises(KeyboardInterrupt):
+        ClusterSampler(corpus, interrupted, 0, folder)
+    assert list(folder.iterdir()) == []
+    ClusterSampler(corpus, words, 0, folder)
+
+
+def test_a_prepared_corpus_is_used_again_even_when_its_source_has_gone(tmp_path: Path) -> None:
+    source, folder = tmp_path / "a.txt", tmp_path / "prepared"
+    source.write_text(prose(1, 300))
+    corpus = Corpus(sources=(Source(path=str(source)),), cluster_tokens=100)
+    before = ClusterSampler(corpus, words, 0, folder).draw(9)
+    source.write_text("changed")
+    assert ClusterSampler(corpus, words, 0, folder).draw(9) == before
+
+
+def test_a_damaged_or_unwritable_preparation_is_one_clear_error(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.sqlite"
+    damaged.write_bytes(b"no database")
+    with pytest.raises(SpellError, match="cannot be read"):
+        ClusterStore(damaged, "x")
+    sqlite3.connect(tmp_path / "other.sqlite").close()
+    with pytest.raises(SpellError, match="cannot be read"):
+        ClusterStore(tmp_path / "other.sqlite", "x")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(SpellError, match="cannot write the prepared corpus"):
+        ClusterSampler(Corpus(sources=(Source(path=str(tmp_path / "a.txt")),)), words, 0, tmp_path / "a.txt")
+
+
+# ---- sampling
+
+
+@settings(deadline=None)
+@given(st.integers(1, 700), st.text(max_size=5))
+def test_a_permutation_meets_every_number_once(size: int, key: str) -> None:
+    assert sorted(permuted(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_permutations_differ_and_mix() -> None:
+    orders = {tuple(permuted(i, 50, f"{key}") for i in range(50)) for key in range(20)}
+    assert len(orders) == 20
+    firsts = Counter(permuted(0, 10, f"{key}") for key in range(2000))
+    assert all(120 < firsts[i] < 290 for i in range(10))
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> Corpus:
+    """`news` of 7 clusters for two tasks, `reports` of 3 clusters for one."""
+    write_lines(tmp_path / "news.jsonl", [{"text": prose(i, 9), "cluster": i // 2} for i in range(14)])
+    write_lines(tmp_path / "reports.jsonl", [{"text": prose(99 + i, 9), "cluster": i // 2} for i in range(6)])
+    return Corpus(
+        sources=(
+            Source(path=str(tmp_path / "news.jsonl"), weight=3, tasks=("doc_general_qa", "doc_mc")),
+            Source(path=str(tmp_path / "reports.jsonl"), weight=1, tasks=("docmath_qa",)),
+        )
+    )
+
+
+def test_an_epoch_brings_every_cluster_with_every_task_once(two_sources: Corpus) -> None:
+    sampler = ClusterSampler(two_sources, words, 0)
+    assert sampler.domains == {"news": 7, "reports": 3}
+    draws = [(cluster.id, task) for cluster, task in sampler.draw(400) if cluster.domain == "news"]
+    for start in (0, 14, 28):
+        epoch = draws[start : start + 14]
+        assert set(epoch) == {(f"news/{i}", task) for i in range(7) for task in ("doc_general_qa", "doc_mc")}
+    assert draws[:14] != draws[14:28]
+
+
+def test_sources_take_turns_by_weight_and_tasks_are_balanced(two_sources: Corpus) -> None:
+    drawn = ClusterSampler(two_sources, words, 0).draw(40)
+    assert Counter(cluster.domain for cluster, _ in drawn) == {"news": 30, "reports": 10}
+    assert Counter(task for _, task in drawn) == {"doc_general_qa": 15, "doc_mc": 15, "docmath_qa": 10}
+    for start in range(0, 40, 4):
+        assert Counter(cluster.domain for cluster, _ in drawn[start : start + 4])["reports"] == 1
+
+
+@pytest.mark.parametrize("done", [0, 1, 13, 14, 57])
+def test_a_restored_sampler_goes_on_to_the_very_draw(two_sources: Corpus, done: int) -> None:
+    whole = ClusterSampler(two_sources, words, 5)
+    whole.draw(done)
+    state = json.loads(json.dumps(whole.state()))
+    resumed = ClusterSampler(two_sources, words, 5)
+    resumed.restore(state)
+    assert resumed.draw(60) == whole.draw(60)
+
+
+def test_another_seed_is_another_order(two_sources: Corpus) -> None:
+    assert ClusterSampler(two_sources, words, 1).draw(20) != ClusterSampler(two_sources, words, 2).draw(20)
+
+
+def test_a_source_that_changed_starts_an_epoch(two_sources: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+    sampler = ClusterSampler(two_sources, words, 0)
+    sampler.draw(33)
+    state = sampler.state()
+    state["news"]["length"] += 2
+    del state["reports"]
+    sampler.restore(state)
+    assert (sampler.state()["news"]["epoch"], sampler.state()["news"]["position"]) == (1, 0)
+    assert sampler.state()["reports"]["position"] == 0
+    assert "changed its size" in caplog.text
+    assert "is new to this run" in caplog.text
+
+
+def test_equal_names_of_domains_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder / "docs").mkdir(parents=True)
+    sources = tuple(Source(path=str(tmp_path / folder / "docs")) for folder in ("a", "b"))
+    with pytest.raises(SpellError, match="several corpus sources are called 'docs'"):
+        ClusterSampler(Corpus(sources=sources), words, 0)
+
+
+def test_the_toy_world_is_a_source_like_any_other() -> None:
+    corpus = Corpus(sources=(Source(path="toy"),), toy_clusters=50)
+    drawn = ClusterSampler(corpus, words, 3).draw(150)
+    assert len({(cluster.documents, task) for cluster, task in drawn}) == 150
+    assert {cluster.domain for cluster, _ in drawn} == {"toy"}
+    assert ClusterSampler(corpus, words, 3).draw(150) == drawn

@@ -1,0 +1,201 @@
+"""Loaders over samples in each public set's own layout, and what becomes of broken rows."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from eval_samples import write_samples
+
+from eval import list_benchmarks
+from eval.benchmarks import find, helmet
+from eval.benchmarks.mrcr import o200k
+from eval.data import Data, pin
+from spell_megatron.types import SpellError
+
+pytestmark = pytest.mark.unit
+EXPECTED = {
+    "docmath": 8,
+    "frames": 2,
+    "2wikimqa": 2,
+    "hotpotqa": 2,
+    "musique": 2,
+    "longbench-v2": 3,
+    "aime24": 2,
+    "aime25": 2,
+    "amc23": 1,
+    "mmlu-pro": 2,
+    "helmet": 6,
+    "mrcr": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> Path:
+    return write_samples(tmp_path_factory.mktemp("data"))
+
+
+def load(name: str, root: Path, alone: bool = False):
+    [benchmark] = find([name])
+    data = Data(root, alone=alone)
+    return benchmark, benchmark.load(data), data.bad
+
+
+def test_names_in_order():
+    assert list_benchmarks() == list(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_official_layout(name, samples):
+    benchmark, items, bad = load(name, samples)
+    assert len(items) == EXPECTED[name]
+    assert len({item.id for item in items}) == len(items)
+    assert bad.total() == (1 if name == "helmet" else 0)  # a case without a short summary is not part of it
+    for item in items:
+        assert item.messages and item.references and all(item.references)
+        assert item.messages[-1]["role"] == "user"
+        assert benchmark.grade(item, None, "spell").prediction is None
+        assert benchmark.grade(item, "", "strict").score <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("docmath", "Therefore, the answer is (0.0)."),
+        ("frames", "The correct answer is Nile."),
+        ("hotpotqa", "The correct answer is Rome."),
+        ("longbench-v2", "The correct answer is (C)."),
+        ("aime24", "Thus \\boxed{33}"),
+        ("aime25", "Thus \\boxed{70}"),
+        ("amc23", "Thus \\boxed{27}"),
+        ("mmlu-pro", "so the answer is (B)."),
+        ("helmet", "Summary: It rained."),
+        ("mrcr", "\nZz9Rain falls."),
+    ],
+)
+def test_right_answers_score_one(name, answer, samples):
+    benchmark, items, _ = load(name, samples)
+    assert benchmark.grade(items[0], answer, "spell").score == 1
+    assert benchmark.grade(items[0], answer, "strict").score == 1
+    assert benchmark.grade(items[0], "Something else altogether", "spell").score < 1
+
+
+def test_prompts(samples):
+    content = load("docmath", samples)[1][0].messages[0]["content"]
+    assert "<text>\nRevenue | 2018 | 2017\nTotal | 0.0 | 1.0\n</text>" in content
+    assert content.endswith('"Therefore, the answer is (insert answer here)".')
+    content = load("frames", samples)[1][1].messages[0]["content"]
+    assert "Nile\nThe Nile is a river.\nCongo\n{question} is braced." in content
+    content = load("longbench-v2", samples)[1][0].messages[0]["content"]
+    assert "(D) choice number D" in content and content.endswith(
+        '"The correct answer is (insert answer here)".'
+    )
+    content = load("mmlu-pro", samples)[1][0].messages[0]["content"]
+    assert content.count("Question:") == 6 and "N/A" not in content
+    assert content.endswith("C. the third\nAnswer: Let's think step by step.\n\n")
+    conversation = load("mrcr", samples)[1][0].messages
+    assert [message["role"] for message in conversation] == ["user", "assistant", "user"]
+
+
+def test_helmet_selects_long_contexts_in_a_fixed_order(samples):
+    benchmark, items, _ = load("helmet", samples)
+    assert benchmark.select(items, lambda text: 100) == []
+    chosen = benchmark.select(items, lambda text: helmet.SHORTEST)
+    assert {item.labels["task"] for item in chosen} == {"books", "cases"}
+    assert chosen == benchmark.select(items, lambda text: helmet.SHORTEST)
+    books = [item for item in items if item.labels["task"] == "books"]
+    assert all(item.messages[0]["content"].count("[story text]") == helmet.SHOTS for item in books)
+    assert books[0].facts == {"points": ["It rained.", "Nobody left."], "expert": "It rained."}
+
+
+def test_mrcr_bins_by_tokens(samples):
+    benchmark, items, _ = load("mrcr", samples)
+    placed = benchmark.place(items[0], lambda text: 6_000)
+    if o200k() is None:
+        assert placed.labels["model's tokens"] == "16K-32K"
+    else:
+        assert placed.labels["o200k tokens"] == "4K-8K"
+
+
+def test_a_set_may_be_the_data_folder_itself_but_only_for_one_benchmark(samples):
+    folder = samples / "aime25"
+    assert len(load("aime25", folder, alone=True)[1]) == 2
+    with pytest.raises(SpellError, match=r"math-ai/aime25"):
+        load("aime25", folder, alone=False)
+
+
+def test_broken_rows_are_counted(tmp_path):
+    good = {"_id": "a", "input": "Who?", "context": "Text.", "answers": ["Ada"]}
+    rows = [
+        json.dumps(good),
+        "{not json",
+        json.dumps([1]),
+        json.dumps({**good, "answers": []}),
+        json.dumps({**good, "answers": "Ada"}),
+        json.dumps({**good, "input": None}),
+        json.dumps({**good, "context": "  "}),
+    ]
+    folder = tmp_path / "LongBench"
+    folder.mkdir()
+    (folder / "musique.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    _, items, bad = load("musique", tmp_path)
+    assert [item.id for item in items] == ["a"]
+    assert bad == {"not JSON": 1, "not an object": 1, "no answers": 2, "no input": 1, "no context": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "row", "reason"),
+    [
+        (
+            "docmath",
+            "docmath/complong-testmini.jsonl",
+            {"question": "?", "paragraphs": ["x"], "ground_truth": True},
+            "ground_truth",
+        ),
+        ("frames", "frames/test.jsonl", {"Prompt": "?", "Answer": "x", "wiki_links": []}, "page texts"),
+        ("longbench-v2", "longbench-v2/rows.jsonl", {"answer": "E"}, "A-D"),
+        (
+            "mrcr",
+            "mrcr/2needle.jsonl",
+            {"prompt": "[1]", "answer": "x", "random_string_to_prepend": "x"},
+            "messages",
+        ),
+        ("aime24", "aime24/rows.jsonl", {"problem": "?"}, "no answer"),
+    ],
+)
+def test_wrong_fields_are_named(name, folder, row, reason, tmp_path):
+    path = tmp_path / folder
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    [benchmark] = find([name])
+    data = Data(tmp_path)
+    if name == "docmath":
+        for subset in ("compshort", "simplong", "simpshort"):
+            (path.parent / f"{subset}-testmini.jsonl").write_text("", encoding="utf-8")
+    assert benchmark.load(data) == []
+    [(found, count)] = data.bad.items()
+    assert count == 1 and reason in found
+
+
+def test_missing_data_says_where_it_looked(tmp_path):
+    with pytest.raises(SpellError, match=re.escape(str(tmp_path / "math-ai/amc23"))):
+        load("amc23", tmp_path)
+    with pytest.raises(SpellError, match="does not exist"):
+        load("amc23", tmp_path / "nowhere")
+
+
+def test_unknown_benchmark_names_the_nearest():
+    with pytest.raises(SpellError, match="did you mean docmath"):
+        find(["docmaths"])
+
+
+def test_pinned_files_must_not_change(samples, tmp_path):
+    folder = tmp_path / "aime25"
+    folder.mkdir()
+    for path in (samples / "aime25").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert set(pin(folder)) == {"aime2025-I.jsonl", "aime2025-II.jsonl"}
+    assert len(load("aime25", tmp_path)[1]) == 2
+    (folder / "aime2025-I.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(SpellError, match="manifest"):
+        load("aime25", tmp_path)

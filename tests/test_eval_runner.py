@@ -1,0 +1,353 @@
+"""What an endpoint or a judge that misbehaves does to a run: counted, shown, never a wrong answer."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+from eval_standin import Capitals, StandIn, Unjudged, WordCodec, chat_reply, right, text_reply
+from rich.console import Console
+
+from eval.benchmark import Item
+from eval.benchmarks.helmet import Helmet
+from eval.benchmarks.mrcr import Mrcr
+from eval.data import Data
+from eval.endpoint import Endpoint, EndpointDied, Limits, Refused, Unanswered
+from eval.journal import Journal
+from eval.judge import Judge
+from eval.prompting import build, prefills_thinking
+from eval.report import Report, compare, read_report
+from eval.run import measure, plan
+from eval.runner import Settings
+from spell_megatron.types import SpellError
+
+pytestmark = pytest.mark.unit
+QUICK = Limits(timeout=5.0, tries=3, wait=0.02)
+SETTINGS = Settings(samples=4, concurrency=4)
+
+
+def run(
+    standin: StandIn,
+    home: Path,
+    settings: Settings = SETTINGS,
+    benchmark=None,
+    judge: StandIn | None = None,
+    limits: Limits = QUICK,
+    max_input: int = 1000,
+) -> Report:
+    async def go() -> Report:
+        async with Endpoint(standin.url, limits=limits) as source:
+            chosen = benchmark or Unjudged()
+            plans = plan([(chosen, chosen.load(Data(None)), {})], [max_input], WordCodec(), settings.limit)
+            console = Console(file=io.StringIO())
+            if judge is None:
+                return await measure(source, WordCodec(), plans, settings, home, "m", console=console)
+            with Journal(home / "verdicts.jsonl") as verdicts:
+                async with Endpoint(judge.url, limits=Limits(timeout=0.5, tries=1)) as asked:
+                    judging = Judge(asked, verdicts, longest_wait=0.02)
+                    return await measure(
+                        source, WordCodec(), plans, settings, home, "m", judge=judging, console=console
+                    )
+
+    return asyncio.run(go())
+
+
+def test_figures_and_files(tmp_path):
+    with StandIn(right) as standin:
+        report = run(standin, tmp_path)
+        assert sorted(seed for _, seed in standin.asked) == sorted([0, 1, 2, 3] * 10)
+        assert set(standin.asked.values()) == {1}
+    [result] = report.results
+    assert result.mean.value == 0.5 and result.mean.questions == 10 and report.complete
+    assert result.best_of == {1: 0.5, 2: 0.5, 3: 0.5, 4: 0.5}
+    assert result.subsets["half"]["first"].value == 0.6 and result.subsets["half"]["second"].value == 0.4
+    assert read_report(tmp_path) == report
+    assert "50.0 [20.0, 80.0]" in report.markdown()
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    json.loads((tmp_path / "report.json").read_text())
+
+
+def test_nothing_is_asked_twice(tmp_path):
+    with StandIn(right) as standin:
+        first = run(standin, tmp_path)
+        second = run(standin, tmp_path)
+        assert standin.asked.total() == 40 and first == second
+        run(standin, tmp_path, Settings(samples=5, concurrency=4))
+        assert standin.asked.total() == 50
+        run(standin, tmp_path, Settings(samples=4, concurrency=4, temperature=0.9))
+        assert standin.asked.total() == 90
+
+
+def test_passing_faults_are_retried(tmp_path):
+    def behave(kind, body, number):
+        faults = [(500, b"x"), (503, b"x"), (429, b"x"), (0, b""), (200, b"<html>"), (200, {"choices": []})]
+        return faults[number % 12 // 2] if number % 2 else right(kind, body, number)
+
+    with StandIn(behave) as standin:
+        report = run(standin, tmp_path, limits=Limits(timeout=5.0, tries=20, wait=0.01))
+    assert report.complete and report.results[0].mean.value == 0.5 and not report.results[0].problems
+
+
+def test_a_slow_answer_times_out_and_is_counted(tmp_path):
+    def behave(kind, body, number):
+        if chr(body["prompt"][-2]) == "3":
+            time.sleep(1.0)
+        return right(kind, body, number)
+
+    with StandIn(behave) as standin:
+        report = run(standin, tmp_path, limits=Limits(timeout=0.3, tries=2, wait=0.01))
+    [result] = report.results
+    assert result.problems == {"request failed: timed out": 4} and not result.complete
+    assert result.mean.value == pytest.approx(5 / 9)
+    assert result.bounds == (0.5, 0.6)
+    assert "Incomplete: 50.0 if all that is missing were wrong, 60.0 if right" in report.markdown()
+
+
+def test_a_refused_sample_is_counted_and_not_retried(tmp_path):
+    def behave(kind, body, number):
+        if chr(body["prompt"][-2]) == "2" and body["seed"] == 1:
+            return 400, {"error": {"message": f"maximum context length is 4096, found {5000 + number}"}}
+        return right(kind, body, number)
+
+    with StandIn(behave) as standin:
+        report = run(standin, tmp_path)
+        assert standin.asked.total() == 40
+    [result] = report.results
+    assert result.problems == {"request failed: HTTP 400: maximum context length is …, found …": 1}
+    assert result.mean.value == 0.5 and not report.complete
+
+
+def test_an_endpoint_that_dies_ends_the_run_and_keeps_what_is_done(tmp_path):
+    def behave(kind, body, number):
+        standin.dead = standin.dead or number > 17
+        return (0, b"") if standin.dead else right(kind, body, number)
+
+    with StandIn(behave) as standin:
+        with pytest.raises(EndpointDied, match="hold what is done") as died:
+            run(standin, tmp_path)
+        assert died.value.exit_code != 0
+        done = read_report(tmp_path).results[0].counts["answered"]
+        assert 17 - SETTINGS.concurrency <= done <= 17
+    with StandIn(right) as standin:
+        report = run(standin, tmp_path)
+        assert standin.asked.total() == 40 - done
+    assert report.complete and report.results[0].mean.value == 0.5
+
+
+def test_an_endpoint_that_lists_models_but_answers_nothing_counts_as_dead(tmp_path):
+    with StandIn(lambda *_: (500, b"")) as standin, pytest.raises(EndpointDied, match="in a row"):
+        run(standin, tmp_path, limits=Limits(timeout=1.0, tries=1, wait=0.01))
+
+
+def test_nothing_at_the_endpoint(tmp_path):
+    with StandIn(right) as standin:
+        url = standin.url
+    with pytest.raises(EndpointDied, match="check the URL"):
+        asyncio.run(_enter(url))
+    with pytest.raises(SpellError, match="http://host:8000"):
+        asyncio.run(_enter("localhost:8000"))
+
+
+async def _enter(url: str) -> None:
+    async with Endpoint(url, limits=QUICK):
+        pass
+
+
+def test_several_served_models_must_be_told_apart():
+    with StandIn(right, models=2) as standin, pytest.raises(SpellError, match="model-0, model-1"):
+        asyncio.run(_enter(standin.url + "/v1"))
+
+
+def test_the_judge_is_asked_only_where_the_rule_failed_and_once(tmp_path):
+    def judge(kind, body, number):
+        prompt = body["messages"][0]["content"]
+        return chat_reply("[[YES]]" if "land 1?" in prompt else "It does NOT agree. [[NO]]")
+
+    with StandIn(right) as standin, StandIn(judge) as judging:
+        report = run(standin, tmp_path, benchmark=Capitals(), judge=judging)
+        [result] = report.results
+        assert judging.chats == 5  # the four samples of a question gave the same answer
+        assert result.mean.value == 0.6 and result.rule.value == 0.5
+        assert result.scoring == "max(rule, judge model-0)" and result.counts["judged"] == 20
+        before = judging.chats
+        assert run(standin, tmp_path, benchmark=Capitals(), judge=judging) == report
+        assert judging.chats == before
+    with StandIn(right) as standin:
+        ruled = run(standin, tmp_path, benchmark=Capitals())
+    assert ruled.results[0].scoring == "rule only, no judge"
+
+
+def test_official_and_bracketed_verdicts_are_both_kept(tmp_path):
+    with StandIn(right) as standin, StandIn(lambda *_: chat_reply("They do NOT differ. [[YES]]")) as judging:
+        spell = run(standin, tmp_path, benchmark=Capitals(), judge=judging).results[0]
+        settings = Settings(samples=4, concurrency=4, mode="strict")
+        strict = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging).results[0]
+    assert (spell.mean.value, strict.mean.value) == (0.5, 1.0)
+    assert spell.metrics["judge says yes (official)"] == 0.0
+    assert spell.metrics["judge says yes (bracketed)"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("judge", "reason"),
+    [
+        (lambda *_: chat_reply("I would rather not say."), "no verdict in the judge's reply"),
+        (lambda *_: (500, b""), "the judge is silent: HTTP 500"),
+        (lambda *_: (401, {"error": "no key"}), "the judge refused: HTTP 401: no key"),
+        (lambda *_: time.sleep(0.8) or chat_reply("[[YES]]"), "the judge is silent: timed out"),
+    ],
+)
+def test_a_judge_that_fails_leaves_samples_unjudged_not_wrong(judge, reason, tmp_path):
+    settings = Settings(samples=1, concurrency=4)
+    with StandIn(right) as standin, StandIn(judge) as judging:
+        report = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging)
+    [result] = report.results
+    assert result.problems == {f"not judged: {reason}": 5}
+    assert result.mean.value == 1.0 and result.mean.questions == 5 and result.bounds == (0.5, 1.0)
+    assert result.rule.value == 0.5 and not report.complete
+
+
+def test_a_judge_that_recovers_is_asked_again_on_the_next_run(tmp_path):
+    settings = Settings(samples=1, concurrency=4)
+    with StandIn(right) as standin:
+        with StandIn(lambda *_: chat_reply("hm")) as judging:
+            run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging)
+        with StandIn(lambda *_: chat_reply("[[YES]]")) as judging:
+            report = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging)
+        assert standin.asked.total() == 10 and report.results[0].mean.value == 1.0 and report.complete
+
+
+def test_unreadable_helmet_verdicts_score_zero_and_are_counted(tmp_path):
+    class Summary(Helmet):
+        def load(self, data):
+            facts = {"points": ["It rained.", "It stopped."], "expert": "It rained, then stopped."}
+            return [
+                Item(
+                    "a",
+                    ({"role": "user", "content": "1?"},),
+                    "?",
+                    ("It rained.",),
+                    {"task": "books"},
+                    facts=facts,
+                ),
+                Item(
+                    "b",
+                    ({"role": "user", "content": "2?"},),
+                    "?",
+                    ("It rained.",),
+                    {"task": "cases"},
+                    facts=facts,
+                ),
+            ]
+
+        def select(self, items, count):
+            return items
+
+    def judge(kind, body, number):
+        prompt = body["messages"][0]["content"]
+        if "fluency" in prompt:
+            return chat_reply('{"fluency": 1}')
+        if '{"recall": 3}' in prompt:
+            return chat_reply('so {"recall": 1}')
+        return chat_reply('{"precision": 3, "sentence_count": 4}' if "novel" in prompt else "three of four")
+
+    with StandIn(lambda *_: text_reply("Summary: It rained.")) as standin, StandIn(judge) as judging:
+        [result] = run(standin, tmp_path, benchmark=Summary(), judge=judging).results
+        assert standin.asked.total() == 2
+    recall, precision = 1 / 2, 3 / 4
+    f1 = 2 * recall * precision / (recall + precision)
+    assert result.mean.value == pytest.approx(f1 / 2)
+    assert result.problems == {"no verdict in the judge's reply (scored 0)": 1}
+    assert result.scoring == "judge model-0"
+
+
+def test_prompts_that_do_not_fit_are_skipped_or_cut(tmp_path):
+    class Long(Unjudged):
+        def load(self, data):
+            return [Item("a", ({"role": "user", "content": "x" * 50},), "?", ("y",)), *super().load(data)]
+
+    class Whole(Long):
+        cut = "skip"
+
+    with StandIn(lambda *_: text_reply("The correct answer is y.")) as standin:
+        cut = run(standin, tmp_path / "cut", benchmark=Long(), max_input=20).results[0]
+        assert max(len(prompt) for prompt, _ in standin.asked) == 20
+        assert cut.counts["prompts cut"] == 1 and cut.complete and cut.counts["asked"] == 44
+    with StandIn(right) as standin:
+        for _ in range(2):
+            whole = run(standin, tmp_path / "whole", benchmark=Whole(), max_input=20).results[0]
+        assert whole.counts["skipped questions"] == 1 and whole.complete and whole.counts["asked"] == 40
+        assert standin.asked.total() == 40
+
+
+def test_head_cut_drops_the_tail_of_the_context_alone():
+    context = "".join(map(str, range(100)))
+    item = Item(
+        "a", ({"role": "user", "content": f"Read: {context}\nNow write."},), "?", ("y",), context=context
+    )
+    prompt = build(Helmet(), item, WordCodec(), 60)
+    text = WordCodec().decode(prompt.ids)
+    assert len(text) <= 60 and text.startswith("Read: 0123456789") and text.endswith("\nNow write.")
+    assert build(Helmet(), item, WordCodec(), 10).ids is None
+    assert build(Mrcr(), item, WordCodec(), 60).ids is None
+
+
+def test_a_template_that_opens_thinking_is_noticed():
+    class Thinker(WordCodec):
+        def conversation(self, messages):
+            return super().conversation(messages) + self.encode("<think>\n")
+
+    assert prefills_thinking(Thinker()) and not prefills_thinking(WordCodec())
+
+
+def test_journal_survives_a_half_written_line_and_damage(tmp_path):
+    path = tmp_path / "j.jsonl"
+    with Journal(path) as journal:
+        journal.append("a", {"text": "1"})
+        journal.append("b", {"text": "zwei ≠ 2"})
+    with path.open("ab") as stream:
+        stream.write(b"\xff garbage\n")
+        stream.write(b'{"key": "c", "te')
+    with Journal(path) as journal:
+        assert len(journal) == 2 and journal.damaged == 1 and journal.get("b") == {"text": "zwei ≠ 2"}
+        journal.append("c", {"text": "3"})
+        with pytest.raises(SpellError, match="another run"):
+            Journal(path)
+    with Journal(path) as journal:
+        assert journal.get("c") == {"text": "3"}
+
+
+def test_comparison_is_paired_by_question(tmp_path):
+    with StandIn(right) as standin:
+        before = run(standin, tmp_path / "before")
+    better = {0, 1, 2, 3, 4, 6, 8}
+
+    def behave(kind, body, number):
+        land = int(chr(body["prompt"][-2]))
+        return text_reply(f"The correct answer is city {land if land in better else 'X'}.")
+
+    with StandIn(behave) as standin:
+        after = run(standin, tmp_path / "after")
+    [(_, means, [difference])] = compare([before, after]).rows
+    assert [mean.value for mean in means] == [0.5, 0.7]
+    assert (difference.difference.value, difference.better, difference.worse) == (pytest.approx(0.2), 2, 0)
+    assert "+20.0" in compare([before, after]).markdown()
+
+
+def test_endpoint_tells_refusal_from_silence():
+    async def ask(url: str) -> str:
+        async with Endpoint(url, limits=QUICK) as endpoint:
+            return await endpoint.chat("?", max_tokens=1, seed=0)
+
+    with (
+        StandIn(lambda *_: (422, {"error": {"message": "bad"}})) as standin,
+        pytest.raises(Refused, match="bad"),
+    ):
+        asyncio.run(ask(standin.url))
+    with StandIn(lambda *_: (200, {"choices": [{"message": {"content": None}}]})) as standin:
+        with pytest.raises(Unanswered, match="no message"):
+            asyncio.run(ask(standin.url))
+        assert standin.chats == QUICK.tries

@@ -1,0 +1,263 @@
+"""The fleet's pure parts: the health of a server, and who gets a request."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spell_megatron.rollout import guard
+from spell_megatron.rollout.dispatch import Dispatcher
+from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.health import (
+    Answered,
+    Event,
+    Exited,
+    Failed,
+    Health,
+    Limits,
+    NewVersion,
+    Ready,
+    Restarted,
+    State,
+    Synced,
+    SyncFailed,
+    after,
+)
+from spell_megatron.rollout.transfer.manifest import Manifest
+
+pytestmark = pytest.mark.unit
+
+LIMITS = Limits(failures=2, restarts=2)
+VERSIONS = (0, 1, 2)
+EVENTS: list[Event] = [
+    Ready(),
+    SyncFailed(),
+    Answered(),
+    Failed(),
+    Exited(),
+    Restarted(),
+    *map(Synced, VERSIONS),
+    *map(NewVersion, VERSIONS),
+]
+
+
+def steps_from(health: Health) -> list[tuple[Event, Health]]:
+    legal = [e for e in EVENTS if not (isinstance(e, NewVersion) and e.version < health.target)]
+    return [(event, after(health, event, LIMITS)) for event in legal]
+
+
+def everything_reachable() -> dict[Health, list[tuple[Event, Health]]]:
+    """All healths that any order of events can lead to, with the steps between them."""
+    graph: dict[Health, list[tuple[Event, Health]]] = {}
+    todo = deque([Health(target=0)])
+    while todo:
+        health = todo.popleft()
+        if health not in graph:
+            graph[health] = steps_from(health)
+            todo.extend(new for _, new in graph[health])
+    return graph
+
+
+GRAPH = everything_reachable()
+STEPS = [(old, event, new) for old, steps in GRAPH.items() for event, new in steps]
+
+
+def test_every_state_is_reachable() -> None:
+    assert {health.state for health in GRAPH} == set(State)
+
+
+def test_only_the_target_version_serves() -> None:
+    assert all(health.held == health.target for health in GRAPH if health.serves)
+
+
+def test_the_only_ways_to_health_are_a_sync_and_an_answer_of_the_synced_process() -> None:
+    for old, event, new in STEPS:
+        if new.serves and not old.serves:
+            synced = isinstance(event, Synced) and old.state is State.SYNCING and event.version == new.target
+            answered = isinstance(event, Answered) and old.state is State.SUSPECT and old.held == old.target
+            assert synced or answered
+
+
+def test_a_process_knows_no_version_before_its_own_sync() -> None:
+    for old, event, new in STEPS:
+        if new.held != old.held:
+            assert new.held is None or event == Synced(new.held)
+        if new.state in (State.STARTING, State.DEAD, State.LOST):
+            assert new.held is None
+
+
+def test_a_new_version_takes_every_server_out_of_service() -> None:
+    for old, event, new in STEPS:
+        if isinstance(event, NewVersion) and event.version != old.held:
+            assert not new.serves and new.target == event.version
+
+
+def test_faults_and_restarts_are_bounded() -> None:
+    for old, event, new in STEPS:
+        assert new.failures < LIMITS.failures
+        assert new.restarts <= LIMITS.restarts
+        if isinstance(event, Failed) and old.state is State.HEALTHY:
+            assert not new.serves
+        if old.state is State.LOST:
+            assert new.state is State.LOST
+
+
+def test_from_anywhere_but_lost_a_server_can_come_back() -> None:
+    def recovers(health: Health) -> bool:
+        path: list[Event] = [Exited(), Restarted(), Ready(), Synced(health.target)]
+        for event in path:
+            health = after(health, event, LIMITS)
+        return health.serves
+
+    assert all(recovers(h) for h in GRAPH if h.state is not State.LOST and h.restarts < LIMITS.restarts)
+    assert not any(recovers(h) for h in GRAPH if h.state is State.LOST)
+
+
+def test_a_target_never_goes_back() -> None:
+    with pytest.raises(ValueError, match="goes back"):
+        after(Health(target=3), NewVersion(2), LIMITS)
+
+
+def prompt(seed: int, length: int = 300) -> list[int]:
+    return [random.Random(seed).randrange(1000) for _ in range(length)]
+
+
+def test_a_group_stays_together_and_groups_spread() -> None:
+    dispatcher = Dispatcher(capacity=64)
+    homes = []
+    for group in range(4):
+        engines = {dispatcher.choose(prompt(group), ["a", "b", "c", "d"]) for _ in range(8)}
+        assert len(engines) == 1
+        homes += engines
+    assert sorted(homes) == ["a", "b", "c", "d"]
+    assert dispatcher.running() == 32
+
+
+def test_a_long_common_prefix_leads_to_the_engine_that_holds_it() -> None:
+    dispatcher = Dispatcher(capacity=64)
+    documents = prompt(0, 1024)
+    first = dispatcher.choose([*documents, 1, 2], ["a", "b"])
+    dispatcher.choose(prompt(1), ["a", "b"])
+    dispatcher.choose(prompt(2), ["a", "b"])
+    assert dispatcher.choose([*documents, 3, 4, 5], ["a", "b"]) == first
+    few = [*documents[:100], *prompt(3, 1000)]  # a common instruction is no reason to crowd one engine
+    for engine in ("a", "b"):
+        while dispatcher.running(engine) < 3:
+            dispatcher.choose(prompt(dispatcher.running() + 10), [engine])
+    dispatcher.choose(prompt(99), [first or ""])
+    assert dispatcher.choose(few, ["a", "b"]) != first
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=80),
+    st.integers(1, 4),
+    st.sets(st.sampled_from("abc"), max_size=3),
+)
+def test_no_engine_gets_more_than_its_capacity(
+    moves: list[tuple[int, bool]], capacity: int, engines: set[str]
+) -> None:
+    dispatcher, running = Dispatcher(capacity), Counter[str]()
+    for seed, ends in moves:
+        if ends and running.total():
+            engine = max(running, key=lambda name: running[name])
+            dispatcher.finished(engine)
+            running[engine] -= 1
+            continue
+        chosen = dispatcher.choose(prompt(seed, 20), engines)
+        assert (chosen is None) == all(running[name] == capacity for name in engines)
+        if chosen is not None:
+            assert chosen in engines
+            running[chosen] += 1
+            assert running[chosen] <= capacity
+    assert dispatcher.running() == running.total()
+
+
+def test_kept_weights_are_the_streams_and_survive_a_half_read_one() -> None:
+    from spell_megatron.rollout.transfer.store import WeightStore
+
+    def weights(value: float) -> dict[str, torch.Tensor]:
+        return {name: torch.full((2, 3), value) for name in "abc"}
+
+    store = WeightStore(Manifest(dict.fromkeys("abc", (2, 3))), torch.device("cpu"))
+    for version, value in ((1, 1.0), (2, 2.0)):
+        stream = weights(value)
+        store.offer(stream.items())
+        for name, _ in store:
+            if name == "b":
+                break  # a transfer that failed
+        assert store.version is None
+        store.keep(version)
+        stream["a"].fill_(-1)  # the trainer goes on; what is kept does not change
+        assert {name: tensor.unique().item() for name, tensor in store} == dict.fromkeys("abc", value)
+        assert [meta.name for meta in store.metadata()] == ["a", "b", "c"]
+    store.offer({"a": torch.zeros(2, 3)}.items())
+    with pytest.raises(EngineError, match="lacks 2 tensors"):
+        list(store)
+    with pytest.raises(EngineError, match="lacks 2 tensors"):
+        store.keep(3)
+    assert store.version is None
+
+
+FAMILY = (
+    "import subprocess, sys, time\n"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    "time.sleep(600)\n"
+)
+
+
+def family(group: int) -> list[psutil.Process]:
+    """Living processes of a process group."""
+
+    def belongs(process: psutil.Process) -> bool:
+        try:
+            return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
+
+    return [process for process in psutil.process_iter() if belongs(process)]
+
+
+def wait_for(count: int, group: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(family(group)) != count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(family(group)) == count
+
+
+@pytest.mark.parametrize("end", ["parent closes the pipe", "parent is killed", "server is killed", "stopped"])
+def test_nothing_outlives_the_guards_parent(end: str) -> None:
+    starter = (  # a parent that starts a guard and sleeps; killed, it cannot say goodbye
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-m', {guard.__name__!r}, sys.executable, '-c', {FAMILY!r}],"
+        " stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)\n"
+        "print(p.stdout.readline().decode().strip(), flush=True)\n"
+        "sys.stdin.readline(); p.stdin.close(); p.wait()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", starter], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None and parent.stdin is not None
+    group = int(parent.stdout.readline())
+    wait_for(2, group)
+    if end == "server is killed":
+        psutil.Process(group).kill()
+    elif end == "parent is killed":
+        parent.kill()
+    else:
+        if end == "stopped":
+            for process in family(group):
+                process.suspend()
+        parent.stdin.close()
+    wait_for(0, group)
+    parent.kill()
+    parent.wait()

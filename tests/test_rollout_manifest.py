@@ -1,0 +1,71 @@
+"""What an update must bring, and how a stream is cut."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import make_model
+from safetensors.torch import load_file
+
+from spell_megatron.rollout.engine import EngineError, check_version, room_for
+from spell_megatron.rollout.model_files import stop_tokens
+from spell_megatron.rollout.transfer.manifest import Manifest, buckets
+
+pytestmark = pytest.mark.unit
+
+
+@given(st.lists(st.integers(min_value=0, max_value=40)), st.integers(min_value=1, max_value=64))
+def test_buckets_keep_order_and_limit(sizes: list[int], limit: int) -> None:
+    weights = [(str(i), torch.zeros(size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
+    cut = list(buckets(weights, limit))
+    assert [item for bucket in cut for item in bucket] == weights
+    for bucket in cut:
+        assert len(bucket) == 1 or sum(tensor.nbytes for _, tensor in bucket) <= limit
+    for left, right in itertools.pairwise(cut):  # no bucket could have taken the next tensor
+        assert sum(tensor.nbytes for _, tensor in left) + right[0][1].nbytes > limit
+
+
+def test_a_tied_head_may_come_or_not(tmp_path: Path) -> None:
+    folder = make_model("qwen3_tied", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    manifest = Manifest.of(folder)
+    assert dict(manifest.checked(weights.items())) == weights
+    with_head = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    assert dict(manifest.checked(with_head.items())) == with_head
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="safetensors"):
+        Manifest.of(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00nonsense")
+    with pytest.raises(EngineError, match="cannot read the model"):
+        Manifest.of(tmp_path)
+
+
+def test_stop_tokens_come_from_the_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="eos_token_id"):
+        stop_tokens(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
+    assert stop_tokens(tmp_path) == (5,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert stop_tokens(tmp_path) == (7, 8)
+
+
+def test_the_window_bounds_the_answer() -> None:
+    assert room_for([1] * 10, 5, 20) == 5
+    assert room_for([1] * 10, 50, 20) == 10
+    with pytest.raises(EngineError, match="20 tokens"):
+        room_for([1] * 20, 1, 20)
+
+
+def test_versions_grow() -> None:
+    check_version(3, 4)
+    with pytest.raises(EngineError, match="version 3"):
+        check_version(3, 3)

@@ -1,0 +1,132 @@
+"""The ring of the history memory, and the curriculum that it leads."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spell_megatron.selfplay.curriculum import choose_documents, choose_key
+from spell_megatron.selfplay.memory import Memory, Remembered
+from spell_megatron.selfplay.seeds import random_of, seed_of
+from spell_megatron.types import Question, SpellError
+
+pytestmark = pytest.mark.unit
+
+
+def question(text: str, answer: str = "12") -> Question:
+    return Question("docmath_qa", text, answer)
+
+
+def test_the_ring_forgets_the_oldest():
+    memory = Memory(3)
+    for number in range(5):
+        assert memory.store("docmath_qa", "c", (number,), question(f"q{number}"))
+    assert [entry.question.text for entry in memory.recall("docmath_qa", "c")] == ["q2", "q3", "q4"]
+    assert memory.recall("doc_mc", "c") == memory.recall("docmath_qa", "d") == ()
+
+
+def test_an_exact_repeat_is_not_stored():
+    memory = Memory(3)
+    assert memory.store("docmath_qa", "c", (1,), question("q"))
+    assert not memory.store("docmath_qa", "c", (2,), question(" q", "13"))
+    assert memory.store("docmath_qa", "c", (1,), question("another q"))
+    assert memory.store("docmath_qa", "other", (1,), question("q"))
+    assert len(memory) == 3
+    assert memory.rings == 2
+
+
+def test_a_memory_of_nothing_stays_empty():
+    memory = Memory(0)
+    assert not memory.store("docmath_qa", "c", (1,), question("q"))
+    assert len(memory) == 0
+    assert memory.state() == []
+
+
+def test_a_damaged_state_says_so():
+    with pytest.raises(SpellError, match="history memory"):
+        Memory(3).restore([{"task": "docmath_qa", "cluster": "c", "questions": [{"documents": [1]}]}])
+
+
+entries = st.tuples(
+    st.sampled_from(["docmath_qa", "doc_mc"]),
+    st.sampled_from("abc"),
+    st.lists(st.integers(0, 9), max_size=5),
+    st.text(max_size=3),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 4), st.lists(entries, max_size=40))
+def test_no_ring_is_ever_too_long_and_the_state_is_all_of_it(size: int, stored: list):
+    memory, again = Memory(size), Memory(size)
+    for task, cluster, documents, text in stored:
+        memory.store(task, cluster, documents, question(text))
+        ring = memory.recall(task, cluster)
+        assert len(ring) <= size
+        texts = [entry.question.text.strip() for entry in ring]
+        assert len(set(texts)) == len(texts)
+    again.restore(json.loads(json.dumps(memory.state())))
+    assert again.state() == memory.state()
+    assert len(again) == len(memory)
+    for task, cluster, _, _ in stored:
+        assert again.recall(task, cluster) == memory.recall(task, cluster)
+
+
+def remembered(*documents: int) -> Remembered:
+    return Remembered(documents, question("q"))
+
+
+def test_without_a_history_the_questioner_reads_fresh_documents_in_order():
+    for seed in range(50):
+        chosen = choose_documents(20, (), 5, random.Random(seed))
+        assert len(set(chosen)) == 5
+        assert list(chosen) == sorted(chosen)
+    assert choose_documents(3, (), 5, random.Random(0)) == (0, 1, 2)
+
+
+def test_the_context_grows_with_every_remembered_question_up_to_the_cluster():
+    history: list[Remembered] = []
+    sizes = []
+    for number in range(5):
+        chosen = choose_documents(12, history, 3, random.Random(number))
+        assert {index for entry in history for index in entry.documents} <= set(chosen)
+        history.append(Remembered(chosen, question(str(number))))
+        sizes.append(len(chosen))
+    assert sizes == [3, 6, 9, 12, 12]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 30),
+    st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=3),
+    st.integers(1, 8),
+    st.integers(0, 99),
+)
+def test_the_curriculum(available: int, history: list[list[int]], fresh: int, seed: int):
+    entries = [remembered(*documents) for documents in history]
+    chosen = choose_documents(available, entries, fresh, random.Random(seed))
+    known = {index for documents in history for index in documents if index < available}
+    assert list(chosen) == sorted(set(chosen))
+    assert known <= set(chosen) <= set(range(available))
+    assert len(chosen) == len(known) + min(fresh, available - len(known))
+    assert chosen == choose_documents(available, entries, fresh, random.Random(seed))
+
+
+def test_keys_are_balanced():
+    counts = Counter(choose_key(random_of(1, "step", number)) for number in range(4000))
+    assert set(counts) == set("ABCD")
+    assert min(counts.values()) > 880
+
+
+def test_seeds_depend_on_every_part_of_the_name_and_on_nothing_else():
+    names = {(a, b, role) for a in range(20) for b in range(20) for role in ("questioner", "responder")}
+    seeds = {seed_of(*name) for name in names}
+    assert len(seeds) == len(names)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert seed_of(1, 23) != seed_of(12, 3)
+    assert seed_of(0, 1, 2, "responder") == seed_of(0, 1, 2, "responder")

@@ -1,0 +1,122 @@
+"""Prompts say what each role needs, and insert texts without reading them; cut documents fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from selfplay_stage import TASKS, Characters
+
+from spell_megatron.selfplay.fitting import fit, water_level
+from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.types import Document, Question, SpellError
+
+pytestmark = pytest.mark.unit
+
+DOCUMENTS = (Document("1", "Ada lived in Rome."), Document("2", "Rome has 12 hills.", "Rome"))
+CHOICES = Question("doc_mc", "Which hill?", "B", {"A": "one", "B": "two", "C": "three", "D": "four"})
+
+
+def question(task: str, text: str = "How many hills?") -> Question:
+    return Question(task, text, "B", CHOICES.options) if task == "doc_mc" else Question(task, text, "12")
+
+
+@pytest.mark.parametrize("style", ["full", "short"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_role_and_task_is_worded(style: str, task: str):
+    prompts = Prompts(style)
+    key = "C" if task == "doc_mc" else None
+    first = prompts.questioner(task, DOCUMENTS, (), key)
+    later = prompts.questioner(task, DOCUMENTS, (question(task, "An earlier one?"),), key)
+    asked = prompts.responder(question(task), DOCUMENTS)
+    for message in (first, later, asked):
+        assert all(document.text in message for document in DOCUMENTS)
+        assert message.index("<text>") < message.index("Ada") < message.index("</text>")
+    assert "An earlier one?" in later
+    assert "An earlier one?" not in first
+    blind = prompts.responder(question(task), ())
+    assert "Empty" in blind
+    assert "Ada" not in blind
+    assert "How many hills?" in blind
+    judged = prompts.verifier(question(task), "thirteen")
+    assert "thirteen" in judged
+    assert "How many hills?" in judged
+    assert "Ada" not in judged
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_full_prompts_state_the_format(task: str):
+    prompts = Prompts("full")
+    for history in ((), (question(task),)):
+        message = prompts.questioner(task, DOCUMENTS, history, "C")
+        assert '{"question":' in message
+        assert ('"options"' in message) == (task == "doc_mc")
+    sentence = "Therefore, the answer is (" if task == "docmath_qa" else "The correct answer is ("
+    assert sentence in prompts.responder(question(task), DOCUMENTS)
+    verifier = prompts.verifier(question(task), "x")
+    assert "[[YES]]" in verifier
+    assert "[[NO]]" in verifier
+    assert "0.15 %" in verifier
+
+
+def test_the_key_is_filled_in():
+    message = Prompts("full").questioner("doc_mc", DOCUMENTS, (), "D")
+    assert "under the letter D" in message
+    assert '"answer": "D"' in message
+
+
+def test_choices_stand_one_per_line_led_by_their_letters():
+    for style in ("full", "short"):
+        message = Prompts(style).responder(CHOICES, DOCUMENTS)
+        assert re.search(r"Which hill\?\s+\(A\) one\n\s*\(B\) two\n\s*\(C\) three\n\s*\(D\) four", message)
+
+
+def test_documents_are_inserted_and_never_rendered():
+    text = "{{ 7 * 6 }} {% for x in y %} {# #} <b>&amp;</b> </text> Question: done?"
+    message = Prompts("full").responder(question("docmath_qa"), (Document("1", text, "{{ title }}"),))
+    assert "{{ 7 * 6 }} {% for x in y %} {# #} <b>&amp;</b>" in message
+    assert "{{ title }}" in message
+    assert message.count("</text>") == 1
+
+
+def test_an_unknown_style_names_the_known_ones():
+    with pytest.raises(SpellError, match=r"full.*short"):
+        Prompts("fancy")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 200), max_size=8), st.integers(-50, 1500))
+def test_water_level(lengths: list[int], budget: int):
+    level = water_level(lengths, budget)
+    assert sum(min(length, level) for length in lengths) <= max(budget, 0)
+    if level < max(lengths, default=0) and budget >= 0:
+        assert sum(min(length, level + 1) for length in lengths) > budget
+
+
+def render(documents):
+    return "Read: " + "\n".join(document.text for document in documents)
+
+
+def test_a_prompt_that_fits_is_left_alone():
+    fitted = fit(render, DOCUMENTS, Characters(), 1000)
+    assert fitted is not None
+    assert fitted.cut == 0
+    assert Characters().decode(fitted.tokens) == render(DOCUMENTS)
+
+
+def test_the_longest_documents_are_cut_first():
+    documents = [Document("1", "short"), Document("2", "x" * 500), Document("3", "y" * 300)]
+    fitted = fit(render, documents, Characters(), 300)
+    assert fitted is not None
+    assert len(fitted.tokens) <= 300
+    text = Characters().decode(fitted.tokens)
+    assert "short" in text
+    assert text.count("x") == text.count("y") > 100
+    assert fitted.cut == 800 - text.count("x") - text.count("y")
+
+
+def test_a_question_that_leaves_no_room_has_no_prompt():
+    assert fit(lambda _: "x" * 101, DOCUMENTS, Characters(), 100) is None
+    assert fit(lambda _: "x" * 101, (), Characters(), 100) is None
