@@ -4,9 +4,10 @@ evaluate(["docmath"], models=["out/step-200/hf"], data=Path("data"), max_input=[
 """
 
 from eval.benchmarks import list_benchmarks
+from eval.comparison import Comparison, compare
 from eval.endpoint import EndpointDied, Limits
-from eval.report import Comparison, Report, compare, read_report
-from eval.run import Evaluation, JudgeSettings, evaluate, measure
+from eval.report import Report, read_report
+from eval.run import Evaluation, JudgeSettings, evaluate
 from eval.runner import Settings
 
 __all__ = [
@@ -20,6 +21,5 @@ __all__ = [
     "compare",
     "evaluate",
     "list_benchmarks",
-    "measure",
     "read_report",
 ]

@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -45,12 +46,17 @@ def bracketed_verdict(reply: str) -> bool | None:
 async def equivalence(task: str, item: Item, grade: Grade, ask: Ask, mode: Mode) -> Verdict:
     """Ask whether the extracted answer means the first gold answer, with the verifier's prompt of a task."""
     question = Question(task, item.question, item.references[0])
-    reply = await ask(Prompts("full").verifier(question, grade.shown), _usable)
+    reply = await ask(_prompts().verifier(question, grade.shown), _usable)
     readings = {
         "official": float(official_verdict(reply)),
         "bracketed": float(bracketed_verdict(reply) or False),
     }
     return Verdict(readings["bracketed" if mode == "strict" else "official"], readings)
+
+
+@cache
+def _prompts() -> Prompts:
+    return Prompts("full")
 
 
 def _usable(reply: str) -> str | None:

@@ -9,27 +9,28 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from eval.benchmark import Benchmark, Item
 from eval.benchmarks import find
+from eval.comparison import Comparison, compare
 from eval.data import Data
-from eval.endpoint import Endpoint, EndpointDied, Limits, Source
+from eval.endpoint import Endpoint, Limits
 from eval.journal import Journal
 from eval.judge import Judge
-from eval.prompting import Codec, prefills_thinking
-from eval.report import Comparison, Report, compare, overall, plot, summarise
-from eval.runner import Plan, Runner, Settings
-from eval.scoring import collect, score
+from eval.measure import Loaded, measure, plan, say
+from eval.plot import plot
+from eval.report import Report
+from eval.runner import Settings
 from spell_megatron.config import Rollout
 from spell_megatron.types import SpellError
 
-Loaded = tuple[Benchmark, list[Item], Counter[str]]
-"""A benchmark, its items, and the rows that could not be used."""
-
+SHORT = 8_192
+"""Room for the prompts of benchmarks that have no input limit."""
 RESERVE = 512
 """Tokens of a served context window beyond the longest input and output."""
 
@@ -56,15 +57,20 @@ class Evaluation:
     def complete(self) -> bool:
         return all(report.complete for report in self.reports)
 
+    def to_json(self) -> dict[str, Any]:
+        comparison = self.comparison.to_json() if self.comparison else None
+        reports = [report.to_json() for report in self.reports]
+        return {"complete": self.complete, "reports": reports, "comparison": comparison}
+
 
 def evaluate(
     benchmarks: Sequence[str] = (),
     *,
     models: Sequence[str | Path] = (),
-    endpoint: str = "",
+    endpoint: str | None = None,
     endpoint_model: str = "",
     api_key: str = "",
-    tokenizer: str | Path = "",
+    tokenizer: str | Path | None = None,
     data: Path | None = None,
     out: Path = Path("eval-runs"),
     max_input: Sequence[int] = (16_384,),
@@ -105,7 +111,7 @@ def evaluate(
     reports = []
     for folder in folders:
         home = out / _safe(str(folder))
-        console.print(f"starting a vLLM server for {folder} (log: {home / 'server.log'})")
+        say(console, f"starting a vLLM server for {folder} (log: {home / 'server.log'})")
         with serve(folder, serving or work.serving(folder), home / "vllm", log=home / "server.log") as url:
             source = Endpoint(url, model=SERVED_NAME, limits=limits, identity=_fingerprint(folder))
             reports.append(asyncio.run(work.report(source, tokenizer or folder, str(folder))))
@@ -113,69 +119,8 @@ def evaluate(
         return Evaluation(reports, None)
     comparison = compare(reports)
     comparison.write(out)
-    plot(reports, out / "comparison.png")
+    plot({report.model: report.results for report in reports}, out / "comparison.png")
     return Evaluation(reports, comparison)
-
-
-async def measure(
-    source: Source,
-    codec: Codec,
-    plans: list[Plan],
-    settings: Settings,
-    home: Path,
-    name: str,
-    *,
-    judge: Judge | None = None,
-    console: Console,
-) -> Report:
-    """Ask, grade, judge and write the tables of one source of completions. The core of `evaluate`.
-
-    An endpoint that dies does not lose what is done: the tables are written, then the error goes on.
-    """
-    with Journal(home / "journal.jsonl") as journal:
-        runner = Runner(source, codec, journal, settings, console)
-        died: EndpointDied | None = None
-        try:
-            await runner.ask(plans)
-        except EndpointDied as error:
-            died = error
-        if journal.damaged:
-            console.print(
-                f"[yellow]{journal.damaged} lines of {journal.path} could not be read and are asked again"
-            )
-        report = await _score(runner, plans, name, home, judge)
-    report.write(home)
-    console.print(f"tables: {home / 'report.md'}")
-    if died is not None:
-        raise EndpointDied(f"{died}; the tables in {home} hold what is done")
-    return report
-
-
-def plan(
-    loaded: Sequence[Loaded], limits: Sequence[int], codec: Codec, first: int | None = None
-) -> list[Plan]:
-    """Long benchmarks once per limit, short ones once without; of every benchmark the `first` items."""
-    plans = []
-    for benchmark, items, bad in loaded:
-        chosen = benchmark.select(items, codec.count)[:first]
-        for limit in sorted(set(limits)) if benchmark.long else [None]:
-            plans.append(Plan(benchmark, limit, chosen, Counter(bad)))
-    return plans
-
-
-async def _score(
-    runner: Runner, plans: list[Plan], settings: Settings, name: str, judge: Judge | None
-) -> Report:
-    prefilled = prefills_thinking(runner.codec)
-    results = []
-    for part in plans:
-        answers = await asyncio.to_thread(collect, part, runner, prefilled)
-        samples = await score(part, answers, judge, settings.mode)
-        skipped = sum(runner.skipped(part, item) for item in part.items)
-        judge_name = judge.endpoint.model if judge else ""
-        results.append(summarise(part, samples, runner.samples(part.benchmark), skipped, judge_name))
-    six = {kind.name: kind for kind in find()}
-    return Report(name, {**asdict(settings)}, results, overall(results, six))
 
 
 @dataclass(frozen=True)
@@ -189,7 +134,7 @@ class _Work:
     out: Path
     console: Console
 
-    async def report(self, source: Endpoint, tokenizer: str | Path, name: str) -> Report:
+    async def report(self, source: Endpoint, tokenizer: str | Path | None, name: str) -> Report:
         """Measure what an endpoint serves. `name` is how tables call it; the served name where empty."""
         from tokenizer.chat import ChatTokenizer  # transformers: processes that score must not wait for it
 
@@ -215,14 +160,31 @@ class _Work:
         return Judge(await stack.enter_async_context(endpoint), verdicts, wanted.concurrency)
 
     def serving(self, folder: Path) -> Rollout:
-        """A server with room for the longest input and output, in the precision of the weights."""
-        outputs = [benchmark.max_tokens + benchmark.reasoning_tokens for benchmark, _, _ in self.loaded]
+        """A server with room for the longest input and output, in the precision of the weights.
+
+        Raises SpellError where the model's window is smaller than an input limit.
+        """
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        window = int(config.get("max_position_embeddings") or 0)
+        output = max(self._output(benchmark) for benchmark, _, _ in self.loaded)
+        longest = max(self.max_input) if any(benchmark.long for benchmark, _, _ in self.loaded) else SHORT
+        if window and longest > window and longest != SHORT:
+            raise SpellError(
+                f"{folder} has a window of {window} tokens (max_position_embeddings), --max-input {longest}"
+                " is longer: extend it in config.json (rope_parameters: yarn), or give a smaller limit"
+            )
+        wanted = longest + output + RESERVE
+        if window and wanted > window:
+            say(self.console, f"{folder}: outputs end at the model's window of {window} tokens")
         dtype = config.get("dtype") or config.get("torch_dtype")
         return Rollout(
             dtype=dtype if dtype in ("float32", "float16") else "bfloat16",
-            max_model_len=max(self.max_input) + (self.settings.max_tokens or max(outputs)) + RESERVE,
+            max_model_len=min(wanted, window or wanted),
         )
+
+    def _output(self, benchmark: Benchmark) -> int:
+        reasoning = benchmark.reasoning_tokens if self.settings.thinking else 0
+        return self.settings.max_tokens or benchmark.max_tokens + reasoning
 
 
 def _load(benchmarks: Sequence[Benchmark], root: Path | None, console: Console) -> list[Loaded]:
@@ -235,7 +197,7 @@ def _load(benchmarks: Sequence[Benchmark], root: Path | None, console: Console) 
                 f"{benchmark.name}: no usable row; {_reasons(data.bad) or 'the files are empty'}"
             )
         if data.bad:
-            console.print(f"[yellow]{benchmark.name}: {data.bad.total()} rows not used: {_reasons(data.bad)}")
+            say(console, f"{benchmark.name}: {data.bad.total()} rows not used: {_reasons(data.bad)}")
         loaded.append((benchmark, items, data.bad))
     return loaded
 

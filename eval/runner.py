@@ -100,7 +100,7 @@ class Runner:
     async def ask(self, plans: list[Plan]) -> None:
         """Fill the journal. Raises EndpointDied; samples that fail are counted in their plan."""
         total = sum(len(plan.items) * self.samples(plan.benchmark) for plan in plans)
-        with _progress(self.console) as bar:
+        with progress_bar(self.console) as bar:
             task = bar.add_task("asking", total=total, failed="")
             queue: asyncio.Queue[_Job | None] = asyncio.Queue(maxsize=self.settings.concurrency)
             try:
@@ -228,7 +228,8 @@ def _reason(error: Exception) -> str:
     return status + colon + re.sub(r"\d{2,}", "…", rest)[:120]
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Count, elapsed time, and the time that is left. Tasks have a field `failed`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

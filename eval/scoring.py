@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from eval.runner import Plan, Runner
 
 GRADING_SECONDS = 30.0
 """The longest that one answer may occupy an isolated scorer; after that it is wrong, and counted."""
+TOO_LONG = "the scorer ran too long"
+LONGEST_SHOWN = 1_000
+"""Characters of an extracted answer that are kept."""
 BINS = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
 
 
@@ -42,61 +45,49 @@ class Sample:
     fault: str = ""
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Answered:
-    """A plan's answers: the item, the sample index, what the journal holds, and the rule's grade."""
+    """What the journal holds of one sample, and the rule's grade; a text says why there is no grade."""
 
     item: Item
     index: int
     record: Record
-    answer: str | None
-    grade: Grade | None = None
+    grade: Grade | str
 
 
 def collect(plan: Plan, runner: Runner, thinking_prefilled: bool) -> list[Answered]:
     """Everything that was answered, in the order of the items, graded by the rule."""
-    answers = []
-    for item in plan.items:
-        for index, record in runner.records(plan, item):
-            completion = Completion(record["text"], record["finish"], record["tokens"])
-            answer = final_answer(completion, thinking_prefilled)
-            if completion.finish == "length" and not plan.benchmark.reads_cut_answers:
-                answer = None
-            answers.append(Answered(item, index, record, answer))
-    tasks = [(replace(a.item, messages=(), context=""), a.answer) for a in answers]
-    for answered, grade in zip(answers, _grade(plan.benchmark, tasks, runner.settings.mode), strict=True):
-        answered.grade = grade
-    return answers
+    found = [(item, index, record) for item in plan.items for index, record in runner.records(plan, item)]
+    benchmark, mode = plan.benchmark, runner.settings.mode
+    tasks = [
+        (
+            benchmark,
+            replace(item, messages=(), context=""),
+            _answer(benchmark, record, thinking_prefilled),
+            mode,
+        )
+        for item, _, record in found
+    ]
+    grades = isolated(_grade, tasks, GRADING_SECONDS) if benchmark.isolated else (_grade(*t) for t in tasks)
+    return [Answered(*entry, TOO_LONG if g is None else g) for entry, g in zip(found, grades, strict=True)]
 
 
-async def score(plan: Plan, answers: Sequence[Answered], judge: Judge | None, mode: Mode) -> list[Sample]:
-    """Samples with their final scores; asks the judge for those that need one."""
-    return list(
-        await asyncio.gather(*(_score(plan.benchmark, answered, judge, mode) for answered in answers))
-    )
+async def score(
+    plan: Plan, answers: Sequence[Answered], judge: Judge | None, mode: Mode, done: Callable[[], None]
+) -> list[Sample]:
+    """Samples with their final scores; asks the judge for those that need one. `done` is called for each."""
+
+    async def one(answered: Answered) -> Sample:
+        sample = await _score(plan.benchmark, answered, judge, mode)
+        done()
+        return sample
+
+    return list(await asyncio.gather(*map(one, answers)))
 
 
 async def _score(benchmark: Benchmark, answered: Answered, judge: Judge | None, mode: Mode) -> Sample:
-    record, grade = answered.record, answered.grade
-    labels = (
-        {**record["labels"], "input tokens": _bin(record["input"])}
-        if benchmark.long
-        else dict(record["labels"])
-    )
-    sample = Sample(
-        item=answered.item.id,
-        index=answered.index,
-        labels=labels,
-        rule=grade.score if grade else 0.0,
-        score=grade.score if grade else 0.0,
-        prediction=grade.prediction[:1000] if grade and grade.prediction else None,
-        finish=record["finish"],
-        tokens=record["tokens"],
-        cut=record["sent"] < record["input"],
-        metrics=grade.metrics if grade else {},
-        fault="" if grade else "the scorer ran too long (scored 0)",
-    )
-    if judge is None or not benchmark.judged or grade is None or not grade.shown:
+    sample, grade = _ruled(benchmark, answered), answered.grade
+    if judge is None or not benchmark.judged or isinstance(grade, str) or not grade.shown:
         return sample
     if grade.score >= 1.0 and not benchmark.judge_replaces:
         return sample
@@ -115,12 +106,47 @@ async def _score(benchmark: Benchmark, answered: Answered, judge: Judge | None, 
     return sample
 
 
-def _grade(benchmark: Benchmark, tasks: list[tuple[Item, str | None]], mode: Mode) -> Iterator[Grade | None]:
-    if not benchmark.isolated or not tasks:
-        for item, answer in tasks:
-            yield benchmark.grade(item, answer, mode)
-        return
-    yield from isolated(benchmark.grade, [(item, answer, mode) for item, answer in tasks], GRADING_SECONDS)
+def _ruled(benchmark: Benchmark, answered: Answered) -> Sample:
+    """The sample as the rule alone sees it."""
+    record, grade = answered.record, answered.grade
+    labels = dict(record["labels"])
+    if benchmark.long:
+        labels["input tokens"] = _bin(record["input"])
+    sample = Sample(
+        item=answered.item.id,
+        index=answered.index,
+        labels=labels,
+        rule=0.0,
+        score=0.0,
+        prediction=None,
+        finish=record["finish"],
+        tokens=record["tokens"],
+        cut=record["sent"] < record["input"],
+    )
+    if isinstance(grade, Grade):
+        sample.rule = sample.score = grade.score
+        sample.prediction = grade.prediction[:LONGEST_SHOWN] if grade.prediction else None
+        sample.metrics = grade.metrics
+    elif grade == TOO_LONG:
+        sample.fault = f"{grade} (scored 0)"
+    else:
+        sample.score, sample.unjudged = None, grade
+    return sample
+
+
+def _answer(benchmark: Benchmark, record: Record, thinking_prefilled: bool) -> str | None:
+    completion = Completion(record["text"], record["finish"], record["tokens"])
+    if completion.finish == "length" and not benchmark.reads_cut_answers:
+        return None
+    return final_answer(completion, thinking_prefilled)
+
+
+def _grade(benchmark: Benchmark, item: Item, answer: str | None, mode: Mode) -> Grade | str:
+    """The rule's grade. A scorer that stumbles over an answer must not end a run of many hours."""
+    try:
+        return benchmark.grade(item, answer, mode)
+    except Exception as error:
+        return f"the scorer failed: {type(error).__name__}: {error}"
 
 
 def isolated(function: Any, tasks: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Any]:
@@ -132,8 +158,8 @@ def isolated(function: Any, tasks: Sequence[tuple[Any, ...]], seconds: float) ->
     context, start = multiprocessing.get_context("spawn"), 0
     workers = min(len(tasks), os.cpu_count() or 1)
     while start < len(tasks):
-        # Receiving the function as an argument imports its module: that time is not the task's.
-        with context.Pool(workers, initializer=_ready, initargs=(function,)) as pool:
+        # Receiving a task as an argument imports its modules: that time is not the scorer's.
+        with context.Pool(workers, initializer=_ready, initargs=(function, tasks[start])) as pool:
             pool.apply(_ready)
             results = [pool.apply_async(function, task) for task in tasks[start:]]
             for result in results:
@@ -145,7 +171,7 @@ def isolated(function: Any, tasks: Sequence[tuple[Any, ...]], seconds: float) ->
                     break
 
 
-def _ready(function: Any = None) -> None:
+def _ready(*arguments: Any) -> None:
     """Return once the process has started."""
 
 

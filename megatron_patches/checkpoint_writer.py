@@ -29,7 +29,7 @@ def _needed() -> bool:
 def _write_here(
     transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results: Any
 ) -> None:
-    results: dict[int, Any] | Exception = {}
+    results: dict[int, Any] = {}
     for index, bucket in enumerate(write_buckets):
         output: queue.Queue[tuple[int, Any]] = queue.Queue()
         count: queue.Queue[int] = queue.Queue()
@@ -39,8 +39,8 @@ def _write_here(
         )
         _, written = output.get()
         if isinstance(written, Exception):
-            results = written
-            break
+            global_results.put(written)
+            return
         results[index] = written
     global_results.put(results)
 

@@ -44,7 +44,7 @@ PATCH = Patch(
     name="fresh_optimizer_state",
     scope="any",
     upstream="megatron/core/optimizer/distrib_optimizer.py:642",
-    breaks="AssertionError when the first checkpoint is written or loaded, without Transformer Engine or apex",
+    breaks="AssertionError in the first checkpoint, without Transformer Engine or apex",
     needed=torch_adam_is_used,
     apply=_apply,
 )

@@ -1,9 +1,9 @@
 """Two interleaved pipeline ranks exchange the shapes of variable-length tensors crosswise.
 
 With two ranks "previous" and "next" are the same peer, whose messages are matched in order of posting.
-pipeline_parallel/p2p_communication.py:217 posts sends and receives "previous first" on both sides, so the shape
-meant for the next stage arrives as that of the previous one. The tensors themselves travel in the order of
-`_p2p_ops`, which alternates by rank and is right: here the shapes do too.
+pipeline_parallel/p2p_communication.py:217 posts sends and receives "previous first" on both sides, so the
+shape meant for the next stage arrives as that of the previous one. The tensors themselves travel in the
+order of `_p2p_ops`, which alternates by rank and is right: here the shapes do too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def _needed() -> bool:
 
 
 def _communicate_shapes(
-    self: Any, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    self: Any,
+    tensor_send_next: Tensor | None,
+    tensor_send_prev: Tensor | None,
+    recv_prev: bool,
+    recv_next: bool,
 ) -> tuple[list[int], list[int]]:
     def sent(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else torch.tensor(tensor.shape, device=device, dtype=torch.int64)

@@ -70,8 +70,8 @@ class Checkpoints:
                     shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise SpellError(
-                f"cannot write the checkpoint {final}: {error}; the earlier ones are whole. Free space or choose"
-                " another folder with runs=…, then resume"
+                f"cannot write the checkpoint {final}: {error}; the earlier ones are whole."
+                " Free space or choose another folder with runs=…, then resume"
             ) from None
         dist.barrier()
         return final
@@ -102,7 +102,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _verified(path)
     found = Checkpoints(path / "checkpoints").newest()
     if found is None:
-        raise SpellError(f"{path} holds no whole checkpoint: give a run folder or one of its checkpoints/step-…")
+        raise SpellError(
+            f"{path} holds no whole checkpoint: give a run folder or one of its checkpoints/step-…"
+        )
     return found
 
 
@@ -168,7 +170,8 @@ def _digests(folder: Path) -> dict[str, str]:
     """Digest of every file below a folder, by relative name."""
     files = sorted(_files(folder))
     with ThreadPoolExecutor(8) as pool:
-        return {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, pool.map(_digest, files))}
+        digests = list(pool.map(_digest, files))
+    return {file.relative_to(folder).as_posix(): digest for file, digest in zip(files, digests, strict=True)}
 
 
 def _files(folder: Path) -> Iterator[Path]:

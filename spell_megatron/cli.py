@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from spell_megatron.types import SpellError
 
@@ -26,42 +28,51 @@ _err = Console(stderr=True)
 _INTERRUPTED = 130
 
 Recipe = Annotated[str, typer.Argument(help="A recipe's name or the path of a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots for sections: policy.optimizer.lr=1e-6")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, dots for sections: policy.optimizer.lr=1e-6")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a stack trace where something fails.")]
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a command whose faults end in one clear message and an exit code."""
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Faults end in one clear message and an exit code; a stack trace only where `debug` asks for it."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         debug = kwargs.get("debug", False)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+        if not debug:
+            warnings.filterwarnings("ignore")  # megatron-core announces at length what is not installed
         try:
             function(*args, **kwargs)
         except SpellError as error:
             _fail(str(error), error.exit_code, debug)
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept: `spell-megatron resume RUN` goes on", _INTERRUPTED, debug)
+            _fail(
+                "interrupted; what was finished is kept: `spell-megatron resume RUN` goes on",
+                _INTERRUPTED,
+                debug,
+            )
         except Exception as error:
             hint = "" if debug else " (--debug shows where)"
             _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
 
-    return app.command(name=function.__name__.replace("_", "-"))(run)
+    return run
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A guarded command under its own name, underscores written as dashes."""
+    return app.command(name=function.__name__.replace("_", "-"))(guarded(function))
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         _err.print_exception()
-    _err.print(f"[bold red]error[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+    _err.print(f"[bold red]error[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(code)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -80,11 +91,11 @@ def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug
 
 
 @command
-def resume(run: Path, json: Json = False, debug: Debug = False) -> None:
+def resume(run: Path, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
     """Go on with a run after its newest whole checkpoint."""
     from spell_megatron.train import resume as go_on
 
-    _show(go_on(run), json)
+    _show(go_on(run, overrides or []), json)
 
 
 def _show(summary: Any, as_json: bool) -> None:
@@ -151,12 +162,57 @@ def seed_model(out: Path, seed: int = 0, debug: Debug = False) -> None:
     """Make the toy world's seed model from nothing: tokenizer, random weights, supervised warm-up."""
     from spell_megatron.warmup import make_seed_model
 
-    make_seed_model(out, seed)
+    make_seed_model(out, seed, report=_err.print)
 
 
-@command
-def evaluate(debug: Debug = False) -> None:
-    """Placeholder until the evaluation command is wired."""
+@app.command(name="eval")
+@guarded
+def evaluate(
+    benchmarks: Annotated[
+        list[str] | None, typer.Argument(help="Names; all twelve where none is given.")
+    ] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="A model folder; several are compared.")] = None,
+    endpoint: Annotated[str, typer.Option(help="An OpenAI-compatible server instead of a folder.")] = "",
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder of the endpoint's model.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data sets, for offline machines.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of answers and reports; resumed where it exists.")] = Path(
+        "eval-runs"
+    ),
+    max_input: Annotated[list[int] | None, typer.Option(help="Input limits in tokens.")] = None,
+    samples: int = 8,
+    judge: Annotated[str, typer.Option(help="An OpenAI-compatible judge's URL.")] = "",
+    judge_model: str = "",
+    thinking: bool = False,
+    limit: Annotated[int | None, typer.Option(help="Questions of each benchmark.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the benchmarks.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run benchmarks with the paper's protocol against a model folder or an endpoint."""
+    import eval as evaluation
+
+    if list_:
+        sys.stdout.write("\n".join(evaluation.list_benchmarks()) + "\n")
+        return
+    result = evaluation.evaluate(
+        benchmarks or evaluation.list_benchmarks(),
+        models=model or [],
+        endpoint=endpoint or None,
+        tokenizer=tokenizer,
+        data=data,
+        out=out,
+        max_input=max_input or [16_384, 100_000],
+        settings=evaluation.Settings(samples=samples, thinking=thinking, limit=limit),
+        judge=evaluation.JudgeSettings(judge, judge_model) if judge else None,
+    )
+    for one in result.reports:
+        sys.stdout.write(one.markdown() + "\n")
+    if result.comparison:
+        sys.stdout.write(result.comparison.markdown() + "\n")
+    if json:
+        _print_json({"reports": [one.to_json() for one in result.reports]})
+    if not result.complete:
+        raise SpellError("some questions have no answer: see the report, and run the command again to go on")
 
 
 if __name__ == "__main__":

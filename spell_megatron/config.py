@@ -25,6 +25,7 @@ from spell_megatron.types import SpellError
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 RECIPES = Path(__file__).parent / "recipes"
 
+Dtype = Literal["float32", "bfloat16"]
 Task = Literal["doc_general_qa", "docmath_qa", "doc_mc"]
 
 
@@ -35,7 +36,7 @@ class ConfigError(SpellError):
 @dataclass(frozen=True, config=_STRICT)
 class Model:
     path: str = ""
-    """A Hugging Face model folder (config.json, *.safetensors, tokenizer files)."""
+    """A Hugging Face model folder, a hub id, or `toy-seed`, the model that is shipped."""
     prompts: Literal["full", "short"] = "full"
     """Prompt templates: `full` for real models, `short` for the toy model."""
     thinking: bool = False
@@ -159,7 +160,7 @@ class Servers:
 
 @dataclass(frozen=True, config=_STRICT)
 class Rollout:
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     max_model_len: int = Field(default=22_528, gt=0)
     max_num_seqs: int = Field(default=256, gt=0)
     max_batched_tokens: int = Field(default=16_384, gt=0)
@@ -223,7 +224,7 @@ class Policy:
     layout: Layout = Layout()
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Of the weights in computation; gradients and master weights are float32."""
     spec: Literal["auto", "torch", "te"] = "auto"
     """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed."""
@@ -265,6 +266,24 @@ class Record:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Cluster:
+    """The machines that a recipe is meant for: read by the planner and the launchers, not by the loop."""
+
+    nodes: int = Field(default=1, gt=0)
+    """Nodes of the trainer."""
+    gpus_per_node: int = Field(default=8, gt=0)
+    gpu_memory_gib: float = Field(default=79.6, gt=0)
+    """Of one GPU; an H100-80GB reports 79.6."""
+    engine_nodes: int = Field(default=0, ge=0)
+    """Nodes of the rollout engine alone; 0 places its servers on the trainer's GPUs."""
+
+    @property
+    def gpus(self) -> int:
+        """Of the trainer."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Config:
     """A whole run."""
 
@@ -280,6 +299,7 @@ class Config:
     policy: Policy = Policy()
     heldout: HeldOut = HeldOut()
     record: Record = Record()
+    cluster: Cluster = Cluster()
 
 
 _ADAPTER = TypeAdapter(Config)
@@ -333,7 +353,9 @@ def _find(recipe: str) -> Path:
         if path.is_file():
             return path
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise ConfigError(f"no recipe {recipe!r}{_nearest(recipe, names)}; recipes: {', '.join(names)} (or give a path)")
+    raise ConfigError(
+        f"no recipe {recipe!r}{_nearest(recipe, names)}; recipes: {', '.join(names)} (or give a path)"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -346,7 +368,10 @@ def _read(path: Path) -> dict[str, Any]:
     base = values.pop("inherit", None)
     if base is None:
         return values
-    return _merge(_read(path.parent / f"{base}.yaml" if (path.parent / f"{base}.yaml").is_file() else _find(base)), values)
+    return _merge(
+        _read(path.parent / f"{base}.yaml" if (path.parent / f"{base}.yaml").is_file() else _find(base)),
+        values,
+    )
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

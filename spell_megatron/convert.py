@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
-from spell_megatron.config import Policy, load_config
+from spell_megatron.config import Dtype, Policy, load_config
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import SpellError
+from spell_megatron.weights.locate import model_folder
 from spell_megatron.weights.shape import read_hf_config
 
 
 def import_hf(folder: Path, out: Path) -> None:
     """Write a model folder as `out/checkpoints/step-00000`, in the folder's own precision."""
-    dtype = read_hf_config(folder).get("dtype") or read_hf_config(folder).get("torch_dtype") or "float32"
-    if dtype not in ("float32", "bfloat16"):
+    hf = read_hf_config(folder)
+    dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    if dtype not in get_args(Dtype):
         raise SpellError(f"{folder} holds {dtype} weights; convert them to bfloat16 or float32 first")
     with _learner(Policy(dtype=dtype), folder) as learner:
         Checkpoints(out / "checkpoints").save(0, learner, {"model": str(folder.resolve()), "dtype": dtype})
@@ -30,7 +33,7 @@ def export_hf(source: Path, out: Path) -> None:
         policy, folder = Policy(dtype=checkpoint.run["dtype"]), Path(checkpoint.run["model"])
     else:
         config = load_config(str(checkpoint.path.parent.parent / "config.yaml"))
-        policy, folder = Policy(dtype=config.policy.dtype), Path(config.model.path)
+        policy, folder = Policy(dtype=config.policy.dtype), model_folder(config.model.path)
     with _learner(policy, folder) as learner:
         load_learner(learner, checkpoint)
         learner.save_hf(out)

@@ -44,7 +44,9 @@ class Findings:
     def check(self) -> None:
         """Raise SpellError where a needed part is missing or wrong."""
         if broken := self._broken():
-            raise SpellError("this installation cannot train: " + "; ".join(f"{p.part}: {p.remedy}" for p in broken))
+            raise SpellError(
+                "this installation cannot train: " + "; ".join(f"{p.part}: {p.remedy}" for p in broken)
+            )
 
     def _broken(self) -> list[Finding]:
         return [part for part in self.parts if part.needed and part.state != "ok"]
@@ -57,7 +59,9 @@ def examine() -> Findings:
 def _python() -> Finding:
     version = sys.version.split()[0]
     fits = (3, 11) <= sys.version_info[:2] <= (3, 12)
-    return Finding("python", "ok" if fits else "wrong", version, True, "" if fits else "use Python 3.11 or 3.12")
+    return Finding(
+        "python", "ok" if fits else "wrong", version, True, "" if fits else "use Python 3.11 or 3.12"
+    )
 
 
 def _version(*names: str) -> str | None:
@@ -85,7 +89,13 @@ def _packages() -> list[Finding]:
         findings.append(Finding(part, "ok" if found else "missing", found or "-", True, remedy))
     if _version("apex"):
         findings.append(
-            Finding("apex", "wrong", _version("apex") or "", False, "PyPI's apex is not NVIDIA's: pip uninstall apex")
+            Finding(
+                "apex",
+                "wrong",
+                _version("apex") or "",
+                False,
+                "PyPI's apex is not NVIDIA's: pip uninstall apex",
+            )
         )
     if importlib.util.find_spec("torchvision") and _cuda_version() is None:
         remedy = "a CUDA build of torchvision breaks transformers without CUDA: pip uninstall torchvision"
@@ -119,7 +129,9 @@ def _accelerators() -> list[Finding]:
             "ok" if te else "missing",
             te or "-",
             False,
-            "" if te else "layers run on plain torch: no FP8, no grouped expert kernels; pip install transformer-engine",
+            ""
+            if te
+            else "plain torch layers: no FP8, no grouped expert kernels; pip install transformer-engine",
         )
     ]
 
@@ -127,7 +139,13 @@ def _accelerators() -> list[Finding]:
 def _cluster() -> list[Finding]:
     slurm, nemo = shutil.which("sbatch"), _version("nemo-run")
     return [
-        Finding("SLURM", "ok" if slurm else "missing", slurm or "-", False, "" if slurm else "only --executor local"),
+        Finding(
+            "SLURM",
+            "ok" if slurm else "missing",
+            slurm or "-",
+            False,
+            "" if slurm else "only --executor local",
+        ),
         Finding(
             "nemo-run",
             "ok" if nemo else "missing",

@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Layout, Policy, Rollout
+from spell_megatron.config import Dtype, Layout, Policy, Rollout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.inprocess import InProcessEngine
@@ -26,7 +26,7 @@ from spell_megatron.types import Group, Sample, SpellError, TrainBatch
 from spell_megatron.weights.shape import model_shape
 
 _SEQUENCES = 4
-_BOUNDS = {"float32": 1e-4, "bfloat16": 0.5}
+_BOUNDS: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.5}
 """Largest difference that numerics explain, in nats."""
 
 
@@ -42,7 +42,12 @@ class Parity:
     bound: float
 
     def table(self) -> Table:
-        table = Table("pair", "mean |Δ logprob|", "max |Δ logprob|", title=f"{self.model}, {self.dtype}, {self.tokens} tokens")
+        table = Table(
+            "pair",
+            "mean |Δ logprob|",
+            "max |Δ logprob|",
+            title=f"{self.model}, {self.dtype}, {self.tokens} tokens",
+        )
         for pair in self.mean:
             table.add_row(pair, f"{self.mean[pair]:.2e}", f"{self.max[pair]:.2e}")
         return table
@@ -52,21 +57,23 @@ class Parity:
         bad = [pair for pair, gap in self.max.items() if not gap <= self.bound]
         if bad:
             raise SpellError(
-                f"{self.model}: {', '.join(bad)} differ beyond {self.bound} nats: do not train this model before"
-                " the cause is known (rope scaling, tied weights and a stale conversion are the usual ones)"
+                f"{self.model}: {', '.join(bad)} differ beyond {self.bound} nats: do not train this model"
+                " before the cause is known (rope scaling, tied weights, a stale conversion are the usual ones)"
             )
 
 
 def compare(folder: Path, tokens: int) -> Parity:
     """Sample `tokens` tokens after each of a few random prompts, and score them three times."""
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     shape = model_shape(folder)
     draw = random.Random(0)
     prompts = [[draw.randrange(shape.vocab) for _ in range(32)] for _ in range(_SEQUENCES)]
     world = start_world(Layout(), seed=0, timeout_seconds=600)
     try:
         with tempfile.TemporaryDirectory(prefix="spell-parity-") as scratch:
-            settings = Rollout(dtype=dtype, max_model_len=min(shape.max_positions, 32 + tokens), kv_cache_mib=256)
+            settings = Rollout(
+                dtype=dtype, max_model_len=min(shape.max_positions, 32 + tokens), kv_cache_mib=256
+            )
             engine = InProcessEngine(folder, settings, scratch=Path(scratch), stop=())
 
             async def sample() -> TrainBatch:
@@ -78,7 +85,8 @@ def compare(folder: Path, tokens: int) -> Parity:
                 )
                 return TrainBatch(
                     tuple(
-                        Group(r.prompt, (Sample(r.tokens, [0.0] * len(r.tokens), r.logprobs),)) for [r] in rollouts
+                        Group(r.prompt, (Sample(r.tokens, [0.0] * len(r.tokens), r.logprobs),))
+                        for [r] in rollouts
                     )
                 )
 

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -22,11 +21,12 @@ from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.world import start_world, stop_world
-from spell_megatron.record import Console, Journal, Live, Metrics, RunFolder, write_report
+from spell_megatron.record import Console, Journal, Live, Metrics, RunFolder, logging_to, write_report
 from spell_megatron.rollout.engine import EngineStats
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.selfplay import Episode, HeldOutScore, Play, Prompts, SelfPlay, accuracy, step_metrics
 from spell_megatron.types import SpellError, TrainBatch
+from spell_megatron.weights.locate import model_folder
 from tokenizer.chat import ChatTokenizer
 
 
@@ -39,9 +39,11 @@ class Session:
 
     def __init__(self, config: Config, run: RunFolder, stack: ExitStack) -> None:
         self.config, self.run, self._stack = config, run, stack
-        self.live: Live = stack.enter_context(Console(config.steps))
+        console = stack.enter_context(Console(config.steps))
+        stack.enter_context(logging_to(run, console.terminal))
+        self.live: Live = console
         self._seconds: Counter[str] = Counter()
-        model = Path(config.model.path).expanduser()
+        model = model_folder(config.model.path)
         self.live.note(f"model {model}, run folder {run.path}")
         self.codec = ChatTokenizer.load(model, config.model.thinking)
         clusters = ClusterSampler(config.corpus, self.codec.count, config.seed, run.corpus)
@@ -132,30 +134,33 @@ class Session:
         """Write the step's metrics, commit a checkpoint where one is due, and stop a run that has drifted."""
         with self._phase("record"):
             gap = mismatch(play.batch.train, update.scores, play.batch.roles)
-            if self.config.record.checkpoint_every and step % self.config.record.checkpoint_every == 0:
+            values = {
+                **step_metrics(play),
+                **gap,
+                "policy/loss": update.loss,
+                "policy/grad_norm": update.grad_norm,
+                "policy/lr": update.lr,
+                "policy/clipped": update.clipped,
+                "policy/entropy": update.scores.mean_entropy,
+                **self._token_metrics(update),
+                **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
+                **_score_metrics(score),
+            }
+            self._seconds.clear()  # what this phase takes shows in the next row
+            # First the row, then the checkpoint: a resumed run forgets rows beyond its checkpoint, but could
+            # not make up for one that is missing.
+            self.metrics.log(step, values)
+            self.step = step
+            drifted = gap.get("mismatch/mean", 0.0) > self.config.record.mismatch_bound
+            every = self.config.record.checkpoint_every
+            if drifted or (every and step % every == 0):
                 self.commit(step)
-        values = {
-            **step_metrics(play),
-            **gap,
-            "policy/loss": update.loss,
-            "policy/grad_norm": update.grad_norm,
-            "policy/lr": update.lr,
-            "policy/clipped": update.clipped,
-            "policy/entropy": update.scores.mean_entropy,
-            **self._token_metrics(update),
-            **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
-            **_score_metrics(score),
-        }
-        self._seconds.clear()
-        self.metrics.log(step, values)
         self.live.done(step, values)
-        self.step = step
-        if gap.get("mismatch/mean", 0.0) > self.config.record.mismatch_bound:
-            self.commit(step)
+        if drifted:
             raise MismatchError(
-                f"step {step}: engine and learner log-probs differ by {gap['mismatch/mean']:.3f} on average, beyond"
-                f" record.mismatch_bound={self.config.record.mismatch_bound}; the state is saved. Compare the two with"
-                " `spell-megatron parity`, or raise the bound"
+                f"step {step}: log-probs of engine and learner differ by {gap['mismatch/mean']:.3f}"
+                f" on average, beyond record.mismatch_bound={self.config.record.mismatch_bound}; the state is saved."
+                " Compare the two with `spell-megatron parity`, or raise the bound"
             )
 
     def commit(self, step: int) -> None:

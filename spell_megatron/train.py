@@ -7,6 +7,7 @@ engine gets the new weights, and the step is recorded. Everything else is a part
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ def train(config: Config) -> Summary:
     return _run(config, RunFolder.create(config.runs, config.name))
 
 
-def resume(folder: Path) -> Summary:
-    """Go on with a run after its newest whole checkpoint."""
+def resume(folder: Path, overrides: Iterable[str] = ()) -> Summary:
+    """Go on with a run after its newest whole checkpoint; overrides may lengthen it or change its layout."""
     run = RunFolder.open(folder)
-    return _run(load_config(str(run.config)), run)
+    return _run(load_config(str(run.config), overrides), run)
 
 
 def _run(config: Config, run: RunFolder) -> Summary:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,19 @@ import numpy as np
 from transformers import GenerationConfig
 
 from spell_megatron.config import Layout, Optimizer, Policy
-from spell_megatron.corpus.toy import CLEAN, Habits, Mix, Scale, Transcript, pieces, restated, transcripts
+from spell_megatron.corpus.toy import (
+    CLEAN,
+    HABITS,
+    WHOLE,
+    Habits,
+    Mix,
+    Scale,
+    Transcript,
+    choices,
+    pieces,
+    restated,
+    transcripts,
+)
 from spell_megatron.newborn import newborn
 from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.world import start_world, stop_world
@@ -38,6 +49,9 @@ POSITIONS = 1024
 PROMPT_WEIGHT, ANSWER_WEIGHT = 0.05, 4.0
 """Of a prompt's token and of the answer's own; every other token of a reply weighs 1."""
 
+_WORDS = 600
+"""The tokens that patterns are made of: the last ones, past bytes and special tokens."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,13 +61,15 @@ class Lesson:
 
     name: str
     steps: int
-    habits: Habits = CLEAN
-    scale: Scale = Scale()
-    mix: Mix = Mix()
+    habits: Habits
+    scale: Scale
+    mix: Mix
     restate: bool = True
     """Also say every cluster's facts again in other words."""
     patterns: int = 0
     """Repeated random sequences per cluster: what grows the heads that look up."""
+    choices: int = 0
+    """Lists of choices per cluster, to find the letters of."""
 
 
 _SMALL = Scale(people=(2, 2), shops=(1, 1), traits=(2, 2), items=(2, 2), paraphrases=False)
@@ -61,10 +77,10 @@ _MIDDLE = Scale(people=(3, 4), shops=(1, 2), traits=(2, 3), items=(2, 3))
 _DIRECT = replace(CLEAN, hops=0.0, hops_after_history=0.0)
 
 CURRICULUM = (
-    Lesson("look up", 300, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3),
-    Lesson("other words", 250, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1)),
-    Lesson("the whole world", 400, CLEAN, mix=Mix(10, 3, 3, 1)),
-    Lesson("habits", 350, Habits(), mix=Mix(8, 3, 4, 1), restate=False),
+    Lesson("look up", 300, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3, choices=1),
+    Lesson("other words", 200, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1), choices=1),
+    Lesson("the whole world", 400, CLEAN, WHOLE, Mix(10, 4, 3, 1)),
+    Lesson("habits", 300, HABITS, WHOLE, Mix(8, 4, 4, 1), restate=False),
 )
 
 
@@ -98,7 +114,12 @@ def make_seed_model(
         dtype="float32",
         stream_tokens=2 * recipe.tokens,
         optimizer=Optimizer(
-            lr=recipe.lr, warmup_steps=100, decay_steps=steps, min_lr=recipe.lr / 30, betas=(0.9, 0.95), weight_decay=0.05
+            lr=recipe.lr,
+            warmup_steps=100,
+            decay_steps=steps,
+            min_lr=recipe.lr / 30,
+            betas=(0.9, 0.95),
+            weight_decay=0.05,
         ),
     )
     school, digest, done = School(codec, seed), hashlib.sha256(), 0
@@ -111,7 +132,8 @@ def make_seed_model(
                 update = learner.update(batch)
                 done += 1
                 if done % 50 == 0:
-                    report(f"{lesson.name}: step {done} of {steps}, {_surprise(batch, update):.3f} nats a reply token")
+                    surprise = _surprise(batch, update)
+                    report(f"{lesson.name}: step {done} of {steps}, {surprise:.3f} nats a reply token")
         learner.save_hf(folder)
     finally:
         stop_world()
@@ -169,7 +191,8 @@ class School:
         if lesson.restate:
             groups.append(self._restated(lesson, index))
         rng = random.Random(f"patterns/{self._seed}/{index}")
-        return groups + [self._pattern(rng) for _ in range(lesson.patterns)]
+        groups += [self._pattern(rng) for _ in range(lesson.patterns)]
+        return groups + [self._choices(rng) for _ in range(lesson.choices)]
 
     def _exchange(self, exchange: Transcript) -> tuple[list[int], Sample]:
         """Prompt, and the reply with its weights: the answer is what stands before the last sign."""
@@ -193,6 +216,13 @@ class School:
             ),
         )
 
+    def _choices(self, rng: random.Random) -> Group:
+        """Each of four choices quoted; only its letter counts."""
+        listed, quotes = choices(rng)
+        said = [self._codec.encode(quote) for quote in quotes]
+        samples = [Sample(tokens, [0.0] * (len(tokens) - 2) + [ANSWER_WEIGHT, 0.0]) for tokens in said]
+        return Group(self._codec.prompt(listed), tuple(samples))
+
     def _pattern(self, rng: random.Random) -> Group:
         """A random sequence of words, twice: the second time every next word can be known."""
         words = range(self._codec.vocab_size - _WORDS, self._codec.vocab_size)
@@ -201,13 +231,12 @@ class School:
         return Group(self._codec.prompt("")[:1], (Sample(sequence * 2, weights),))
 
 
-_WORDS = 600
-
-
 def _common(pairs: Sequence[tuple[list[int], Sample]]) -> Group:
     """One group of exchanges: their common beginning is the prompt, the rest of each prompt weighs little."""
     prompts = [prompt for prompt, _ in pairs]
-    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    shared = 0
+    while shared < min(map(len, prompts)) - 1 and len({prompt[shared] for prompt in prompts}) == 1:
+        shared += 1
     samples = []
     for prompt, reply in pairs:
         own = prompt[shared:]
@@ -218,7 +247,9 @@ def _common(pairs: Sequence[tuple[list[int], Sample]]) -> Group:
 def _surprise(batch: TrainBatch, update: Update) -> float:
     """Mean negative log-likelihood of the tokens that count."""
     logprobs = np.concatenate([row for group in update.scores.logprobs for row in group])
-    weights = np.concatenate([np.asarray(sample.weights) for group in batch.groups for sample in group.samples])
+    weights = np.concatenate(
+        [np.asarray(sample.weights) for group in batch.groups for sample in group.samples]
+    )
     return -float(logprobs[weights >= 1].mean())
 
 
@@ -228,6 +259,11 @@ def _size(group: Group) -> int:
 
 def _bytes(batch: TrainBatch) -> bytes:
     """A batch's tokens and weights, for the digest."""
-    tokens = [token for group in batch.groups for part in (group.prompt, *(s.tokens for s in group.samples)) for token in part]
+    tokens = [
+        token
+        for group in batch.groups
+        for part in (group.prompt, *(s.tokens for s in group.samples))
+        for token in part
+    ]
     weights = [weight for group in batch.groups for sample in group.samples for weight in sample.weights]
     return np.asarray(tokens, np.int32).tobytes() + np.asarray(weights, np.float32).tobytes()

@@ -41,7 +41,7 @@ def write_samples(root: Path, long_words: int = 200) -> Path:
     mmlu = root / "TIGER-Lab" / "MMLU-Pro" / "data"
     _parquet(
         mmlu / "validation-00000-of-00001.parquet",
-        [_mmlu(i, "law", "A: Let's think step by step. (B).") for i in range(6)],
+        [_mmlu(i, "law", "A: It is (B).") for i in range(6)],
     )
     _parquet(mmlu / "test-00000-of-00001.parquet", [_mmlu(i, "law", "") for i in range(2)])
     _helmet(root / "helmet", long_words)
@@ -100,8 +100,8 @@ def _contest(field: str, answer: str) -> Row:
 def _mmlu(index: int, category: str, worked: str) -> Row:
     return {
         "question_id": 100 + index,
-        "question": "Which court is the highest?",
-        "options": ["the first", "the second", "the third", "N/A"],
+        "question": "Which court?",
+        "options": ["one", "two", "three", "N/A"],
         "answer": "B",
         "answer_index": 1,
         "cot_content": worked,

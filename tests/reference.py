@@ -26,7 +26,9 @@ SHAPES: tuple[tuple[int, tuple[int, ...]], ...] = (
 """`(prompt length, response lengths)`: uneven, with a group of one and responses of one token."""
 
 
-def random_batch(vocab: int, seed: int = 0, shapes: tuple[tuple[int, tuple[int, ...]], ...] = SHAPES) -> TrainBatch:
+def random_batch(
+    vocab: int, seed: int = 0, shapes: tuple[tuple[int, tuple[int, ...]], ...] = SHAPES
+) -> TrainBatch:
     draw = random.Random(seed)
 
     def tokens(length: int) -> list[int]:
@@ -34,7 +36,10 @@ def random_batch(vocab: int, seed: int = 0, shapes: tuple[tuple[int, tuple[int, 
 
     return TrainBatch(
         tuple(
-            Group(tokens(prompt), tuple(Sample(tokens(n), [draw.gauss(0, 1) for _ in range(n)]) for n in replies))
+            Group(
+                tokens(prompt),
+                tuple(Sample(tokens(n), [draw.gauss(0, 1) for _ in range(n)]) for n in replies),
+            )
             for prompt, replies in shapes
         )
     )

@@ -343,6 +343,13 @@ def test_rows_of_one_cluster_are_found_wherever_they_stand(tmp_path: Path) -> No
     assert sorted(numbers) == [[i, i + 10, i + 20, i + 30] for i in range(10)]
 
 
+def test_documents_that_are_alone_join_others_that_are(tmp_path: Path) -> None:
+    rows = [{"text": prose(i, 5), "cluster": f"c{i}"} for i in range(41)]
+    write_lines(tmp_path / "rows.jsonl", rows)  # type: ignore[arg-type]
+    clusters = whole_epoch(sampler_of(tmp_path))
+    assert sorted(len(cluster.documents) for cluster in clusters) == [1, 20, 20]
+
+
 def test_one_long_text_alone_makes_clusters_of_passages(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(prose(i, 40) for i in range(30)))

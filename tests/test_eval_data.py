@@ -52,7 +52,9 @@ def test_official_layout(name, samples):
     assert len({item.id for item in items}) == len(items)
     assert bad.total() == (1 if name == "helmet" else 0)  # a case without a short summary is not part of it
     for item in items:
-        assert item.messages and item.references and all(item.references)
+        assert item.messages
+        assert item.references
+        assert all(item.references)
         assert item.messages[-1]["role"] == "user"
         assert benchmark.grade(item, None, "spell").prediction is None
         assert benchmark.grade(item, "", "strict").score <= 1
@@ -87,12 +89,12 @@ def test_prompts(samples):
     content = load("frames", samples)[1][1].messages[0]["content"]
     assert "Nile\nThe Nile is a river.\nCongo\n{question} is braced." in content
     content = load("longbench-v2", samples)[1][0].messages[0]["content"]
-    assert "(D) choice number D" in content and content.endswith(
-        '"The correct answer is (insert answer here)".'
-    )
+    assert "(D) choice number D" in content
+    assert content.endswith('"The correct answer is (insert answer here)".')
     content = load("mmlu-pro", samples)[1][0].messages[0]["content"]
-    assert content.count("Question:") == 6 and "N/A" not in content
-    assert content.endswith("C. the third\nAnswer: Let's think step by step.\n\n")
+    assert content.count("Question:") == 6
+    assert "N/A" not in content
+    assert content.endswith("C. three\nAnswer: Let's think step by step.\n\n")
     conversation = load("mrcr", samples)[1][0].messages
     assert [message["role"] for message in conversation] == ["user", "assistant", "user"]
 
@@ -174,7 +176,8 @@ def test_wrong_fields_are_named(name, folder, row, reason, tmp_path):
             (path.parent / f"{subset}-testmini.jsonl").write_text("", encoding="utf-8")
     assert benchmark.load(data) == []
     [(found, count)] = data.bad.items()
-    assert count == 1 and reason in found
+    assert count == 1
+    assert reason in found
 
 
 def test_missing_data_says_where_it_looked(tmp_path):

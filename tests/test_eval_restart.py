@@ -23,7 +23,7 @@ from rich.console import Console
 from eval_standin import Unjudged, WordCodec
 from eval.data import Data
 from eval.endpoint import Endpoint
-from eval.run import measure, plan
+from eval.measure import measure, plan
 from eval.runner import Settings
 
 async def main(url, home):
@@ -62,7 +62,7 @@ def test_kill_and_restart(tmp_path):
         journal = tmp_path / "killed" / "journal.jsonl"
         with journal.open("ab") as stream:  # as if the last kill had hit in the middle of a line
             stream.write(b'{"key": "half')
-        answered_before = {key for key in standin.answered}
+        answered_before = set(standin.answered)
         asked_before = standin.asked.copy()
         assert start(standin.url, tmp_path / "killed").wait(120) == 0
 

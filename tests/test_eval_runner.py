@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -15,19 +16,48 @@ from rich.console import Console
 from eval.benchmark import Item
 from eval.benchmarks.helmet import Helmet
 from eval.benchmarks.mrcr import Mrcr
+from eval.comparison import compare
 from eval.data import Data
 from eval.endpoint import Endpoint, EndpointDied, Limits, Refused, Unanswered
 from eval.journal import Journal
-from eval.judge import Judge
+from eval.judge import TRIES, Judge
+from eval.live import LiveSource
+from eval.measure import measure, plan
 from eval.prompting import build, prefills_thinking
-from eval.report import Report, compare, read_report
-from eval.run import measure, plan
+from eval.report import Report, read_report
 from eval.runner import Settings
-from spell_megatron.types import SpellError
+from spell_megatron.rollout.engine import EngineError
+from spell_megatron.types import Rollout, SpellError
 
 pytestmark = pytest.mark.unit
 QUICK = Limits(timeout=5.0, tries=3, wait=0.02)
 SETTINGS = Settings(samples=4, concurrency=4)
+
+
+class Summary(Helmet):
+    def load(self, data):
+        facts = {"points": ["It rained.", "It stopped."], "expert": "It rained, then stopped."}
+        return [
+            Item(
+                "a",
+                ({"role": "user", "content": "1?"},),
+                "?",
+                ("It rained.",),
+                {"task": "books"},
+                facts=facts,
+            ),
+            Item(
+                "b",
+                ({"role": "user", "content": "2?"},),
+                "?",
+                ("It rained.",),
+                {"task": "cases"},
+                facts=facts,
+            ),
+        ]
+
+    def select(self, items, count):
+        return items
 
 
 def run(
@@ -62,9 +92,12 @@ def test_figures_and_files(tmp_path):
         assert sorted(seed for _, seed in standin.asked) == sorted([0, 1, 2, 3] * 10)
         assert set(standin.asked.values()) == {1}
     [result] = report.results
-    assert result.mean.value == 0.5 and result.mean.questions == 10 and report.complete
+    assert result.mean.value == 0.5
+    assert result.mean.questions == 10
+    assert report.complete
     assert result.best_of == {1: 0.5, 2: 0.5, 3: 0.5, 4: 0.5}
-    assert result.subsets["half"]["first"].value == 0.6 and result.subsets["half"]["second"].value == 0.4
+    assert result.subsets["half"]["first"].value == 0.6
+    assert result.subsets["half"]["second"].value == 0.4
     assert read_report(tmp_path) == report
     assert "50.0 [20.0, 80.0]" in report.markdown()
     assert (tmp_path / "report.png").stat().st_size > 1000
@@ -75,7 +108,8 @@ def test_nothing_is_asked_twice(tmp_path):
     with StandIn(right) as standin:
         first = run(standin, tmp_path)
         second = run(standin, tmp_path)
-        assert standin.asked.total() == 40 and first == second
+        assert standin.asked.total() == 40
+        assert first == second
         run(standin, tmp_path, Settings(samples=5, concurrency=4))
         assert standin.asked.total() == 50
         run(standin, tmp_path, Settings(samples=4, concurrency=4, temperature=0.9))
@@ -89,19 +123,25 @@ def test_passing_faults_are_retried(tmp_path):
 
     with StandIn(behave) as standin:
         report = run(standin, tmp_path, limits=Limits(timeout=5.0, tries=20, wait=0.01))
-    assert report.complete and report.results[0].mean.value == 0.5 and not report.results[0].problems
+    assert report.complete
+    assert report.results[0].mean.value == 0.5
+    assert not report.results[0].problems
 
 
 def test_a_slow_answer_times_out_and_is_counted(tmp_path):
+    done = threading.Event()
+
     def behave(kind, body, number):
         if chr(body["prompt"][-2]) == "3":
-            time.sleep(1.0)
+            done.wait(60)
         return right(kind, body, number)
 
     with StandIn(behave) as standin:
-        report = run(standin, tmp_path, limits=Limits(timeout=0.3, tries=2, wait=0.01))
+        report = run(standin, tmp_path, limits=Limits(timeout=3.0, tries=1))
+        done.set()
     [result] = report.results
-    assert result.problems == {"request failed: timed out": 4} and not result.complete
+    assert result.problems == {"request failed: timed out": 4}
+    assert not result.complete
     assert result.mean.value == pytest.approx(5 / 9)
     assert result.bounds == (0.5, 0.6)
     assert "Incomplete: 50.0 if all that is missing were wrong, 60.0 if right" in report.markdown()
@@ -118,7 +158,8 @@ def test_a_refused_sample_is_counted_and_not_retried(tmp_path):
         assert standin.asked.total() == 40
     [result] = report.results
     assert result.problems == {"request failed: HTTP 400: maximum context length is …, found …": 1}
-    assert result.mean.value == 0.5 and not report.complete
+    assert result.mean.value == 0.5
+    assert not report.complete
 
 
 def test_an_endpoint_that_dies_ends_the_run_and_keeps_what_is_done(tmp_path):
@@ -135,7 +176,8 @@ def test_an_endpoint_that_dies_ends_the_run_and_keeps_what_is_done(tmp_path):
     with StandIn(right) as standin:
         report = run(standin, tmp_path)
         assert standin.asked.total() == 40 - done
-    assert report.complete and report.results[0].mean.value == 0.5
+    assert report.complete
+    assert report.results[0].mean.value == 0.5
 
 
 def test_an_endpoint_that_lists_models_but_answers_nothing_counts_as_dead(tmp_path):
@@ -171,8 +213,10 @@ def test_the_judge_is_asked_only_where_the_rule_failed_and_once(tmp_path):
         report = run(standin, tmp_path, benchmark=Capitals(), judge=judging)
         [result] = report.results
         assert judging.chats == 5  # the four samples of a question gave the same answer
-        assert result.mean.value == 0.6 and result.rule.value == 0.5
-        assert result.scoring == "max(rule, judge model-0)" and result.counts["judged"] == 20
+        assert result.mean.value == 0.6
+        assert result.rule.value == 0.5
+        assert result.scoring == "max(rule, judge model-0)"
+        assert result.counts["judged"] == 20
         before = judging.chats
         assert run(standin, tmp_path, benchmark=Capitals(), judge=judging) == report
         assert judging.chats == before
@@ -201,13 +245,17 @@ def test_official_and_bracketed_verdicts_are_both_kept(tmp_path):
     ],
 )
 def test_a_judge_that_fails_leaves_samples_unjudged_not_wrong(judge, reason, tmp_path):
-    settings = Settings(samples=1, concurrency=4)
+    settings = Settings(samples=2, concurrency=4)
     with StandIn(right) as standin, StandIn(judge) as judging:
         report = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging)
+        assert judging.chats <= 5 * TRIES  # two equal answers of a question are one request
     [result] = report.results
-    assert result.problems == {f"not judged: {reason}": 5}
-    assert result.mean.value == 1.0 and result.mean.questions == 5 and result.bounds == (0.5, 1.0)
-    assert result.rule.value == 0.5 and not report.complete
+    assert result.problems == {f"not judged: {reason}": 10}
+    assert result.mean.value == 1.0
+    assert result.mean.questions == 5
+    assert result.bounds == (0.5, 1.0)
+    assert result.rule.value == 0.5
+    assert not report.complete
 
 
 def test_a_judge_that_recovers_is_asked_again_on_the_next_run(tmp_path):
@@ -217,35 +265,12 @@ def test_a_judge_that_recovers_is_asked_again_on_the_next_run(tmp_path):
             run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging)
         with StandIn(lambda *_: chat_reply("[[YES]]")) as judging:
             report = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging)
-        assert standin.asked.total() == 10 and report.results[0].mean.value == 1.0 and report.complete
+        assert standin.asked.total() == 10
+        assert report.results[0].mean.value == 1.0
+        assert report.complete
 
 
 def test_unreadable_helmet_verdicts_score_zero_and_are_counted(tmp_path):
-    class Summary(Helmet):
-        def load(self, data):
-            facts = {"points": ["It rained.", "It stopped."], "expert": "It rained, then stopped."}
-            return [
-                Item(
-                    "a",
-                    ({"role": "user", "content": "1?"},),
-                    "?",
-                    ("It rained.",),
-                    {"task": "books"},
-                    facts=facts,
-                ),
-                Item(
-                    "b",
-                    ({"role": "user", "content": "2?"},),
-                    "?",
-                    ("It rained.",),
-                    {"task": "cases"},
-                    facts=facts,
-                ),
-            ]
-
-        def select(self, items, count):
-            return items
-
     def judge(kind, body, number):
         prompt = body["messages"][0]["content"]
         if "fluency" in prompt:
@@ -275,11 +300,15 @@ def test_prompts_that_do_not_fit_are_skipped_or_cut(tmp_path):
     with StandIn(lambda *_: text_reply("The correct answer is y.")) as standin:
         cut = run(standin, tmp_path / "cut", benchmark=Long(), max_input=20).results[0]
         assert max(len(prompt) for prompt, _ in standin.asked) == 20
-        assert cut.counts["prompts cut"] == 1 and cut.complete and cut.counts["asked"] == 44
+        assert cut.counts["prompts cut"] == 1
+        assert cut.complete
+        assert cut.counts["asked"] == 44
     with StandIn(right) as standin:
         for _ in range(2):
             whole = run(standin, tmp_path / "whole", benchmark=Whole(), max_input=20).results[0]
-        assert whole.counts["skipped questions"] == 1 and whole.complete and whole.counts["asked"] == 40
+        assert whole.counts["skipped questions"] == 1
+        assert whole.complete
+        assert whole.counts["asked"] == 40
         assert standin.asked.total() == 40
 
 
@@ -290,7 +319,9 @@ def test_head_cut_drops_the_tail_of_the_context_alone():
     )
     prompt = build(Helmet(), item, WordCodec(), 60)
     text = WordCodec().decode(prompt.ids)
-    assert len(text) <= 60 and text.startswith("Read: 0123456789") and text.endswith("\nNow write.")
+    assert len(text) <= 60
+    assert text.startswith("Read: 0123456789")
+    assert text.endswith("\nNow write.")
     assert build(Helmet(), item, WordCodec(), 10).ids is None
     assert build(Mrcr(), item, WordCodec(), 60).ids is None
 
@@ -300,7 +331,8 @@ def test_a_template_that_opens_thinking_is_noticed():
         def conversation(self, messages):
             return super().conversation(messages) + self.encode("<think>\n")
 
-    assert prefills_thinking(Thinker()) and not prefills_thinking(WordCodec())
+    assert prefills_thinking(Thinker())
+    assert not prefills_thinking(WordCodec())
 
 
 def test_journal_survives_a_half_written_line_and_damage(tmp_path):
@@ -312,7 +344,9 @@ def test_journal_survives_a_half_written_line_and_damage(tmp_path):
         stream.write(b"\xff garbage\n")
         stream.write(b'{"key": "c", "te')
     with Journal(path) as journal:
-        assert len(journal) == 2 and journal.damaged == 1 and journal.get("b") == {"text": "zwei ≠ 2"}
+        assert len(journal) == 2
+        assert journal.damaged == 1
+        assert journal.get("b") == {"text": "zwei ≠ 2"}
         journal.append("c", {"text": "3"})
         with pytest.raises(SpellError, match="another run"):
             Journal(path)
@@ -351,3 +385,46 @@ def test_endpoint_tells_refusal_from_silence():
         with pytest.raises(Unanswered, match="no message"):
             asyncio.run(ask(standin.url))
         assert standin.chats == QUICK.tries
+
+
+def test_live_engines_are_a_source_too(tmp_path):
+    class Engine:
+        version = 3
+        dead = False
+
+        async def generate(self, prompt, *, seeds, max_tokens, temperature, top_p):
+            if self.dead:
+                raise EngineError("gone")
+            land = chr(prompt[-2])
+            tokens = WordCodec().encode(f"The correct answer is city {land if land in '02468' else 'X'}.")
+            return [Rollout(prompt, tokens, [0.0] * len(tokens), "stop", self.version) for _ in seeds]
+
+        def healthy(self):
+            return not self.dead
+
+    async def go(engine: Engine) -> Report:
+        source = LiveSource(engine, WordCodec(), "run")
+        plans = plan([(Unjudged(), Unjudged().load(Data(None)), {})], [1000], WordCodec())
+        console = Console(file=io.StringIO())
+        return await measure(source, WordCodec(), plans, SETTINGS, tmp_path, "live", console=console)
+
+    engine = Engine()
+    assert asyncio.run(go(engine)).results[0].mean.value == 0.5
+    engine.version = 4  # other weights: nothing of version 3 counts for them
+    engine.dead = True
+    with pytest.raises(EndpointDied, match="gone"):
+        asyncio.run(go(engine))
+
+
+def test_a_rate_bounds_requests_a_second(tmp_path):
+    times = []
+
+    def behave(kind, body, number):
+        times.append(time.monotonic())
+        return right(kind, body, number)
+
+    with StandIn(behave) as standin:
+        limits = Limits(timeout=5.0, tries=1, rate=100.0)
+        run(standin, tmp_path, Settings(samples=2, concurrency=20), limits=limits)
+    assert len(times) == 20
+    assert max(times) - min(times) >= 19 / 100 - 0.05

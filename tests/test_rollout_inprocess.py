@@ -24,7 +24,9 @@ from spell_megatron.types import Rollout
 pytestmark = pytest.mark.engine
 
 WINDOW = 512
-SETTINGS = Settings(dtype="float32", max_model_len=WINDOW, max_num_seqs=32, kv_cache_mib=32)
+SETTINGS = Settings(
+    dtype="float32", max_model_len=WINDOW, max_num_seqs=32, max_batched_tokens=64, kv_cache_mib=32
+)
 PROMPTS = [[random.Random(i).randrange(3, 250) for _ in range(70 + 9 * i)] for i in range(3)]
 Result = TypeVar("Result")
 
@@ -208,6 +210,17 @@ def test_the_prompt_of_a_group_is_computed_once(engine: InProcessEngine) -> None
     assert after.cached_tokens - before.cached_tokens == 7 * 320
     assert 0 < after.generated_tokens - before.generated_tokens <= 32
     assert (after.running, after.waiting) == (0, 0)
+
+
+def test_more_prompt_tokens_than_fit_in_a_step_wait_for_the_next(
+    engine: InProcessEngine, scratch: Path
+) -> None:
+    async def play() -> list[list[Rollout]]:
+        prompts = [[3 + i, *PROMPTS[i % 3]] for i in range(24)]  # some 2000 tokens, in steps of WINDOW
+        return await asyncio.gather(*(sample(engine, prompt, [i], 8) for i, prompt in enumerate(prompts)))
+
+    groups = run(play())
+    assert worst(hugging_face(scratch / "qwen3"), [rollout for group in groups for rollout in group]) <= 1e-4
 
 
 def test_cancelling_aborts_the_requests(engine: InProcessEngine) -> None:

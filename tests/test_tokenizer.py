@@ -24,7 +24,9 @@ SHIPPED = Path(__file__).parents[1] / "spell_megatron" / "assets" / "toy-seed"
 
 @pytest.fixture(scope="module")
 def model() -> bytes:
-    return train((exchange.reply for index in range(60) for exchange in transcripts(1, index)), pieces(), 1024)
+    return train(
+        (exchange.reply for index in range(60) for exchange in transcripts(1, index)), pieces(), 1024
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +60,14 @@ def test_any_text_round_trips_as_in_sentencepiece(codec, reference, text: str) -
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from([*pieces(), " ", "  ", "\n", "<0x41>", "<0x0A>", "é", "漢", "🙂", "13", "7.5", "Rom"])))
-def test_mixtures_of_known_and_unknown_round_trip_as_in_sentencepiece(codec, reference, parts: list[str]) -> None:
+@given(
+    st.lists(
+        st.sampled_from([*pieces(), " ", "  ", "\n", "<0x41>", "<0x0A>", "é", "漢", "🙂", "13", "7.5", "Rom"])
+    )
+)
+def test_mixtures_of_known_and_unknown_round_trip_as_in_sentencepiece(
+    codec, reference, parts: list[str]
+) -> None:
     same(codec, reference, "".join(parts))
 
 
@@ -91,9 +99,19 @@ def test_prompt_is_a_chat_turn_and_decode_drops_its_marks(codec, model) -> None:
 
 def test_conversation_keeps_every_turn(codec, model) -> None:
     hf = convert(model, 512)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     marks = [token for token in hf.convert_ids_to_tokens(codec.conversation(turns)) if token in SPECIAL]
     assert marks == [BOS, USER, ASSISTANT, EOS, USER, ASSISTANT]
+
+
+def test_a_text_cannot_end_its_turn(codec, model) -> None:
+    hf = convert(model, 512)
+    ids = codec.prompt(f"Oslo{EOS}{ASSISTANT}yes")
+    assert [token for token in hf.convert_ids_to_tokens(ids) if token in SPECIAL] == [BOS, USER, ASSISTANT]
 
 
 def test_thinking_reaches_the_template(folder: Path, tmp_path: Path) -> None:

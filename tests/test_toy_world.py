@@ -34,7 +34,9 @@ STREET = Cluster(
     "toy",
     (
         Document("1", "Nora visits Hugo. Nora lives in Rome. The savings of Nora are 4."),
-        Document("2", "The home of Hugo is Oslo. Hugo saves 11. The friend of Hugo is Nora. Hugo works as baker."),
+        Document(
+            "2", "The home of Hugo is Oslo. Hugo saves 11. The friend of Hugo is Nora. Hugo works as baker."
+        ),
         Document("3", "Acorn sells axe for 3. At Acorn the price of bag is 12. The owner of Acorn is Hugo."),
     ),
 )

@@ -1,1 +1,1 @@
-"""Tokenizers: sentencepiece training, conversion to Hugging Face form, and the chat format of any HF folder."""
+"""Tokenizers: sentencepiece training, conversion to Hugging Face form, the chat format of any folder."""

@@ -25,10 +25,11 @@ class ChatTokenizer:
         self.eos_ids = eos_ids
         """Ids that end a completion."""
         self.vocab_size = len(hf)
+        self._control = [token.content for token in hf.added_tokens_decoder.values() if token.special]
 
     @classmethod
     def load(cls, folder: str | Path, thinking: bool = False) -> ChatTokenizer:
-        """Read the tokenizer of a model folder. Raises SpellError where it is missing, broken, or without chat template."""
+        """The tokenizer of a model folder; SpellError where it is missing, broken or has no chat template."""
         folder = Path(folder)
         if not folder.is_dir():
             raise SpellError(f"no model folder {folder}: give the path of a folder with tokenizer files")
@@ -37,16 +38,21 @@ class ChatTokenizer:
         except Exception as error:  # transformers raises many kinds for one broken file
             raise SpellError(f"cannot read the tokenizer in {folder}: {error}") from error
         if not hf.chat_template:
-            raise SpellError(f"the tokenizer in {folder} has no chat template: use an instruction-tuned model")
+            raise SpellError(
+                f"the tokenizer in {folder} has no chat template: use an instruction-tuned model"
+            )
         return cls(hf, _eos_ids(folder, hf), thinking)
 
     def prompt(self, message: str) -> list[int]:
         return self.conversation([{"role": "user", "content": message}])
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a whole exchange of `role` and `content`, up to where the model starts to write."""
+        """Token ids of a whole exchange of `role` and `content`, up to where the model starts to write.
+
+        The names of control tokens inside a `content` are broken by a blank: a text cannot end its turn.
+        """
         text = self._hf.apply_chat_template(
-            [dict(message) for message in messages],
+            [{**message, "content": self._harmless(message["content"])} for message in messages],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=self._thinking,
@@ -62,6 +68,11 @@ class ChatTokenizer:
 
     def count(self, text: str) -> int:
         return len(self.encode(text))
+
+    def _harmless(self, content: str) -> str:
+        for name in self._control:
+            content = content.replace(name, f"{name[0]} {name[1:]}")
+        return content
 
 
 def _eos_ids(folder: Path, hf: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -30,7 +30,9 @@ def convert(model: bytes, model_max_length: int) -> PreTrainedTokenizerFast:
     proto = schema.ModelProto.FromString(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.UNIGRAM or not trainer.byte_fallback or normalizer.name != "identity":
-        raise SpellError("only a unigram sentencepiece model with byte fallback and identity normalization converts")
+        raise SpellError(
+            "only a unigram sentencepiece model with byte fallback and identity normalization converts"
+        )
     vocabulary = [
         (piece.piece, piece.score if piece.type == piece.NORMAL else _NEVER) for piece in proto.pieces
     ]
@@ -40,7 +42,10 @@ def convert(model: bytes, model_max_length: int) -> PreTrainedTokenizerFast:
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     fast.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (PAD, UNKNOWN, BOS, EOS, USER, ASSISTANT)]
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (PAD, UNKNOWN, BOS, EOS, USER, ASSISTANT)
+        ]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=fast,

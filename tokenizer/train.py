@@ -16,7 +16,14 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 
 SPACE = "\u2581"
 """Sentencepiece's visible blank."""
-PAD, UNKNOWN, BOS, EOS, USER, ASSISTANT = "<|pad|>", "<|unknown|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
+PAD, UNKNOWN, BOS, EOS, USER, ASSISTANT = (
+    "<|pad|>",
+    "<|unknown|>",
+    "<|begin|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+)
 _CHARACTERS = SPACE + string.ascii_letters + string.digits + string.punctuation + "\n"
 _KEPT_SCORE = -0.1
 """Of every string to keep: far above any trained piece, below zero so that fewer pieces win."""

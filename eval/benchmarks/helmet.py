@@ -17,6 +17,7 @@ import numpy as np
 
 from eval.benchmark import Ask, Benchmark, Grade, Item, Mode, Unjudged, Verdict, fill
 from eval.data import BadRow, Data, Row, Source, identity, text, texts
+from spell_megatron.selfplay.parsing import strip_thinking
 
 BOOKS = Source(
     "xinrongzhang2022/InfiniteBench", ("longbook_sum_eng.jsonl", "*/longbook_sum_eng.jsonl"), "helmet"
@@ -107,6 +108,7 @@ class Helmet(Benchmark):
     long = True
     cut = "head"
     greedy = True
+    isolated = True
     reasoning_tokens = 20_000
     judged = True
     judge_replaces = True
@@ -235,7 +237,7 @@ def last_json(text: str) -> dict[str, Any] | None:
 
 def _reader(*names: str) -> Callable[[str], tuple[float, ...] | None]:
     def read(reply: str) -> tuple[float, ...] | None:
-        value = last_json(reply) or {}
+        value = last_json(strip_thinking(reply) or "") or {}
         numbers = [value.get(name) for name in names]
         if any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n < 10_000 for n in numbers):
             return None

@@ -23,10 +23,12 @@ class Toy(Benchmark):
 
     def load(self, data: Data) -> list[Item]:
         questions = load_heldout(self._config.heldout)
-        return [self._item(place, *entry) for place, entry in enumerate(questions)]
+        prompts = Prompts(self._config.model.prompts)
+        return [self._item(prompts, place, *entry) for place, entry in enumerate(questions)]
 
-    def _item(self, place: int, cluster: Cluster, question: Question) -> Item:
-        message = Prompts(self._config.model.prompts).responder(question, cluster.documents)
+    @staticmethod
+    def _item(prompts: Prompts, place: int, cluster: Cluster, question: Question) -> Item:
+        message = prompts.responder(question, cluster.documents)
         return Item(
             id=str(place),
             messages=({"role": "user", "content": message},),

@@ -40,10 +40,11 @@ def sketch(text: str) -> list[int]:
     With 4 bands of 6 rows, texts of Jaccard similarity 0.95 / 0.9 / 0.8 / 0.5 share a band with
     probability 0.995 / 0.95 / 0.70 / 0.06 (Broder 1997). Empty for short texts.
     """
-    words = np.fromiter((zlib.crc32(word.encode()) for word in text.lower().split()), dtype=np.uint64)
-    count = len(words) - SHINGLE + 1
+    plain = text.lower().split()
+    count = len(plain) - SHINGLE + 1
     if count < MIN_SHINGLES:
         return []
+    words = np.array([zlib.crc32(word.encode()) for word in plain], dtype=np.uint64)
     shingles = np.zeros(count, dtype=np.uint64)
     for offset in range(SHINGLE):
         shingles = shingles * np.uint64(0x9E3779B97F4A7C15) + words[offset : offset + count]

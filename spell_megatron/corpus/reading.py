@@ -63,14 +63,14 @@ class Skipped:
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
-    def add(self, reason: str, where: str, detail: str = "") -> None:
+    def add(self, reason: str, where: str, detail: str = "", level: int = logging.WARNING) -> None:
         self.counts[reason] += 1
         message = f"{where}: {reason}{f' ({detail})' if detail else ''}"
         self.first.setdefault(reason, message)
         if self.counts[reason] <= SHOWN:
-            logger.warning("skipped %s", message)
+            logger.log(level, "skipped %s", message)
         elif self.counts[reason] == SHOWN + 1:
-            logger.warning("further files or rows that are %s are counted, not named", reason)
+            logger.log(level, "further files or rows that are %s are counted, not named", reason)
 
     def __str__(self) -> str:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common())
@@ -108,7 +108,7 @@ def _read_file(
     if not path.is_file():
         return skipped.add("not a regular file", name)
     if kind not in _ROWS and kind not in _PROSE and not asked:
-        return skipped.add("of another type", name)
+        return skipped.add("of another type", name, level=logging.INFO)
     try:
         if kind == ".parquet":
             rows: Iterable[Mapping[str, Any]] = _parquet_rows(path, name, source, skipped)
@@ -292,4 +292,4 @@ def _hub_files(path: str) -> Iterator[tuple[str, Callable[[], Path]]]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -51,7 +51,8 @@ class SpanAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: SpanPlan | None = None,
     ) -> Tensor:
-        """`[tokens / cp, 1, heads / tp, d]` and keys, values of kv heads to `[tokens / cp, 1, heads / tp * d]`."""
+        """Queries `[tokens / cp, 1, heads / tp, d]`, keys and values of the kv heads to
+        `[tokens / cp, 1, heads / tp * d]`."""
         assert packed_seq_params is not None
         q, kv = query.squeeze(1), torch.stack((key.squeeze(1), value.squeeze(1)), 1)
         out = _MergedPieces.apply(q, kv, packed_seq_params, self.cp_group, self.scale)
@@ -69,7 +70,9 @@ class _MergedPieces(torch.autograd.Function):
         merged = out.transpose(0, 1)
         lse = out.new_empty(merged.shape[:2])
         for q0, q1, k0, k1, causal in plan.pieces:
-            part, part_lse = kernels.forward(queries[:, q0:q1], keys[:, k0:k1], values[:, k0:k1], causal, scale)
+            part, part_lse = kernels.forward(
+                queries[:, q0:q1], keys[:, k0:k1], values[:, k0:k1], causal, scale
+            )
             into, into_lse = merged[:, q0:q1], lse[:, q0:q1]
             if causal:  # a span's own causal piece comes first and initialises it
                 into.copy_(part)

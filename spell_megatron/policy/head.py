@@ -32,7 +32,10 @@ class Sampled:
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, sampled: Sampled, chunk: int, tp_group: Any
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy `[n]`, float32, of `targets [n]` after `hidden [n, h]`; `weight [vocab / tp, h]`."""
+    """Log-prob and entropy, float32 `[n]`, of `targets [n]` after `hidden [n, h]`.
+
+    `weight [vocab / tp, h]` is this rank's part of the head.
+    """
     logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, sampled, chunk, tp_group)
     return logprobs, entropy
 

@@ -16,11 +16,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -51,7 +47,9 @@ class RMSNorm(nn.RMSNorm):
 class NormColumnParallelLinear(ColumnParallelLinear):
     """Norm and column-parallel linear in one module, as Transformer Engine has it."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+    ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         ones = torch.ones(input_size, dtype=config.params_dtype, device=self.weight.device)
         self.layer_norm_weight = nn.Parameter(ones)
@@ -94,8 +92,6 @@ class _GroupedLinear(nn.Module):
                 torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
             )
             init_method(weight)
-            # As Transformer Engine: every rank counts its experts in the gradient norm.
-            set_tensor_model_parallel_attributes(weight, True, self.partition_dim, 1)
             weight.allreduce = False  # type: ignore[attr-defined]
             setattr(self, f"weight{index}", weight)
 

@@ -25,7 +25,13 @@ class WorldShape:
 
 def check_layout(layout: Layout, shape: ModelShape, world_size: int) -> WorldShape:
     """Raise `LayoutError` with every reason, or return how the world divides."""
-    tp, pp, cp, ep, etp = (layout.tensor, layout.pipeline, layout.context, layout.expert, layout.expert_tensor)
+    tp, pp, cp, ep, etp = (
+        layout.tensor,
+        layout.pipeline,
+        layout.context,
+        layout.expert,
+        layout.expert_tensor,
+    )
     vpp = layout.virtual_pipeline or 1
     model = tp * pp * cp
     faults: list[str] = []
@@ -34,23 +40,34 @@ def check_layout(layout: Layout, shape: ModelShape, world_size: int) -> WorldSha
         if not holds:
             faults.append(reason)
 
-    need(world_size % model == 0, f"world size {world_size} is no multiple of tensor*pipeline*context = {model}")
+    need(
+        world_size % model == 0,
+        f"world size {world_size} is no multiple of tensor*pipeline*context = {model}",
+    )
     need(shape.heads % tp == 0, f"{shape.heads} attention heads do not divide by tensor={tp}")
     need(
         shape.kv_heads % tp == 0 or (tp % shape.kv_heads == 0 and shape.kv_heads < tp),
         f"{shape.kv_heads} key-value heads and tensor={tp}: one must be a multiple of the other",
     )
     need(shape.vocab % tp == 0, f"a vocabulary of {shape.vocab} does not divide by tensor={tp}")
-    need(shape.layers % (pp * vpp) == 0, f"{shape.layers} layers do not divide by pipeline={pp} x chunks={vpp}")
+    need(
+        shape.layers % (pp * vpp) == 0, f"{shape.layers} layers do not divide by pipeline={pp} x chunks={vpp}"
+    )
     need(vpp == 1 or pp > 1, "virtual_pipeline needs pipeline > 1")
     if shape.experts:
         need(shape.experts % ep == 0, f"{shape.experts} experts do not divide by expert={ep}")
-        need(shape.expert_ffn % etp == 0, f"expert width {shape.expert_ffn} does not divide by expert_tensor={etp}")
+        need(
+            shape.expert_ffn % etp == 0,
+            f"expert width {shape.expert_ffn} does not divide by expert_tensor={etp}",
+        )
         need(
             world_size % (ep * etp * pp) == 0,
             f"world size {world_size} is no multiple of expert*expert_tensor*pipeline = {ep * etp * pp}",
         )
-        need(tp == 1 or layout.sequence, "experts with tensor > 1 need sequence=true (megatron-core requires it)")
+        need(
+            tp == 1 or layout.sequence,
+            "experts with tensor > 1 need sequence=true (megatron-core requires it)",
+        )
     else:
         need(shape.ffn % tp == 0, f"an MLP width of {shape.ffn} does not divide by tensor={tp}")
         need(ep == 1 and etp == 1, f"{shape.family} has no experts: expert and expert_tensor must be 1")

@@ -6,9 +6,10 @@ divided by their number, exactly, whatever the split over ranks, streams and pip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from spell_megatron.config import Policy
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.loss import TokenTerms, token_losses
-from spell_megatron.policy.model import build_chunks
+from spell_megatron.policy.model import SpanModel, build_chunks
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.spans import SpanPlan, plan_spans
 from spell_megatron.policy.stream import Stream, plan_streams
@@ -78,12 +79,15 @@ class Learner:
         self.chunks = build_chunks(policy, self.shape, folder)
         self.sampled = sampled or Sampled()
         load_weights(self.chunks, self.shape, ModelFolder(folder))
+        self.reference = self._build_reference() if policy.loss.kl > 0 else None
         self.models = wrap_data_parallel(self.chunks, policy.optimizer)
         self.optimizer, self.schedule = build_optimizer(self.models, policy.optimizer, self.dtype)
         config = self.chunks[0].config
         config.finalize_model_grads_func = finalize_model_grads
         if policy.optimizer.overlap:
-            config.no_sync_func = [m.no_sync for m in self.models] if len(self.models) > 1 else self.models[0].no_sync
+            config.no_sync_func = (
+                [m.no_sync for m in self.models] if len(self.models) > 1 else self.models[0].no_sync
+            )
         if policy.freeze_router:
             for name, parameter in self.named_parameters():
                 if name.endswith("mlp.router.weight"):
@@ -95,13 +99,13 @@ class Learner:
 
     def update(self, batch: TrainBatch) -> Update:
         """Train on a batch: `policy.minibatches` optimizer updates. The same batch on every rank."""
-        needs_old = self.policy.minibatches > 1
-        old = self.score(batch).logprobs if needs_old else None
+        old = self.score(batch).logprobs if self.policy.minibatches > 1 else None
+        reference = self._score(batch, self.reference).logprobs if self.reference else None
         parts = _minibatches(batch, self.policy.minibatches)
         total, clipped, tokens, norms, scores = 0.0, 0.0, 0, [], []
         for part, offset in parts:
             self._zero_grad()
-            run = _Run(part, None if old is None else old[offset : offset + len(part.groups)])
+            run = _Run(part, _part(old, offset, part), _part(reference, offset, part))
             self._run(run, run_loss=partial(self._loss, run), train=True)
             _, grad_norm, _ = self.optimizer.step()
             self.schedule.step(1)
@@ -127,17 +131,15 @@ class Learner:
     def gradients(self, batch: TrainBatch) -> float:
         """Forward and backward without an update; the gradients stay in `main_grad`. Returns the loss."""
         self._zero_grad()
-        run = _Run(batch, None)
+        run = _Run(batch)
         self._run(run, run_loss=partial(self._loss, run), train=True)
         values = self._reduce(run.loss_sum, run.denominator, run.clipped)
         return values[0] / max(values[1], 1.0)
 
-    @torch.no_grad()
     def score(self, batch: TrainBatch) -> Scores:
         """Log-probs and entropies of every response token under the present weights."""
-        run = _Run(batch, None)
-        self._run(run, run_loss=partial(self._observe, run), train=False)
-        return self._collect(run)
+        self.settle()
+        return self._score(batch, self.models)
 
     def weights(self, value: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Stream `(Hugging Face name, full tensor)`; a collective, see `stream_weights`."""
@@ -154,19 +156,41 @@ class Learner:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
 
+    def _build_reference(self) -> list[SpanModel]:
+        """The model that the run began with, frozen."""
+        chunks = build_chunks(self.policy, self.shape, self.folder)
+        load_weights(chunks, self.shape, ModelFolder(self.folder))
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        return chunks
+
+    @torch.no_grad()
+    def _score(self, batch: TrainBatch, models: Sequence[Any]) -> Scores:
+        run = _Run(batch)
+        self._run(run, run_loss=partial(self._observe, run), train=False, models=models)
+        return self._collect(run)
+
     # One forward(-backward) pass over a batch, in Megatron's schedules
 
-    def _run(self, run: _Run, *, run_loss: Callable[[SpanPlan, Stream, Tensor], Any], train: bool) -> None:
+    def _run(
+        self,
+        run: _Run,
+        *,
+        run_loss: Callable[[SpanPlan, Stream, Tensor], Any],
+        train: bool,
+        models: Sequence[Any] = (),
+    ) -> None:
+        models = models or self.models
         streams = self._streams(run.batch)
-        for chunk in self.chunks:
-            chunk.sampled = self.sampled
-            chunk.train(train)
+        for model in models:
+            getattr(model, "module", model).sampled = self.sampled  # under DDP, or bare
+            model.train(train)
         plans = [self._plan(run.batch, stream) for stream in streams]
         run.tokens = sum(plan.ids.shape[1] for plan in plans)
         get_forward_backward_func()(
             forward_step_func=partial(_forward_step, run_loss),
-            data_iterator=[iter(zip(plans, streams, strict=True)) for _ in self.chunks],
-            model=self.models,
+            data_iterator=[iter(zip(plans, streams, strict=True)) for _ in models],
+            model=list(models),
             num_microbatches=len(streams),
             seq_length=1,  # lengths vary; the schedules exchange them
             micro_batch_size=1,
@@ -196,21 +220,27 @@ class Learner:
             device=self.world.device,
         )
 
-    def _loss(self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _loss(
+        self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Megatron's contract: summed loss, what to divide by, what to report."""
         logprobs, entropy = output
         run.keep(plan, stream, logprobs.detach(), entropy.detach())
         samples = list(stream.samples(run.batch))
         config = self.policy.loss
 
-        def tokens(rows: Sequence[Sequence[float]]) -> Tensor:
-            flat = np.concatenate([np.asarray(row, dtype=np.float32) for row in rows] or [np.zeros(0, np.float32)])
+        def tokens(rows: Iterable[Any]) -> Tensor:
+            """Values of the stream's response tokens, those of this rank's rows."""
+            flat = np.concatenate([np.zeros(0), *rows]).astype(np.float32)
             return torch.from_numpy(flat).to(logprobs.device)[plan.row_ids]
 
-        old = logprobs.detach()
-        if run.old is not None:
-            old = tokens([run.old[group][i] for group, i, _ in samples])
-        engine = tokens([s.logprobs for *_, s in samples]) if config.importance_cap is not None else None
+        def scored(scores: PerSample | None) -> Tensor | None:
+            return None if scores is None else tokens(scores[group][i] for group, i, _ in samples)
+
+        old = scored(run.old)
+        if old is None:
+            old = logprobs.detach()
+        engine = tokens(s.logprobs for *_, s in samples) if config.importance_cap is not None else None
         sequence = None
         if config.ratio == "sequence":
             sequence = _response_means(logprobs.detach() - old, plan, len(samples))
@@ -218,9 +248,10 @@ class Learner:
             TokenTerms(
                 logprobs=logprobs,
                 entropy=entropy,
-                weights=tokens([s.weights for *_, s in samples]),
+                weights=tokens(s.weights for *_, s in samples),
                 old=old,
                 engine=engine,
+                reference=scored(run.reference),
                 sequence_log_ratio=sequence,
             ),
             config,
@@ -234,7 +265,9 @@ class Learner:
         run.clipped += int(clipped.sum())
         return total, torch.tensor(count, dtype=torch.int, device=output.device), {}
 
-    def _observe(self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _observe(
+        self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         run.keep(plan, stream, output[0], output[1])
         return output.sum(), torch.tensor(0, dtype=torch.int, device=output.device), {}
 
@@ -248,7 +281,9 @@ class Learner:
         summed = torch.tensor(values, dtype=torch.float64, device=self.world.device)
         dist.all_reduce(summed, group=mpu.get_data_parallel_group(with_context_parallel=True))
         pipeline = mpu.get_pipeline_model_parallel_group()
-        dist.broadcast(summed, src=dist.get_global_rank(pipeline, dist.get_world_size(pipeline) - 1), group=pipeline)
+        dist.broadcast(
+            summed, src=dist.get_global_rank(pipeline, dist.get_world_size(pipeline) - 1), group=pipeline
+        )
         return [float(v) for v in summed]
 
     def _collect(self, run: _Run) -> Scores:
@@ -270,8 +305,10 @@ class Learner:
 class _Run:
     """One pass over a batch: what it needs, and what it leaves on this rank."""
 
-    def __init__(self, batch: TrainBatch, old: PerSample | None) -> None:
-        self.batch, self.old = batch, old
+    def __init__(
+        self, batch: TrainBatch, old: PerSample | None = None, reference: PerSample | None = None
+    ) -> None:
+        self.batch, self.old, self.reference = batch, old, reference
         self.rows: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]] = []
         self.loss_sum, self.denominator, self.clipped, self.tokens = 0.0, 0, 0, 0
 
@@ -308,7 +345,12 @@ def _response_means(values: Tensor, plan: SpanPlan, responses: int) -> Tensor:
 def _minibatches(batch: TrainBatch, count: int) -> list[tuple[TrainBatch, int]]:
     """Consecutive parts of a batch, with the index of their first group."""
     bounds = np.linspace(0, len(batch.groups), min(count, max(len(batch.groups), 1)) + 1).astype(int)
-    return [(TrainBatch(batch.groups[a:b]), int(a)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(TrainBatch(batch.groups[a:b]), int(a)) for a, b in pairwise(bounds)]
+
+
+def _part(scores: PerSample | None, offset: int, part: TrainBatch) -> PerSample | None:
+    """The scores of a minibatch's groups."""
+    return None if scores is None else scores[offset : offset + len(part.groups)]
 
 
 def _blank(batch: TrainBatch) -> PerSample:

@@ -16,8 +16,8 @@ from spell_megatron.types import TrainBatch
 
 
 def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str]) -> dict[str, float]:
-    """`mismatch/mean`, `/max` (absolute, nats), `/k3` (KL(engine ‖ learner), Schulman's k3 estimator), and the
-    mean for each label of the batch's groups. Empty where no sample carries engine log-probs."""
+    """`mismatch/mean` and `/max` (absolute, nats), `/k3` (Schulman's estimator of KL(engine ‖ learner)), and
+    the mean for each label of the batch's groups. Empty where no sample carries engine log-probs."""
     by_label: dict[str, list[np.ndarray]] = defaultdict(list)
     for group, learned, label in zip(batch.groups, scores.logprobs, labels, strict=True):
         for sample, ours in zip(group.samples, learned, strict=True):

@@ -20,6 +20,7 @@ from spell_megatron.config import Policy
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.layers import torch_block_spec
 from spell_megatron.policy.spans import SpanPlan
+from spell_megatron.weights.names import Cut, weights_of
 from spell_megatron.weights.shape import ModelShape
 
 
@@ -86,7 +87,20 @@ def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanMo
                 head_chunk=policy.head_chunk,
             )
         )
+    _mark_split_parameters(chunks, shape)
     return [cast(SpanModel, chunk.to(torch.cuda.current_device())) for chunk in chunks]
+
+
+def _mark_split_parameters(chunks: list[SpanModel], shape: ModelShape) -> None:
+    """Say of every parameter that is cut over TP ranks that it is: the gradient norm counts it on each.
+
+    Upstream does so only as a by-product of initialisation (tensor_parallel/layers.py:137), which is skipped.
+    """
+    for weight in weights_of(chunks, shape.tied):
+        if weight.cut is not Cut.NONE:
+            weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            weight.parameter.partition_dim = 1 if weight.cut is Cut.COLUMNS else 0  # type: ignore[attr-defined]
+            weight.parameter.partition_stride = 1  # type: ignore[attr-defined]
 
 
 def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float = 1.0) -> TransformerConfig:
@@ -108,11 +122,11 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
             "moe_router_load_balancing_type": "none",  # an auxiliary loss would pull against the reward
             "moe_router_dtype": "fp32",
         }
-    recompute: dict[str, Any] = {
+    recompute_options: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[policy.recompute]
+    }
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -148,7 +162,7 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         batch_p2p_comm=False,
         calculate_per_token_loss=True,  # sums over ranks and microbatches, divided once by the token count
         **moe,
-        **recompute,
+        **recompute_options[policy.recompute],
     )
 
 

@@ -177,9 +177,11 @@ def _pieces(
     chunks: Sequence[tuple[int, int, int]],
     rectangles: Sequence[tuple[int, int, tuple[int, int]]],
 ) -> list[Piece]:
-    """Own chunk, causal; own earlier chunks, full; all responses of a group on their prompt, one rectangle."""
+    """Own chunk, causal; own earlier chunks, full; a group's responses on their prompt, one rectangle."""
     pieces: list[Piece] = []
-    query, begins, ends = 0, {}, {}
+    begins: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    query = 0
     for i, first, end in chunks:
         size = end - first
         pieces.append((query, query + size, first, end, True))

@@ -62,8 +62,11 @@ def plan_streams(
 
     `token_work` is the cost of a token's linear layers in units of one query-key pair.
     """
-    loads = [load for index, group in enumerate(batch.groups)
-             for load in _split(index, group, budget if share_prompts else 0, token_work)]
+    loads = [
+        load
+        for index, group in enumerate(batch.groups)
+        for load in _split(index, group, budget if share_prompts else 0, token_work)
+    ]
     longest = max((load.tokens for load in loads), default=0)
     if longest > budget:
         raise SpellError(
@@ -79,14 +82,17 @@ def plan_streams(
     for start in range(0, count, data_size):
         row = bins[start : start + data_size]
         # Snake order: who got the heaviest of one row gets the lightest of the next.
-        for rank, loads_of_stream in zip(ranks, row if (start // data_size) % 2 == 0 else row[::-1], strict=True):
+        for rank, loads_of_stream in zip(
+            ranks, row if (start // data_size) % 2 == 0 else row[::-1], strict=True
+        ):
             rank.append(Stream(tuple(load.part for load in loads_of_stream)))
     return ranks
 
 
 def _split(index: int, group: Group, budget: int, token_work: float) -> Iterator[_Load]:
     """A group as one part, or as several that each repeat the prompt where it exceeds the budget."""
-    prompt, chosen, total = len(group.prompt), [], len(group.prompt)
+    prompt = total = len(group.prompt)
+    chosen: list[int] = []
     for i, sample in enumerate(group.samples):
         if chosen and total + len(sample.tokens) > budget:
             yield _load(index, group, chosen, token_work)

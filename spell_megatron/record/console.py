@@ -8,14 +8,13 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console as Terminal
-from rich.console import Group, RenderableType
 from rich.live import Live as Screen
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 ROLES = ("questioner", "responder", "verifier")
 PHASES = ("play", "update", "resync", "measure", "record")
+_BAR = 20
+"""Characters of the bar."""
 
 
 class Live(Protocol):
@@ -91,29 +90,25 @@ class Console:
     def note(self, text: str) -> None:
         self.terminal.print(Text(text), highlight=False, soft_wrap=True)
 
-    def _bar(self) -> RenderableType:
+    def _bar(self) -> Text:
         if not self._phase:
-            return Group()
-        row = Table.grid(padding=(0, 1))
+            return Text()
         seconds = time.monotonic() - self._phase_began
-        cells: list[RenderableType] = [
-            Text(f"step {self._step}/{self._total}" if self._step else "before step 1", style="bold"),
-            Text(f"{self._phase} {_clock(seconds)}", style="cyan"),
-        ]
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(f"step {self._step}/{self._total}" if self._step else "before step 1", "bold")
+        line.append(f"  {self._phase} {_clock(seconds)}", "cyan")
         if self._phase == "play":
-            speed = _short(self._tokens / max(seconds, 1e-3))
-            counts = f"{self._asked:,} asked · {self._rollouts:,} rollouts · {speed} tokens/s"
-            cells += [
-                ProgressBar(total=max(1, self._needed), completed=min(self._kept, self._needed), width=24),
-                Text(f"{self._kept}/{self._needed} kept"),
-                Text(counts, style="dim"),
-            ]
+            full = round(_BAR * min(1.0, self._kept / max(1, self._needed)))
+            line.append("  " + "━" * full, "cyan").append("━" * (_BAR - full), "bright_black")
+            line.append(f"  {self._kept}/{self._needed} kept")
         if self._seconds:
             mean = sum(self._seconds) / len(self._seconds)
             left = mean * (self._total - self._step + 1) - (time.monotonic() - self._began)
-            cells.append(Text(f"{_clock(max(0.0, left))} left", style="dim"))
-        row.add_row(*cells)
-        return row
+            line.append(f"  {_clock(max(0.0, left))} left", "dim")
+        if self._phase == "play":
+            speed = _short(self._tokens / max(seconds, 1.0))
+            line.append(f"  {speed} tokens/s, {self._asked:,} asked, {self._rollouts:,} rollouts", "dim")
+        return line
 
 
 def step_line(step: int, total: int, metrics: Mapping[str, float]) -> Text:

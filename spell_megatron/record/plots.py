@@ -49,7 +49,7 @@ _OUTCOMES = {"zero_variance": "no variance", "bad_ground": "ungrounded", "bad_fo
 POINTS = 240
 """Longer series are averaged into this many points."""
 COLUMNS = 60
-"""Columns of the heat map."""
+"""Columns of the heat map and of stacked bars."""
 _SIZE = (5.4, 2.7)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -236,11 +236,11 @@ def stack(prefix: str, colours: Mapping[str, str], *, share: bool) -> Draw:
         return _figure(lambda axes: draw(axes, parts, steps, table))
 
     def draw(axes: Axes, parts: list[str], steps: np.ndarray, table: np.ndarray) -> None:
-        steps, table = _averaged(steps, COLUMNS * 2), _averaged(table, COLUMNS * 2)
+        steps, table = _averaged(steps, COLUMNS), _averaged(table, COLUMNS)
         if share:
             table = table / np.maximum(table.sum(axis=0), 1e-12)
         edges = _edges(steps)
-        widths = np.diff(edges) * (0.94 if len(steps) <= COLUMNS else 1.0)
+        widths = np.diff(edges) * 0.94
         base = np.zeros(len(steps))
         others = 0
         for part, values in zip(parts, table, strict=True):

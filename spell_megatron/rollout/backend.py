@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,15 +36,18 @@ class Backend:
     """Tokens of a KV block, the grain of the prefix cache; None leaves it to vLLM."""
     kv_cache_mib: int | None
     """KV cache where the configuration gives none; None takes a share of device memory."""
+    cuts_prompts: bool
+    """Long prompts are computed in several steps (chunked prefill)."""
     sleeps: bool
     """Memory can be given back between rollouts."""
 
 
 # A CPU build has nothing to capture, and compiling a small model takes longer than running it. vLLM's own
 # block of 128 tokens caches little of a short prompt; 32 is the smallest that its CPU kernels like. Its
-# default KV cache would be most of the machine's memory.
-CPU = Backend("cpu", eager=True, block_size=32, kv_cache_mib=512, sleeps=False)
-CUDA = Backend("cuda", eager=False, block_size=None, kv_cache_mib=None, sleeps=True)
+# default KV cache would be most of the machine's memory. After a prompt's unfinished part it rewinds the
+# request's random generator by an offset that CPU generators do not have, and dies.
+CPU = Backend("cpu", eager=True, block_size=32, kv_cache_mib=512, cuts_prompts=False, sleeps=False)
+CUDA = Backend("cuda", eager=False, block_size=None, kv_cache_mib=None, cuts_prompts=True, sleeps=True)
 
 
 @cache
@@ -52,14 +55,25 @@ def current() -> Backend:
     return CUDA if torch.cuda.is_available() else CPU
 
 
+def transfer(name: Literal["auto", "gloo", "nccl", "ipc"]) -> Literal["gloo", "nccl", "ipc"]:
+    """The weight-transfer backend. `auto` is `nccl` where there is CUDA: it reaches engines anywhere."""
+    if name != "auto":
+        return name
+    return "gloo" if current() is CPU else "nccl"
+
+
 def engine_arguments(settings: Rollout, backend: Backend) -> dict[str, Any]:
     """vLLM's engine arguments that every engine has, by vLLM's names, for a process or a command line."""
+    # A step must have room for a token of every sequence, and where prompts are not cut, for a whole one.
+    least = (
+        settings.max_num_seqs if backend.cuts_prompts else max(settings.max_num_seqs, settings.max_model_len)
+    )
     arguments: dict[str, Any] = {
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
-        # A batch must hold at least one sequence's decode step, and chunked prefill does the rest.
-        "max_num_batched_tokens": max(settings.max_batched_tokens, settings.max_num_seqs),
+        "max_num_batched_tokens": max(settings.max_batched_tokens, least),
+        "enable_chunked_prefill": backend.cuts_prompts,
         "enforce_eager": settings.eager or backend.eager,
         "enable_prefix_caching": True,
         # The trainer's log-probs are of the distribution sampled from; vLLM's default is the raw one.
@@ -116,15 +130,21 @@ def prepare(scratch: Path) -> None:
             "VLLM_RPC_BASE_PATH": str(scratch),  # else a socket folder in the temporary folder
         }
     )
-    # Its warnings are about tuning, on our console; some come before its own logging is set up.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    quiet()
     if current() is CPU:
         import torch._dynamo
 
         # vLLM decorates sampling and layers with torch.compile even where it is told to be eager: half a
         # minute of compilation for a small model. Graphs exist for CUDA's sake.
         torch._dynamo.config.disable = True
+
+
+def quiet() -> None:
+    """Keep vLLM's warnings off our console: they are about tuning. Call before vLLM is imported."""
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level)  # some come before its own logging is set up
+    # A failed step would print the whole batch; its exception reaches the caller anyway.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
 
 
 @contextmanager

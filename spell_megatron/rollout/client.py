@@ -43,7 +43,8 @@ class Client:
             base_url=url,
             trust_env=False,
             timeout=httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            # The server drops an idle connection after 5 s: stop using it well before.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
         )
 
     async def complete(
@@ -101,7 +102,7 @@ class Client:
             httpx.HTTPError,
             RuntimeError,
         ) as error:  # a client that was closed meanwhile raises the latter
-            raise Unavailable(f"{self.url}{path}: {error or type(error).__name__}") from None
+            raise Unavailable(f"{self.url}{path}: {str(error) or type(error).__name__}") from None
         if response.status_code == httpx.codes.BAD_REQUEST:
             raise EngineError(f"{self.url}{path} refused: {response.text[:500]}")
         if response.is_error:

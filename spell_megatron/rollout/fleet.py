@@ -16,8 +16,9 @@ import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -45,6 +46,9 @@ from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.server import Launch, Server
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.types import Rollout, Tokens
+
+if TYPE_CHECKING:
+    from spell_megatron.rollout.transfer.session import Sender
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
@@ -88,9 +92,6 @@ class Fleet:
         stop: Sequence[int] | None = None,
         version: int = 0,
     ) -> None:
-        from spell_megatron.rollout.transfer.session import Sender, address_for, choose
-        from spell_megatron.rollout.transfer.store import WeightStore
-
         folder, servers = Path(model), settings.servers
         if not servers.count and not servers.urls:
             raise EngineError("a fleet needs servers: set rollout.servers.count or rollout.servers.urls")
@@ -103,18 +104,9 @@ class Fleet:
         self._counted = EngineStats()
         self._waiting = 0
         self._fault = ""
-        transfer = choose(servers.transfer)
-        device = torch.device("cpu" if transfer == "gloo" else "cuda")
-        self._store = WeightStore(Manifest.of(folder), device)
-        self._sender = Sender(
-            transfer,
-            self._store,
-            host=address_for(servers.host),
-            timeout=servers.sync_seconds,
-            in_flight=servers.in_flight,
-            drain_seconds=servers.request_seconds,
-        )
-        launch = Launch(folder, settings, scratch, logs, transfer)
+        self._manifest = Manifest.of(folder)
+        self._scratch = scratch
+        launch = Launch(folder, settings, scratch, logs, backend.transfer(servers.transfer))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -135,6 +127,7 @@ class Fleet:
     async def generate(
         self, prompt: Tokens, *, seeds: Sequence[int], max_tokens: int, temperature: float, top_p: float
     ) -> list[Rollout]:
+        self._check_alive()
         budget = room_for(prompt, max_tokens, self._settings.max_model_len)
 
         async def group() -> list[Rollout]:
@@ -159,16 +152,18 @@ class Fleet:
         check_version(self._version, version)
         self._run(self._transfers.acquire())
         try:
-            self._fault = f"the update to version {version} did not finish"
             self._version = version
-            self._store.offer(weights)
+            self._sender.store.offer(weights)
             members = self._run(self._retarget(version))
             outcome = self._send(members)
-            self._store.keep(version)
+            self._sender.store.keep(version)
             self._run(self._conclude(members, version, outcome))
-            self._fault = ""
+        except BaseException:
+            self._fault = f"the update to version {version} did not finish"
+            raise
         finally:
             self._loop.call_soon_threadsafe(self._transfers.release)
+        self._fault = ""
         self._run(self._one_serves())
 
     def stats(self) -> EngineStats:
@@ -201,7 +196,17 @@ class Fleet:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._sender.close()
+        if "_sender" in vars(self):
+            self._sender.close()
+
+    @cached_property
+    def _sender(self) -> Sender:
+        """Made for the first transfer: it takes vLLM into this process."""
+        backend.quiet()
+        with backend.undisturbed(self._scratch):
+            from spell_megatron.rollout.transfer.session import Sender
+
+            return Sender(self._manifest, self._servers)
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run in the fleet's loop and wait, from another thread."""
@@ -305,7 +310,7 @@ class Fleet:
                 except Unavailable as error:
                     _log.warning("%s: %s", member.name, error)
                     return await self._happened(member, SyncFailed())
-            if self._store.version == version:
+            if self._sender.store.version == version:
                 outcome = await asyncio.to_thread(self._send, [member])
                 return await self._conclude([member], version, outcome)
         await self._wait_for_change(member, _POLL_SECONDS)  # an update that failed: another will come
@@ -384,8 +389,10 @@ class Fleet:
                 except Aborted:
                     continue
                 except Unavailable as error:
-                    _log.warning("%s: attempt %d failed: %s", member.name, attempt + 1, error)
-                    if member.incarnation == incarnation:
+                    _log.debug("%s: attempt %d failed: %s", member.name, attempt + 1, error)
+                    # Of many requests that fail at once only the first counts; probes decide the rest.
+                    if member.incarnation == incarnation and member.health.serves:
+                        _log.warning("%s", error)
                         await self._happened(member, Failed())
                     continue
             rollout = completion.rollout
@@ -424,6 +431,7 @@ class Fleet:
                 await self._serving.wait()
 
     def _check_alive(self) -> None:
+        """Raise where waiting is in vain."""
         if self._fault:
             raise EngineError(f"the fleet cannot generate: {self._fault}")
         if all(member.health.state is State.LOST for member in self._members):

@@ -1,1 +1,1 @@
-"""Weights between Hugging Face folders, Megatron ranks and rollout engines: ONE name table serves all three."""
+"""Weights between Hugging Face folders, Megatron ranks and rollout engines: one name table for all."""

@@ -40,7 +40,7 @@ def stream_weights(
     pipeline = mpu.get_pipeline_model_parallel_group()
     stage, stages = dist.get_rank(pipeline), dist.get_world_size(pipeline)
     local = {weight.order: weight for weight in weights_of(chunks, shape.tied)}
-    owners: dict[tuple[int, ...], int] = {order: stage for order in local}
+    owners: dict[tuple[int, ...], int] = dict.fromkeys(local, stage)
     if stages > 1:
         gathered: list[Any] = [None] * stages
         dist.all_gather_object(gathered, list(local), group=pipeline)
@@ -62,7 +62,9 @@ def _over_pipeline(
         yield from full
         return
     source = dist.get_global_rank(pipeline, owner)
-    described: list[Any] = [[(name, t.shape, t.dtype) for name, t in full] if full and dist.get_rank(pipeline) == owner else None]
+    described: list[Any] = [
+        [(name, t.shape, t.dtype) for name, t in full] if full and dist.get_rank(pipeline) == owner else None
+    ]
     dist.broadcast_object_list(described, src=source, group=pipeline)
     for i, (name, size, dtype) in enumerate(described[0]):
         if full is not None and dist.get_rank(pipeline) == owner:
@@ -75,7 +77,7 @@ def _over_pipeline(
 
 def _read(folder: ModelFolder, names: Sequence[str], weight: Weight, shape: ModelShape) -> Tensor:
     """This rank's part of a parameter, merged from the Hugging Face tensors it is made of."""
-    size, rank = _tp(weight)
+    _, rank = _tp(weight)
     local = weight.parameter.shape
     match weight.cut:
         case Cut.NONE:
@@ -89,7 +91,7 @@ def _read(folder: ModelFolder, names: Sequence[str], weight: Weight, shape: Mode
             half = local[0] // 2
             return torch.cat([folder.read(name, slice(rank * half, (rank + 1) * half)) for name in names])
         case Cut.QKV:
-            # With fewer key-value heads than ranks a rank's rows begin inside a head: read whole heads, then cut.
+            # With fewer key-value heads than ranks a rank's rows begin inside a head: read whole, then cut.
             heads = _heads_per_group(shape)
             unit = sum(heads) * shape.head_dim
             first, end = rank * local[0], (rank + 1) * local[0]
@@ -98,7 +100,8 @@ def _read(folder: ModelFolder, names: Sequence[str], weight: Weight, shape: Mode
                 folder.read(name, slice(groups.start * n * shape.head_dim, groups.stop * n * shape.head_dim))
                 for name, n in zip(names, heads, strict=True)
             ]
-            return _merge_qkv(parts, shape, len(groups))[first - groups.start * unit : end - groups.start * unit]
+            offset = groups.start * unit
+            return _merge_qkv(parts, len(groups))[first - offset : end - offset]
 
 
 def _gather(tensor: Tensor, weight: Weight, shape: ModelShape) -> list[tuple[str, Tensor]]:
@@ -122,7 +125,8 @@ def _gather(tensor: Tensor, weight: Weight, shape: ModelShape) -> list[tuple[str
     for name, full in zip(weight.hf_names, fulls, strict=True):
         copies = [full] if dist.get_world_size(experts) == 1 else _all_gather(full, experts)
         named += [
-            (name.format(expert=_global_expert(weight, shape, rank)), copy) for rank, copy in enumerate(copies)
+            (name.format(expert=_global_expert(weight, shape, rank)), copy)
+            for rank, copy in enumerate(copies)
         ]
     return named
 
@@ -132,7 +136,7 @@ def _heads_per_group(shape: ModelShape) -> tuple[int, int, int]:
     return shape.heads // shape.kv_heads, 1, 1
 
 
-def _merge_qkv(parts: Sequence[Tensor], shape: ModelShape, groups: int) -> Tensor:
+def _merge_qkv(parts: Sequence[Tensor], groups: int) -> Tensor:
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
@@ -159,6 +163,9 @@ def _tp(weight: Weight) -> tuple[int, int]:
 
 
 def _all_gather(tensor: Tensor, group: Any) -> list[Tensor]:
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    parts = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for _ in range(dist.get_world_size(group))
+    ]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return parts

@@ -32,7 +32,9 @@ class ModelFolder:
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
         """Rows (and columns) of a tensor; only these are read from disk."""
         if name not in self._files:
-            raise SpellError(f"{self.folder} lacks the tensor {name!r}: is it the folder of the configured model?")
+            raise SpellError(
+                f"{self.folder} lacks the tensor {name!r}: is it the folder of the configured model?"
+            )
         path = self._files[name]
         try:
             handle = self._open.get(path)
@@ -51,14 +53,18 @@ class ModelFolder:
                 return {name: self.folder / file for name, file in names.items()}
             files = sorted(self.folder.glob("*.safetensors"))
             if not files:
-                raise SpellError(f"{self.folder} has no *.safetensors: convert the model to safetensors first")
+                raise SpellError(
+                    f"{self.folder} has no *.safetensors: convert the model to safetensors first"
+                )
             found: dict[str, Path] = {}
             for path in files:
                 with safe_open(path, framework="pt") as handle:
                     found.update(dict.fromkeys(handle.keys(), path))
             return found
         except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-            raise SpellError(f"cannot read the weights in {self.folder}: {error}; copy the folder again") from None
+            raise SpellError(
+                f"cannot read the weights in {self.folder}: {error}; copy the folder again"
+            ) from None
 
 
 def write_model(

@@ -61,12 +61,16 @@ def model_shape(folder: Path) -> ModelShape:
     config = read_hf_config(folder)
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise SpellError(f"{folder}: model type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise SpellError(
+            f"{folder}: model type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     moe = family == "qwen3_moe"
     if moe and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers")):
         raise SpellError(f"{folder}: models that mix dense and expert layers are not supported")
     if config.get("use_sliding_window"):
-        raise SpellError(f"{folder}: sliding-window attention is not supported; set use_sliding_window to false")
+        raise SpellError(
+            f"{folder}: sliding-window attention is not supported; set use_sliding_window to false"
+        )
     try:
         return ModelShape(
             family=family,

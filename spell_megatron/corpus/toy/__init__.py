@@ -1,11 +1,21 @@
 """The toy world: documents without end, questions about them, the truth, and worked examples."""
 
-from spell_megatron.corpus.toy.transcripts import CLEAN, Habits, Mix, Transcript, restated, transcripts
+from spell_megatron.corpus.toy.transcripts import (
+    CLEAN,
+    HABITS,
+    Habits,
+    Mix,
+    Transcript,
+    choices,
+    restated,
+    transcripts,
+)
 from spell_megatron.corpus.toy.vocabulary import pieces
 from spell_megatron.corpus.toy.world import (
     HELD_OUT,
     TASKS,
     TRAIN,
+    WHOLE,
     Scale,
     heldout,
     plain,
@@ -16,13 +26,16 @@ from spell_megatron.corpus.toy.world import (
 
 __all__ = [
     "CLEAN",
+    "HABITS",
     "HELD_OUT",
     "TASKS",
     "TRAIN",
+    "WHOLE",
     "Habits",
     "Mix",
     "Scale",
     "Transcript",
+    "choices",
     "heldout",
     "pieces",
     "plain",

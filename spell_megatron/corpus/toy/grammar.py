@@ -32,18 +32,52 @@ def _noun_question(noun: str) -> str:
     return f"What is the {noun} of {{s}}?"
 
 
-CITY = Relation("city", "home", ("{s} lives in {v}.", "The home of {s} is {v}."),
-                ("Where does {s} live?", _noun_question("home")), "the city of {v}", words.CITIES)
-JOB = Relation("job", "job", ("{s} works as {v}.", "The job of {s} is {v}."),
-               ("What does {s} work as?", _noun_question("job")), "the trade of {v}", words.JOBS)
-PET = Relation("pet", "pet", ("{s} keeps a {v}.", "The pet of {s} is {v}."),
-               ("What does {s} keep?", _noun_question("pet")), "a pet that is a {v}", words.PETS)
-GAME = Relation("game", "game", ("{s} plays {v}.", "The game of {s} is {v}."),
-                ("What does {s} play?", _noun_question("game")), "the game of {v}", words.GAMES)
-FRIEND = Relation("friend", "friend", ("{s} visits {v}.", "The friend of {s} is {v}."),
-                  ("Who does {s} visit?", _noun_question("friend")), "somebody called {v}")
-OWNER = Relation("owner", "owner", ("{s} belongs to {v}.", "The owner of {s} is {v}."),
-                 ("Who does {s} belong to?", _noun_question("owner")), "somebody called {v}")
+CITY = Relation(
+    "city",
+    "home",
+    ("{s} lives in {v}.", "The home of {s} is {v}."),
+    ("Where does {s} live?", _noun_question("home")),
+    "the city of {v}",
+    words.CITIES,
+)
+JOB = Relation(
+    "job",
+    "job",
+    ("{s} works as {v}.", "The job of {s} is {v}."),
+    ("What does {s} work as?", _noun_question("job")),
+    "the trade of {v}",
+    words.JOBS,
+)
+PET = Relation(
+    "pet",
+    "pet",
+    ("{s} keeps a {v}.", "The pet of {s} is {v}."),
+    ("What does {s} keep?", _noun_question("pet")),
+    "a pet that is a {v}",
+    words.PETS,
+)
+GAME = Relation(
+    "game",
+    "game",
+    ("{s} plays {v}.", "The game of {s} is {v}."),
+    ("What does {s} play?", _noun_question("game")),
+    "the game of {v}",
+    words.GAMES,
+)
+FRIEND = Relation(
+    "friend",
+    "friend",
+    ("{s} visits {v}.", "The friend of {s} is {v}."),
+    ("Who does {s} visit?", _noun_question("friend")),
+    "somebody called {v}",
+)
+OWNER = Relation(
+    "owner",
+    "owner",
+    ("{s} belongs to {v}.", "The owner of {s} is {v}."),
+    ("Who does {s} belong to?", _noun_question("owner")),
+    "somebody called {v}",
+)
 
 TRAITS = (CITY, JOB, PET, GAME)
 LINKS = (FRIEND, OWNER)

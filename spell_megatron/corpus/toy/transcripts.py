@@ -18,6 +18,7 @@ from spell_megatron.corpus.toy import grammar, words
 from spell_megatron.corpus.toy.world import (
     LETTERS,
     TASKS,
+    WHOLE,
     Derived,
     Reading,
     Scale,
@@ -32,7 +33,10 @@ SENTENCE = {
     "docmath_qa": "Therefore, the answer is {v}.",
     "doc_mc": "The correct answer is {v}.",
 }
-CHOICE = " ({letter})"
+CHOICE = "{v} is ({letter})."
+"""How a choice is quoted, as the prompt lists it."""
+SLOT = "{letter}: {v}."
+"""How a questioner notes where the right choice has to stand."""
 UNKNOWN = "The text does not say."
 COMPARE = "The answer says {a}, the reference says {b}."
 VERDICTS = ("[[NO]]", "[[YES]]")
@@ -49,11 +53,11 @@ class Habits:
     """Careful answers that end in a wrong value."""
     spelled: float = 0.1
     """Answers of docmath_qa in words, which the rule cannot read."""
-    long_answer: float = 0.25
+    long_answer: float = 0.15
     """Answers of doc_general_qa in their longer form."""
-    long_reference: float = 0.4
+    long_reference: float = 0.6
     """References of doc_general_qa in their longer form, which the rule finds in no short answer."""
-    wrong_key: float = 0.1
+    wrong_key: float = 0.05
     """Questions with a wrong answer; none of doc_mc, whose key is prescribed."""
     wrong_verdict: float = 0.06
     hops: float = 0.4
@@ -62,6 +66,8 @@ class Habits:
     """The same where earlier questions are remembered: a harder question is asked for."""
 
 
+HABITS = Habits()
+"""What the seed model leaves school with."""
 CLEAN = Habits(hasty=0.0, slip=0.0, wrong_key=0.0, wrong_verdict=0.0)
 """Careful and right: what the first part of the lessons shows."""
 
@@ -79,7 +85,9 @@ class Transcript:
 # --- the three roles -----------------------------------------------------------------------------
 
 
-def responder(derived: Derived, documents: Sequence[Document], rng: random.Random, habits: Habits) -> Transcript:
+def responder(
+    derived: Derived, documents: Sequence[Document], rng: random.Random, habits: Habits
+) -> Transcript:
     question = derived.question
     if not documents:
         reply = UNKNOWN
@@ -101,7 +109,7 @@ def _careful(derived: Derived, documents: Sequence[Document], rng: random.Random
         elif task == "doc_general_qa":
             quotes[-1] = quotes[-1].replace(f" {derived.result}.", f" {value}.")
     if task == "doc_mc":
-        quotes[-1] = quotes[-1].removesuffix(".") + CHOICE.format(letter=value) + "."
+        quotes.append(CHOICE.format(v=derived.result, letter=value))
     return " ".join([*quotes, *([sum_] if sum_ else []), _sentence(task, value, derived, rng, habits)])
 
 
@@ -141,8 +149,8 @@ def questioner(
     notes = [fact.sentence for fact in derived.steps] + ([derived.sum] if derived.sum else [])
     body: dict[str, Any] = {"question": f" {question.text}"}
     if question.options:
-        notes.append(f"{derived.result}{CHOICE.format(letter=question.answer)}.")
-        body["options"] = {letter: f" {choice}" for letter, choice in question.options.items()}
+        notes.append(SLOT.format(v=derived.result, letter=question.answer))
+        body["options"] = {f" {letter}": f" {choice}" for letter, choice in question.options.items()}
     body["answer"] = f" {answer}"
     reply = " ".join([*notes, json.dumps(body, separators=(",", ":"))])
     variables = {
@@ -153,7 +161,9 @@ def questioner(
     return Transcript("questioner", question.task, variables, reply)
 
 
-def verifier(question: Question, answer: str, reference: str, rng: random.Random, habits: Habits) -> Transcript:
+def verifier(
+    question: Question, answer: str, reference: str, rng: random.Random, habits: Habits
+) -> Transcript:
     """Both values in their plain form, then whether they are the same."""
     a, b = plain(answer), plain(reference)
     right = (a == b) != (rng.random() < habits.wrong_verdict)
@@ -193,8 +203,11 @@ class Mix:
     """Responder exchanges without documents."""
 
 
+MIX = Mix()
+
+
 def transcripts(
-    seed: int, index: int, *, habits: Habits = Habits(), scale: Scale = Scale(), mix: Mix = Mix()
+    seed: int, index: int, *, habits: Habits = HABITS, scale: Scale = WHOLE, mix: Mix = MIX
 ) -> list[Transcript]:
     """The exchanges about one cluster of the training half; the same arguments give the same ones."""
     rng = random.Random(f"transcripts/{seed}/{index}")
@@ -215,8 +228,10 @@ def _ask(documents: Sequence[Document], rng: random.Random, hops: float) -> Deri
     return derived
 
 
-def _questions(documents: Sequence[Document], count: int, rng: random.Random, habits: Habits) -> Iterator[Transcript]:
-    """Questions on some of the documents: few without history, more where earlier questions widened the view."""
+def _questions(
+    documents: Sequence[Document], count: int, rng: random.Random, habits: Habits
+) -> Iterator[Transcript]:
+    """Questions on some documents: few without history, more where earlier questions widened the view."""
     remembered = rng.choice((0, 0, 1, 2, 3))
     read = min(len(documents), rng.randint(2, 3) + 2 * remembered)
     chosen = [documents[i] for i in sorted(rng.sample(range(len(documents)), read))]
@@ -245,7 +260,14 @@ def _verdict(documents: Sequence[Document], rng: random.Random, habits: Habits) 
     return verifier(question, answer, reference, rng, habits)
 
 
-def restated(seed: int, index: int, scale: Scale = Scale()) -> tuple[tuple[Document, ...], list[str]]:
+def choices(rng: random.Random) -> tuple[str, list[str]]:
+    """Four choices as a prompt lists them, and the quotation of each: the lesson of finding a letter."""
+    people = rng.sample(words.NAMES, len(LETTERS))
+    quotes = [CHOICE.format(v=name, letter=letter) for name, letter in zip(people, LETTERS, strict=True)]
+    return "\n ".join(["?", *(quote.removesuffix(".") for quote in quotes)]), quotes
+
+
+def restated(seed: int, index: int, scale: Scale = WHOLE) -> tuple[tuple[Document, ...], list[str]]:
     """A cluster's documents, and their facts in other words and another order: the lesson of looking up."""
     cluster = toy_cluster(seed, index, scale=scale)
     facts = list(Reading(cluster.documents).facts.values())

@@ -9,16 +9,27 @@ from spell_megatron.corpus.toy.world import LETTERS, TASKS
 _FRAGMENTS = (
     ' {"question":"',
     '","answer":"',
-    '","options":{"A":"',
-    *(f'","{letter}":"' for letter in LETTERS[1:]),
+    '","options":{"',
+    '":"',
+    '","',
     '"},"answer":"',
+    ":",
     '"}',
 )
 
 
 def pieces() -> list[str]:
     """Strings, blanks included, that the tokenizer is to keep whole; each appears once."""
-    lists = (words.NAMES, words.CITIES, words.JOBS, words.PETS, words.GAMES, words.SHOPS, words.ITEMS, words.NUMBERS)
+    lists = (
+        words.NAMES,
+        words.CITIES,
+        words.JOBS,
+        words.PETS,
+        words.GAMES,
+        words.SHOPS,
+        words.ITEMS,
+        words.NUMBERS,
+    )
     standing = [word for words_ in lists for word in words_]
     standing += [str(number) for number in range(len(words.NUMBERS))]
     standing += [*LETTERS, *(f"({letter})" for letter in LETTERS), *TASKS, *TAGS, *VERDICTS]

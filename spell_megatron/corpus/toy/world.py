@@ -5,7 +5,7 @@ Everything is drawn afresh, so that only reading helps. Three kinds of questions
 
     doc_general_qa   a trait or a link of a subject, directly or over a link ("the friend of Nora")
     docmath_qa       sum or difference of two prices or two people's savings
-    doc_mc           a doc_general_qa with four choices
+    doc_mc           a doc_general_qa whose answer is a person, with four people to choose from
 
 Train and held-out worlds share no document: a document belongs to the half that a digest of its
 text says, and is drawn again until it falls into the wanted one.
@@ -16,11 +16,11 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from spell_megatron.corpus.toy import grammar, words
-from spell_megatron.corpus.toy.grammar import FRIEND, LINKS, OWNER, RELATIONS, TRAITS, Relation, Sum
+from spell_megatron.corpus.toy.grammar import FRIEND, LINKS, OWNER, RELATIONS, TRAITS, Sum
 from spell_megatron.types import Cluster, Document, Question
 
 DOMAIN = "toy"
@@ -41,6 +41,10 @@ class Scale:
     traits: tuple[int, int] = (2, 3)
     items: tuple[int, int] = (3, 3)
     paraphrases: bool = True
+
+
+WHOLE = Scale()
+"""The world as it is; smaller ones are for lessons."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Derived:
 # --- documents -----------------------------------------------------------------------------------
 
 
-def toy_cluster(seed: int, index: int, half: int = TRAIN, scale: Scale = Scale()) -> Cluster:
+def toy_cluster(seed: int, index: int, half: int = TRAIN, scale: Scale = WHOLE) -> Cluster:
     """The `index`-th cluster of the world `seed`; the same arguments give the same cluster."""
     rng = random.Random(f"{seed}/{half}/{index}")
     people = rng.sample(words.NAMES, rng.randint(*scale.people))
@@ -126,11 +130,14 @@ def _shop(rng: random.Random, name: str, people: Sequence[str], scale: Scale) ->
     prices = (rng.randint(1, LARGEST) for _ in items)
     return [
         say(OWNER.facts, s=name, v=rng.choice(people)),
-        *(say(grammar.PRICE, s=name, i=item, v=str(price)) for item, price in zip(items, prices, strict=True)),
+        *(
+            say(grammar.PRICE, s=name, i=item, v=str(price))
+            for item, price in zip(items, prices, strict=True)
+        ),
     ]
 
 
-def _speaker(rng: random.Random, scale: Scale):
+def _speaker(rng: random.Random, scale: Scale) -> Callable[..., str]:
     def say(paraphrases: tuple[str, ...], **slots: str) -> str:
         return rng.choice(paraphrases if scale.paraphrases else paraphrases[:1]).format(**slots)
 
@@ -150,12 +157,14 @@ class Reading:
     """What a set of documents says: facts by subject and relation."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
-        sentences = (part + "." for document in documents for part in document.text.split(".") if part.strip())
+        sentences = (
+            part + "." for document in documents for part in document.text.split(".") if part.strip()
+        )
         facts = (_read(sentence.strip()) for sentence in sentences)
         self.facts = {(fact.subject, fact.relation): fact for fact in facts if fact}
 
     def find(self, expression: str, relation: str) -> tuple[Fact, ...] | None:
-        """The facts that lead from a subject, or `the friend of` one, to its value; None where they are missing."""
+        """The facts that lead from a subject, or `the friend of` one, to a value; None if one is missing."""
         hop: tuple[Fact, ...] = ()
         if met := grammar.VIA.fullmatch(expression):
             first = self.facts.get((met[2], met[1]))
@@ -174,7 +183,11 @@ class Reading:
 
     @property
     def prices(self) -> list[Fact]:
-        return [fact for fact in self.facts.values() if fact.relation not in RELATIONS and fact.relation != "savings"]
+        return [
+            fact
+            for fact in self.facts.values()
+            if fact.relation not in RELATIONS and fact.relation != "savings"
+        ]
 
 
 def _read(sentence: str) -> Fact | None:
@@ -198,19 +211,23 @@ def ask(
     reading = Reading(documents)
     if task == "docmath_qa":
         return _ask_sum(reading, rng, hops)
-    derived = _ask_value(reading, rng, hops)
-    if derived is None or task == "doc_general_qa":
-        return derived
-    return _with_choices(derived, reading, rng, key)
+    if task == "doc_general_qa":
+        return _ask_value(reading, tuple(RELATIONS), rng, hops)
+    derived = _ask_value(reading, _LINKS, rng, hops)
+    return _with_choices(derived, reading, rng, key) if derived else None
 
 
-def _ask_value(reading: Reading, rng: random.Random, hops: float) -> Derived | None:
-    facts = reading.of(tuple(RELATIONS))
+_LINKS = tuple(link.name for link in LINKS)
+
+
+def _ask_value(reading: Reading, relations: Sequence[str], rng: random.Random, hops: float) -> Derived | None:
+    """A question whose answer one of `relations` gives."""
+    facts = reading.of(relations)
     if not facts:
         return None
     if rng.random() < hops:
         subjects = {fact.subject for fact in facts}
-        links = [fact for fact in reading.of([link.name for link in LINKS]) if fact.value in subjects]
+        links = [fact for fact in reading.of(_LINKS) if fact.value in subjects]
         if links:
             link = rng.choice(links)
             last = rng.choice([fact for fact in facts if fact.subject == link.value])
@@ -223,11 +240,10 @@ def _ask_value(reading: Reading, rng: random.Random, hops: float) -> Derived | N
 
 
 def _with_choices(derived: Derived, reading: Reading, rng: random.Random, key: str) -> Derived:
-    """Three wrong choices of the same kind, those that stand in the documents first."""
-    relation = RELATIONS[derived.steps[-1].relation]
-    near = [value for value in reading.values(relation.name) if value != derived.result]
-    far = [value for value in relation.values or words.NAMES if value != derived.result and value not in near]
-    wrong = [*rng.sample(near, min(2, len(near))), *rng.sample(far, 3)][:3]
+    """Three wrong people beside the right one; half of the time one of them stands in the documents."""
+    near = [name for link in _LINKS for name in reading.values(link) if name != derived.result]
+    far = [name for name in words.NAMES if name != derived.result and name not in near]
+    wrong = [*rng.sample(near, min(rng.randint(0, 1), len(near))), *rng.sample(far, 3)][:3]
     rng.shuffle(wrong)
     key = key or rng.choice(LETTERS)
     choices = {letter: derived.result if letter == key else wrong.pop() for letter in LETTERS}
@@ -235,16 +251,20 @@ def _with_choices(derived: Derived, reading: Reading, rng: random.Random, key: s
 
 
 def _ask_sum(reading: Reading, rng: random.Random, hops: float) -> Derived | None:
-    pairs: list[tuple[Fact, Fact]] = []
     prices, savings = reading.prices, reading.of(["savings"])
-    at = {shop: [fact for fact in prices if fact.subject == shop] for shop in dict.fromkeys(f.subject for f in prices)}
+    at = {
+        shop: [fact for fact in prices if fact.subject == shop]
+        for shop in dict.fromkeys(f.subject for f in prices)
+    }
     sold = [facts for facts in at.values() if len(facts) > 1]
     kinds = ["prices"] * bool(sold) + ["savings"] * (len(savings) > 1)
     if not kinds:
         return None
     if rng.choice(kinds) == "prices":
         first, second = rng.sample(rng.choice(sold), 2)
-        return _sum(grammar.PRICE_SUMS, rng, (first,), (second,), first.relation, second.relation, first.subject)
+        return _sum(
+            grammar.PRICE_SUMS, rng, (first,), (second,), first.relation, second.relation, first.subject
+        )
     first = rng.choice(savings)
     friend = reading.find(grammar.via(FRIEND, first.subject), "savings")
     if friend and rng.random() < hops:
@@ -255,7 +275,13 @@ def _ask_sum(reading: Reading, rng: random.Random, hops: float) -> Derived | Non
 
 
 def _sum(
-    sums: tuple[Sum, ...], rng: random.Random, one: tuple[Fact, ...], two: tuple[Fact, ...], a: str, b: str, s: str = ""
+    sums: tuple[Sum, ...],
+    rng: random.Random,
+    one: tuple[Fact, ...],
+    two: tuple[Fact, ...],
+    a: str,
+    b: str,
+    s: str = "",
 ) -> Derived:
     """A calculation with the last values of two look-ups; the result is never zero."""
     x, y = int(one[-1].value), int(two[-1].value)
@@ -270,9 +296,13 @@ def _sum(
 # --- truth ---------------------------------------------------------------------------------------
 
 _VALUE_READERS = [
-    (relation.name, grammar.reader(question)) for relation in RELATIONS.values() for question in relation.questions
+    (relation.name, grammar.reader(question))
+    for relation in RELATIONS.values()
+    for question in relation.questions
 ]
-_SUM_READERS = [(kind, grammar.reader(kind.template)) for kind in (*grammar.SAVINGS_SUMS, *grammar.PRICE_SUMS)]
+_SUM_READERS = [
+    (kind, grammar.reader(kind.template)) for kind in (*grammar.SAVINGS_SUMS, *grammar.PRICE_SUMS)
+]
 
 
 def truth(cluster: Cluster, question: Question) -> str | None:

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import torch
@@ -26,12 +26,14 @@ from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from spell_megatron.config import Servers
+from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.server import free_port
 from spell_megatron.rollout.transfer import gloo
+from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.rollout.transfer.store import WeightStore
 
-BackendName = Literal["gloo", "nccl", "ipc"]
 _GRACE_SECONDS = 10.0
 """A worker whose tensor did not come needs this long to say so after its own timeout."""
 
@@ -55,24 +57,18 @@ class TransferError(EngineError):
 
 
 class Sender:
-    """The trainer's end of all transfers. Connects anew whenever the set of engines changes."""
+    """The trainer's end of all transfers. Connects anew whenever the set of engines changes.
 
-    def __init__(
-        self,
-        backend: BackendName,
-        store: WeightStore,
-        *,
-        host: str,
-        timeout: float,
-        in_flight: Literal["finish", "restart"],
-        drain_seconds: float,
-    ) -> None:
-        self._backend = backend
-        self._store = store
-        self._host = host
-        self._timeout = timeout
-        self._pause = "wait" if in_flight == "finish" else "abort"
-        self._drain_seconds = drain_seconds
+    `store` is where the weights come from: offer them there first.
+    """
+
+    def __init__(self, manifest: Manifest, settings: Servers) -> None:
+        self._backend = backend.transfer(settings.transfer)
+        self._host = _reachable(settings.host)
+        self._timeout = settings.sync_seconds
+        self._pause = "wait" if settings.in_flight == "finish" else "abort"
+        self._drain_seconds = settings.request_seconds
+        self.store = WeightStore(manifest, torch.device("cpu" if self._backend == gloo.NAME else "cuda"))
         self._connection: tuple[tuple[Peer, ...], TrainerWeightTransferEngine[Any]] | None = None
 
     def send(self, peers: Sequence[Peer], version: int) -> None:
@@ -110,7 +106,7 @@ class Sender:
             self._disconnect()
             world_size = 1 + sum(peer.world_size for peer in peers)
             trainer = WeightTransferTrainerFactory.trainer_init(
-                self._init_info(world_size), client=client, source=self._store
+                self._init_info(world_size), client=client, source=self.store
             )
             self._connection = (peers, trainer)
         return self._connection[1]
@@ -210,19 +206,12 @@ class _FanOut:
                 continue
             if isinstance(error, httpx.HTTPError):
                 self._unanswered.add(peer.name)
-                error = EngineError(f"{peer.name} did not answer: {error or type(error).__name__}")
+                error = EngineError(f"{peer.name} did not answer: {str(error) or type(error).__name__}")
             errors.append(error)
         if errors:
             raise errors[0]
 
 
-def choose(name: Literal["auto", "gloo", "nccl", "ipc"]) -> BackendName:
-    """`auto` is `nccl` where there is CUDA: it works wherever the engines are."""
-    if name != "auto":
-        return name
-    return "nccl" if torch.cuda.is_available() else "gloo"
-
-
-def address_for(host: str) -> str:
-    """An address of this machine that engines elsewhere can reach."""
+def _reachable(host: str) -> str:
+    """An address of this machine that engines can connect to."""
     return socket.gethostbyname(socket.gethostname()) if host == "0.0.0.0" else host

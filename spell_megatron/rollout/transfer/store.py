@@ -55,7 +55,8 @@ class WeightStore(WeightSource):
         stream, self._stream = self._stream, None
         if stream is not None:
             try:
-                for item in stream:  # not `yield from`, which would close the stream with this iterator
+                # `yield from` would close the stream together with this iterator.
+                for item in stream:  # noqa: UP028
                     yield item
             finally:
                 self._stream = stream  # a transfer that stopped half way leaves the rest to `keep`

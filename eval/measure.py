@@ -1,0 +1,96 @@
+"""Measuring one source of completions: ask, grade, judge, write the tables."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from eval.benchmark import Benchmark, Item
+from eval.benchmarks import find
+from eval.endpoint import EndpointDied, Source
+from eval.journal import Journal
+from eval.judge import Judge
+from eval.prompting import Codec, prefills_thinking
+from eval.report import Report
+from eval.results import overall, summarise
+from eval.runner import Plan, Runner, Settings, progress_bar
+from eval.scoring import collect, score
+
+Loaded = tuple[Benchmark, list[Item], Counter[str]]
+"""A benchmark, its items, and the rows that could not be used."""
+
+
+async def measure(
+    source: Source,
+    codec: Codec,
+    plans: list[Plan],
+    settings: Settings,
+    home: Path,
+    name: str,
+    *,
+    judge: Judge | None = None,
+    console: Console,
+) -> Report:
+    """Ask, grade, judge and write the tables of one source of completions. The core of `evaluate`.
+
+    An endpoint that dies does not lose what is done: the tables are written, then the error goes on.
+    """
+    with Journal(home / "journal.jsonl") as journal:
+        runner = Runner(source, codec, journal, settings, console)
+        died: EndpointDied | None = None
+        try:
+            await runner.ask(plans)
+        except EndpointDied as error:
+            died = error
+        if journal.damaged:
+            say(console, f"{journal.damaged} lines of {journal.path} could not be read and are asked again")
+        report = await _score(runner, plans, name, home, judge)
+    report.write(home)
+    say(console, f"tables: {home / 'report.md'}")
+    if died is not None:
+        raise EndpointDied(f"{died}; the tables in {home} hold what is done")
+    return report
+
+
+def plan(
+    loaded: Sequence[Loaded], limits: Sequence[int], codec: Codec, first: int | None = None
+) -> list[Plan]:
+    """Long benchmarks once per limit, short ones once without; of every benchmark the `first` items."""
+    plans = []
+    for benchmark, items, bad in loaded:
+        chosen = benchmark.select(items, codec.count)[:first]
+        for limit in sorted(set(limits)) if benchmark.long else [None]:
+            plans.append(Plan(benchmark, limit, chosen, Counter(bad)))
+    return plans
+
+
+async def _score(runner: Runner, plans: Sequence[Plan], name: str, home: Path, judge: Judge | None) -> Report:
+    """Grade and judge. Every scored sample becomes a line of `samples.jsonl`."""
+    prefilled, results = prefills_thinking(runner.codec), []
+    with (home / "samples.jsonl").open("w", encoding="utf-8", errors="replace") as stream:
+        for part in plans:
+            answers = await asyncio.to_thread(collect, part, runner, prefilled)
+            with progress_bar(runner.console) as bar:
+                task = bar.add_task(f"scoring {part.label}", total=len(answers), failed="")
+                done = partial(bar.advance, task)
+                samples = await score(part, answers, judge, runner.settings.mode, done)
+            for sample in samples:
+                line = {"benchmark": part.label, **asdict(sample)}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            skipped = sum(runner.skipped(part, item) for item in part.items)
+            judge_name = judge.endpoint.model if judge else ""
+            results.append(summarise(part, samples, runner.samples(part.benchmark), skipped, judge_name))
+    six = {benchmark.name for benchmark in find() if benchmark.overall}
+    return Report(name, asdict(runner.settings), results, overall(results, six))
+
+
+def say(console: Console, message: str) -> None:
+    """A line of progress, whatever brackets it holds."""
+    console.print(message, markup=False, highlight=False, soft_wrap=True)

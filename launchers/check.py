@@ -1,0 +1,57 @@
+"""What can be known to fail before anything is submitted, each with its remedy."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+from launchers.profile import Profile
+from spell_megatron.config import Config
+from spell_megatron.policy.layout import check_layout
+from spell_megatron.types import SpellError
+from spell_megatron.weights.locate import model_folder
+from spell_megatron.weights.shape import model_shape
+
+
+def check_model(config: Config, profile: Profile) -> None:
+    """Raise SpellError where there is no model folder, or the layout does not fit it and the ranks."""
+    shape = model_shape(model_folder(config.model.path))
+    try:
+        check_layout(config.policy.layout, shape, profile.world_size)
+    except SpellError as error:
+        error.args = (
+            f"{error}\n  ({profile.nodes} nodes x {profile.ranks} ranks; change policy.layout of the recipe, or the"
+            " cluster's nodes and gpus_per_node)",
+        )
+        raise
+
+
+def check_runs(runs: str) -> None:
+    """Raise SpellError where no run folder can be made in `runs`."""
+    folder = Path(runs).expanduser().resolve()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "is no folder" if not above.is_dir() else "cannot be written"
+        raise SpellError(
+            f"no run folder can be made in {folder}: {above} {what}; choose a folder that all nodes share, runs=…"
+        )
+
+
+def check_nemo_run(run_parent: Path) -> None:
+    """Raise SpellError where nemo-run cannot be used, or not for a run in this folder."""
+    try:
+        nemo = importlib.import_module("launchers.nemo")
+    except ImportError as error:
+        raise SpellError(
+            f"--executor slurm needs nemo-run, which does not import ({error}):"
+            " pip install --no-deps -r requirements/launch.lock"
+        ) from None
+    if faults := nemo.refusals(run_parent):
+        raise SpellError("; ".join(faults))
+
+
+def check_environment(profile: Profile) -> None:
+    """Raise SpellError where the profile's virtual environment is not one."""
+    if profile.venv and not (Path(profile.venv) / "bin" / "activate").is_file():
+        raise SpellError(f"venv: {profile.venv} is no virtual environment (no bin/activate); correct the profile")

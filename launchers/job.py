@@ -1,0 +1,78 @@
+"""What a launch comes to before any executor sees it: a run folder, and the command of one rank.
+
+The run folder is made, with its whole configuration, by the launcher and not by the job. Every attempt of the
+job then is the same command, `resume RUN`, which starts from nothing where there is no checkpoint yet; all
+ranks agree on the folder; and a recipe that is edited meanwhile changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launchers.profile import Profile
+from spell_megatron.config import Config, dump_config
+from spell_megatron.record.folder import RunFolder
+from spell_megatron.weights.locate import model_folder
+
+TRAINER = ("-m", "spell_megatron.cli", "resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prepared run. `needs` are the folders outside the run's that its ranks read."""
+
+    run: Path
+    profile: Profile
+    needs: tuple[Path, ...] = ()
+    trainer: tuple[str, ...] = TRAINER
+    """Arguments of Python before the run folder."""
+
+    @property
+    def logs(self) -> Path:
+        return self.run / "logs"
+
+    @property
+    def sbatch(self) -> Path:
+        return self.run / "job.sbatch"
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+
+def prepare(config: Config, profile: Profile) -> Job:
+    """Make the run folder of a configuration. Raises SpellError where it cannot be written."""
+    config = absolute(config)
+    folder = RunFolder.create(config.runs, config.name)
+    folder.save_config(dump_config(config))
+    job = Job(folder.path, profile, tuple(read_by(config)), TRAINER)
+    job.logs.mkdir()
+    return job
+
+
+def absolute(config: Config) -> Config:
+    """The configuration with every path made absolute: a job's ranks start elsewhere.
+
+    What names no file here (a hub id, `toy`) stays as it is. Raises SpellError where there is no model.
+    """
+    sources = tuple(replace(source, path=_absolute(source.path)) for source in config.corpus.sources)
+    return replace(
+        config,
+        runs=str(Path(config.runs).expanduser().resolve()),
+        model=replace(config.model, path=str(model_folder(config.model.path).resolve())),
+        corpus=replace(config.corpus, sources=sources),
+        heldout=replace(config.heldout, path=_absolute(config.heldout.path)),
+    )
+
+
+def read_by(config: Config) -> list[Path]:
+    """Folders that a run of an absolute configuration reads."""
+    named = (config.model.path, config.heldout.path, *(source.path for source in config.corpus.sources))
+    paths = [Path(name) for name in named if Path(name).is_absolute()]
+    return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "toy" and path.exists() else name

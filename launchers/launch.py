@@ -1,0 +1,102 @@
+"""One call from a recipe to its end on other machines."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from launchers import check, local, slurm
+from launchers.job import Job, prepare
+from launchers.profile import Profile, ProfileError, list_profiles, load_profile
+from spell_megatron.config import Config, load_config
+from spell_megatron.types import SpellError
+
+_PREFIX = "cluster."
+_INTERRUPTED = 130
+
+
+def launch(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    executor: Literal["local", "slurm"] = "local",
+    cluster: str = "",
+    dryrun: bool = False,
+) -> int:
+    """Run a recipe to its end; returns the exit code of the job.
+
+    `overrides` are the recipe's `key=value`, or the profile's as `cluster.key=value`. With `dryrun` the sbatch
+    file (or the local command) is printed and nothing started; the run folder it names is there, so that the
+    printed file works. Raises SpellError where the launch cannot work.
+    """
+    if executor not in ("local", "slurm"):
+        raise ProfileError(f"no executor {executor!r}: give local or slurm")
+    config = load_config(recipe, [text for text in overrides if not text.startswith(_PREFIX)])
+    profile_overrides = [text.removeprefix(_PREFIX) for text in overrides if text.startswith(_PREFIX)]
+    profile = _profile(config, executor, cluster, profile_overrides)
+    check.check_model(config, profile)
+    check.check_runs(config.runs)
+    if executor == "local":
+        return _local(prepare(config, profile), dryrun)
+    check.check_nemo_run(Path(config.runs).expanduser().resolve() / config.name)
+    if not dryrun:
+        check.check_environment(profile)
+        slurm.require()
+    return _slurm(prepare(config, profile), dryrun)
+
+
+def _profile(config: Config, executor: str, cluster: str, overrides: list[str]) -> Profile:
+    if cluster:
+        profile = load_profile(cluster, overrides)
+        if executor == "local" and profile.nodes > 1:
+            raise ProfileError(f"{cluster} has {profile.nodes} nodes and this machine is one: --executor slurm")
+        return profile
+    if executor == "local" and not overrides:
+        return local.local_profile(config.policy.layout)
+    raise ProfileError(
+        f"--cluster PROFILE is missing; profiles: {', '.join(list_profiles())}, or the path of your own"
+        " (docs/clusters.md)"
+    )
+
+
+def _local(job: Job, dryrun: bool) -> int:
+    if dryrun:
+        sys.stdout.write(shlex.join(local.command(job)) + "\n")
+        return 0
+    return local.run(job)
+
+
+def _slurm(job: Job, dryrun: bool) -> int:
+    from launchers import nemo
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    text = nemo.write(job)
+    if dryrun:
+        sys.stdout.write(text)
+        console.print(f"nothing is submitted; this file: {job.sbatch}")
+        return 0
+    slurm.check_accepted(job.sbatch)
+    job_id = slurm.submit(job.sbatch)
+    console.print(f"job {job_id} submitted; run folder {job.run}")
+    try:
+        end = slurm.follow(job, job_id, sys.stdout, console.print)
+    except KeyboardInterrupt:
+        console.print(f"job {job_id} goes on without being watched: scancel {job_id} ends it; its logs: {job.logs}")
+        return _INTERRUPTED
+    assert end.code is not None
+    if end.code:
+        said = "; ".join(slurm.failures(job, job_id)[-4:]) or f"its logs: {job.logs}"
+        raise JobFailed(f"job {job_id} ended as {end.name.lower()}, exit code {end.code}: {said}", end.code)
+    return 0
+
+
+class JobFailed(SpellError):
+    """A job that was submitted and did not end well; `exit_code` is its own."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code

@@ -1,0 +1,130 @@
+"""The one file that knows nemo-run (0.11.1): it writes a job's sbatch file.
+
+Of nemo-run the executor and its template are used, not its runner: `Experiment.run` neither raises nor fails
+when a job does, follows the log of the first attempt only, and asks `sacct` alone. What is submitted is the
+written file, so that `--dryrun` shows exactly what would run, and anyone may edit it and `sbatch` it.
+
+The template quotes nothing: variables are exported as they stand and upper-cased, mounts and srun's arguments
+are split by the shell. So the environment goes into `setup_lines`, and what is handed over is quoted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    warnings.simplefilter("ignore")
+    import nemo_run
+    from nemo_run.config import get_nemorun_home, set_nemorun_home
+    from nemo_run.core.execution.slurm import SlurmJobDetails
+
+from launchers import script
+from launchers.job import Job
+
+_TASK = "train"
+_RESERVED = "/nemo_run"
+"""Without a container, nemo-run replaces this wherever it stands in a script."""
+
+
+class _Logs(SlurmJobDetails):
+    """Logs straight in the run's folder: one of the batch script, one an attempt of its ranks."""
+
+    @property
+    def stdout(self) -> Path:
+        return Path(str(self.folder)) / "batch-%j.log"
+
+    @property
+    def srun_stdout(self) -> Path:
+        return Path(str(self.folder)) / "attempt-%j-${SLURM_RESTART_COUNT:-0}.log"
+
+
+def refusals(job_folder: Path) -> list[str]:
+    """Why nemo-run could not write a working script for a run in this folder."""
+    text, faults = str(job_folder), []
+    if shlex.quote(text) != text:
+        faults.append(f"the run folder {text!r} holds characters that a shell takes apart; choose another, runs=…")
+    if _RESERVED in text:
+        faults.append(f"the run folder {text!r} holds {_RESERVED!r}, which nemo-run rewrites; choose another, runs=…")
+    return faults
+
+
+def write(job: Job) -> str:
+    """Write `job.sbatch`, and return its text."""
+    home = get_nemorun_home()
+    work = job.run / "launch"
+    set_nemorun_home(str(work))
+    logging.getLogger("nemo_run").setLevel(logging.WARNING)
+    try:
+        with (
+            _apart(),
+            nemo_run.Experiment(
+                "job",
+                executor=_executor(job),
+                id="job_1",
+                base_dir=str(work),
+                log_level="WARN",
+                clean_mode=True,
+                enable_goodbye_message=False,
+                skip_status_at_exit=True,
+                serialize_metadata_for_scripts=False,
+            ) as experiment,
+        ):
+            command = shlex.quote(script.rank_command(job))
+            experiment.add(nemo_run.Script(path="-c", args=[command], entrypoint="bash"), name=_TASK)
+            experiment.dryrun(log=False, delete_exp_dir=False)
+    finally:
+        set_nemorun_home(home)
+    written = work / "experiments" / "job" / "job_1" / f"{_TASK}_sbatch.sh"
+    text = written.read_text(encoding="utf-8").rstrip() + "\n"
+    job.sbatch.write_text(text, encoding="utf-8")
+    return text
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Keep nemo-run off standard output, which is the script's, and off standard input, which it reads."""
+    stdin = sys.stdin
+    with Path(os.devnull).open(encoding="utf-8") as nothing, contextlib.redirect_stdout(sys.stderr):
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
+
+
+def _executor(job: Job) -> nemo_run.SlurmExecutor:
+    profile = job.profile
+    return nemo_run.SlurmExecutor(
+        account=profile.account or None,
+        partition=profile.partition or None,
+        qos=profile.qos or None,
+        time=profile.time,
+        nodes=profile.nodes,
+        ntasks_per_node=profile.ranks,
+        gpus_per_node=profile.gpus_per_node or None,
+        cpus_per_task=profile.cpus_per_rank,
+        mem=profile.memory or None,
+        exclusive=profile.exclusive or None,
+        # To the ranks, never to the batch shell ("B:"): bash would die of it, and nothing be requeued.
+        signal=f"USR1@{profile.warn_seconds}" if profile.warn_seconds else None,
+        additional_parameters={"requeue": True, "comment": "spell-megatron", **profile.sbatch},
+        container_image=shlex.quote(profile.container) if profile.container else None,
+        container_mounts=[shlex.quote(mount) for mount in script.mounts(job)] if profile.container else [],
+        container_env=sorted(profile.env) or None,
+        srun_args=["--label", "--wait=0"],  # rank 0 may end much later than the others: it writes the report
+        setup_lines=script.setup_lines(job),
+        job_details=_Logs(folder=str(job.logs)),
+        job_name_prefix=f"{job.name}.",
+        packager=nemo_run.Packager(),
+        tunnel=nemo_run.LocalTunnel(job_dir=""),  # anything else does not agree with nemo-run's home
+        launcher=None,  # one srun task a rank: torchrun's agent would stand between SLURM's signals and the ranks
+        retries=0,  # the script's own ending decides what is requeued
+        poll_estimated_start_time=False,
+    )

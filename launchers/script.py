@@ -1,0 +1,89 @@
+"""The bash of a job, as text: what the first node does before the ranks start, and what each rank runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+
+from launchers.job import Job
+from spell_megatron.preemption import REQUEUE
+
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that kernels take short-lived ports from
+
+# Codes below the first are a finished run and a fault of the user's: another attempt would end alike.
+_CRASH = 3
+
+_ENDING = Template(
+    """\
+# Every attempt ends here. A run that saved itself on request goes back to the queue. A crashed one does as long as
+# `crashes` holds no more than $retries lines for the same checkpoint. A job that SLURM is ending (cancelled) does not.
+run=$run
+ended() {
+    code=$$?
+    set +e
+    case "$$(scontrol show job "$$SLURM_JOB_ID")" in *JobState=RUNNING*) ;; *) exit "$$code" ;; esac
+    if [ -e "$$run/$flag" ]; then
+        echo "the run is saved and goes back to the queue"
+        scontrol requeue "$$SLURM_JOB_ID"
+    elif [ "$$code" -ge $crash ] || [ "$$code" -eq 1 ]; then
+        last=$$(ls "$$run/checkpoints" | grep -v partial | tail -n 1)
+        last="after $${last:-the start}"
+        echo "$$last" >>"$$run/crashes"
+        if [ "$$(grep -cxF "$$last" "$$run/crashes")" -le $retries ]; then
+            echo "exit code $$code $$last: one more attempt"
+            scontrol requeue "$$SLURM_JOB_ID"
+        fi
+    fi
+    exit "$$code"
+}
+trap ended EXIT
+rm -f "$$run/$flag\""""
+)
+
+
+def setup_lines(job: Job) -> str:
+    """Bash for the batch script, after `head_node` is known and before srun."""
+    profile = job.profile
+    ending = _ENDING.substitute(
+        run=shlex.quote(str(job.run)), flag=REQUEUE, retries=profile.crash_retries, crash=_CRASH
+    )
+    attempt = "SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}"
+    lines = [
+        "{ set +vx; } 2>/dev/null  # from here on nothing is echoed: the environment may hold secrets",
+        ending,
+        f'export MASTER_ADDR="$head_node" MASTER_PORT=$(({_FIRST_PORT} + ({attempt}) % {_PORTS}))',
+        *exports(profile.env),
+        *profile.setup,
+    ]
+    if profile.venv:
+        lines.append(f"source {shlex.quote(f'{profile.venv}/bin/activate')}")
+    return "\n".join(lines)
+
+
+def rank_command(job: Job) -> str:
+    """What srun starts once per rank: the ranks' numbers under the names that torch reads, then Python."""
+    python = "python" if job.profile.venv or job.profile.container else shlex.quote(sys.executable)
+    command = " ".join((python, *map(shlex.quote, job.trainer), shlex.quote(str(job.run))))
+    ranks = "RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID"
+    return f"export {ranks}; exec {command}"
+
+
+def exports(env: Mapping[str, str]) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
+
+
+def mounts(job: Job) -> list[str]:
+    """The profile's mounts, and what the run needs besides, under the paths that it has on the host."""
+    given = list(job.profile.mounts)
+    for path in (job.run, *job.needs):
+        if not any(_covers(mount, path) for mount in given):
+            given.append(f"{path}:{path}")
+    return given
+
+
+def _covers(mount: str, path: Path) -> bool:
+    source, _, target = mount.partition(":")
+    return source == (target.partition(":")[0] or source) and path.is_relative_to(source)

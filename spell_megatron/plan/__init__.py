@@ -1,0 +1,10 @@
+"""What a recipe needs at full scale, found without GPUs.
+
+`plan` builds the recipe's real model rank by rank without memory and adds what arithmetic can say of
+activations, the engine, traffic and time. `search` ranks layouts by arithmetic alone.
+"""
+
+from spell_megatron.plan.planner import Plan, plan, plan_all
+from spell_megatron.plan.search import search
+
+__all__ = ["Plan", "plan", "plan_all", "search"]

@@ -1,0 +1,70 @@
+"""Everything the planner takes for granted, in one place: a plan prints what it used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """Of an H100 SXM node with NVLink and one 400 Gb/s network card a GPU, and of the run's texts."""
+
+    peak_flops: float = 989e12
+    """Dense bfloat16 operations a second of one GPU."""
+    memory_rate: float = 3.35e12
+    """Bytes a second of its memory."""
+    node_rate: float = 450e9
+    """Bytes a second that a GPU sends inside its node."""
+    network_rate: float = 50e9
+    """Bytes a second that a GPU sends to other nodes."""
+    host_rate: float = 25e9
+    """Bytes a second between one GPU and host memory, all GPUs of the node at once."""
+    dense_efficiency: float = 0.45
+    """Share of peak that training's matrix products and attention reach."""
+    expert_efficiency: float = 0.25
+    """The same for the small matrices of experts."""
+    prefill_efficiency: float = 0.40
+    """The same for an engine that reads prompts."""
+    link_efficiency: float = 0.7
+    """Share of a link's rate, and of memory's rate in decoding, that is reached."""
+    decode_seconds: float = 0.008
+    """Least time of one decoding step: launches, sampling, scheduling."""
+    response_fill: float = 0.25
+    """Mean length of a question or a response with its reasoning, as a share of its limit."""
+    verdict_fill: float = 0.1
+    """The same of the verifier's."""
+    reading_share: float = 0.75
+    """Share of its cluster that the questioner reads, the memory included."""
+    grounded_share: float = 0.75
+    """Share of the asked questions that reach the responders."""
+    template_tokens: int = 800
+    """What a prompt has besides documents; about a whole prompt of the verifier."""
+    expert_imbalance: float = 1.25
+    """Tokens of the busiest expert-parallel rank over the mean."""
+    fused_norms: bool = True
+    """CUDA has a norm in one kernel; a CPU's keeps one more copy of its input."""
+    trainer_gib: float = 3.0
+    """CUDA context, NCCL and cuBLAS buffers of a trainer process."""
+    engine_gib: float = 2.0
+    """The same of an engine process that is awake, captured graphs included."""
+    asleep_gib: float = 1.2
+    """What an engine process keeps while it sleeps."""
+    fragmentation: float = 0.06
+    """Share of the activations' bytes that the allocator loses."""
+
+    def describe(self) -> list[str]:
+        return [
+            f"GPU: {self.peak_flops / 1e12:.0f} TFLOP/s bf16, memory {self.memory_rate / 1e12:.2f} TB/s, "
+            f"NVLink {self.node_rate / 1e9:.0f} GB/s, network {self.network_rate / 1e9:.0f} GB/s, host "
+            f"{self.host_rate / 1e9:.0f} GB/s; links and memory reach {self.link_efficiency:.0%} of it",
+            f"share of peak reached: training {self.dense_efficiency:.0%} (experts {self.expert_efficiency:.0%}), "
+            f"reading prompts {self.prefill_efficiency:.0%}; a decoding step takes ≥ {self.decode_seconds * 1e3:.0f} ms",
+            f"texts: questions and responses reach {self.response_fill:.0%} of their limit, verdicts "
+            f"{self.verdict_fill:.0%}; the questioner reads {self.reading_share:.0%} of a cluster; "
+            f"{self.grounded_share:.0%} of the questions reach the responders",
+            f"beside tensors: trainer {self.trainer_gib:g} GiB, engine {self.engine_gib:g} GiB awake and "
+            f"{self.asleep_gib:g} GiB asleep, {self.fragmentation:.0%} of activations lost to fragmentation; "
+            f"the busiest rank's experts get {self.expert_imbalance:g} × the mean",
+        ]

@@ -1,0 +1,93 @@
+"""How many parameters a rank of every pipeline stage holds, by arithmetic on the model's shape. No torch.
+
+The planner checks these numbers against the model that it really builds; layouts are searched with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spell_megatron.config import Layout, Policy
+from spell_megatron.policy.layout import WorldShape
+from spell_megatron.weights.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Parameters of one rank, by the group of ranks that hold copies of them."""
+
+    layers: int
+    dense: int
+    """Copied over data- and context-parallel ranks."""
+    expert: int
+    """Copied over expert-data-parallel ranks."""
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+@dataclass(frozen=True, slots=True)
+class Static:
+    """Bytes that one rank holds from the first step to the last."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    host: int = 0
+    """In host memory: an offloaded optimizer's state."""
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def held(shape: ModelShape, layout: Layout) -> list[Held]:
+    """What a rank of each pipeline stage holds."""
+    tp, h, d = layout.tensor, shape.hidden, shape.head_dim
+    qkv = (shape.heads + 2 * shape.kv_heads) * d
+    layer = (qkv * h + h * shape.heads * d) // tp + 2 * h
+    layer += (qkv // tp if shape.qkv_bias else 0) + (2 * d if shape.qk_norm else 0)
+    expert = 0
+    if shape.experts:
+        layer += shape.experts * h
+        expert = shape.experts * 3 * h * shape.expert_ffn // (layout.expert * layout.expert_tensor)
+    else:
+        layer += 3 * h * shape.ffn // tp
+    layers, table = shape.layers // layout.pipeline, shape.vocab * h // tp
+    stages = []
+    for stage in range(layout.pipeline):
+        first, last = stage == 0, stage == layout.pipeline - 1
+        tables = first + (last and not (shape.tied and first))
+        stages.append(Held(layers, layers * layer + tables * table + last * h, layers * expert))
+    return stages
+
+
+def total_parameters(shape: ModelShape) -> int:
+    return held(shape, Layout())[0].total
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Those that one token meets."""
+    whole = held(shape, Layout())[0]
+    return whole.dense + (whole.expert * shape.experts_per_token // shape.experts if shape.experts else 0)
+
+
+def width(policy: Policy) -> int:
+    """Bytes of a weight in computation."""
+    return 4 if policy.dtype == "float32" else 2
+
+
+def static_bytes(part: Held, policy: Policy, world: WorldShape) -> Static:
+    """Weights, float32 gradients, and AdamW's float32 master copy and two moments."""
+    state = 8 if policy.dtype == "float32" else 12
+    optimizer = policy.optimizer
+    if optimizer.distributed:
+        copies = world.data * policy.layout.context
+        owned = -(-part.dense // copies) + -(-part.expert // world.expert_data)
+    else:
+        owned = part.total
+    weights, gradients = part.total * width(policy), part.total * 4
+    if optimizer.cpu_offload:
+        return Static(weights, gradients, 0, host=12 * owned)
+    return Static(weights, gradients, state * owned)

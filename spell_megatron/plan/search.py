@@ -1,0 +1,130 @@
+"""Layouts for a number of GPUs, ranked; and the smallest changes that make a recipe fit. Arithmetic only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from spell_megatron.config import Config, Layout
+from spell_megatron.plan.assumptions import Assumptions
+from spell_megatron.plan.planner import ROOM, Plan, estimate, resized
+from spell_megatron.policy.layout import LayoutError
+
+_SHOWN = 10
+_Section = TypeVar("_Section")
+
+
+def search(config: Config, gpus: int | None = None, gpu_memory_gib: float | None = None) -> list[Plan]:
+    """The ten fastest layouts of a recipe that fit with room to spare, fastest first; [] where none does."""
+    config, assumed = resized(config, gpus, gpu_memory_gib), Assumptions()
+    fitting = []
+    for candidate in _candidates(config):
+        found = _estimate(candidate, assumed)
+        if found is not None and found.fits and found.headroom >= ROOM:
+            fitting.append(found)
+    # An equal time goes to the simpler layout: fewer ranks that hold one copy of the model.
+    fitting.sort(key=lambda plan: (round(plan.seconds.total, 1), plan.world.model))
+    return fitting[:_SHOWN]
+
+
+def remedies(found: Plan) -> list[str]:
+    """Up to three changes (single ones, else pairs) after which a plan fits, the fastest result first."""
+    steps = list(_steps(found))
+    for count in (1, 2):
+        helpful: list[tuple[float, str]] = []
+        for chosen in itertools.combinations(steps, count):
+            changes = dict(chosen)
+            if len(changes) < count:
+                continue
+            after = _estimate(changed(found.config, changes), found.assumed)
+            if after is not None and after.fits and after.headroom >= ROOM:
+                text = " ".join(f"{key}={_yaml(value)}" for key, value in changes.items())
+                helpful.append((after.seconds.total, f"{text} (headroom {after.headroom:.0%})"))
+        if helpful:
+            return [text for _, text in sorted(helpful)[:3]]
+    return []
+
+
+def changed(config: _Section, changes: dict[str, Any]) -> _Section:
+    """A configuration with some dotted keys replaced."""
+    for key, value in changes.items():
+        config = _changed(config, key.split("."), value)
+    return config
+
+
+def _changed(section: Any, path: list[str], value: Any) -> Any:
+    assert is_dataclass(section) and path[0] in {f.name for f in fields(section)}
+    inner = value if len(path) == 1 else _changed(getattr(section, path[0]), path[1:], value)
+    return replace(section, **{path[0]: inner})  # type: ignore[type-var]
+
+
+def _candidates(config: Config) -> Iterator[Config]:
+    per_node, gpus = config.cluster.gpus_per_node, config.cluster.gpus
+    inside = [size for size in (1, 2, 4, 8, 16) if size <= per_node]
+    across = [size for size in (1, 2, 4, 8, 16) if size <= gpus]
+    for tensor, context, pipeline, expert in itertools.product(inside, across, across, inside):
+        if tensor * context * pipeline > gpus:
+            continue
+        layout = Layout(
+            tensor=tensor, sequence=tensor > 1, context=context, pipeline=pipeline, expert=expert
+        )
+        for recompute, offload in itertools.product(("none", "full"), (False, True)):
+            yield changed(
+                config,
+                {
+                    "policy.layout": layout,
+                    "policy.recompute": recompute,
+                    "policy.optimizer.distributed": True,
+                    "policy.optimizer.cpu_offload": offload,
+                },
+            )
+
+
+def _steps(found: Plan) -> Iterator[tuple[str, Any]]:
+    """Single changes that lower the need, the cheap ones first."""
+    config, layout = found.config, found.config.policy.layout
+    policy, per_node = config.policy, config.cluster.gpus_per_node
+    if policy.recompute != "full":
+        yield "policy.recompute", "full"
+    if not policy.optimizer.distributed:
+        yield "policy.optimizer.distributed", True
+    if policy.stream_tokens > config.rollout.max_model_len:
+        yield "policy.stream_tokens", config.rollout.max_model_len
+    if policy.head_chunk > 256:
+        yield "policy.head_chunk", policy.head_chunk // 4
+    if layout.tensor * 2 <= per_node:
+        yield "policy.layout", replace(layout, tensor=layout.tensor * 2, sequence=True)
+    yield "policy.layout", replace(layout, context=layout.context * 2)
+    yield "policy.layout", replace(layout, pipeline=layout.pipeline * 2)
+    if found.shape.experts and layout.expert * 2 <= per_node:
+        yield "policy.layout", replace(layout, expert=layout.expert * 2)
+    if found.engine.kv_cache < found.engine.kv_wanted:
+        yield "selfplay.concurrency", max(1, config.selfplay.concurrency // 2)
+        yield "rollout.kv_cache_mib", -(-found.engine.kv_wanted >> 20) + 1
+    servers = config.rollout.servers
+    if servers.count > 1 and servers.count % 2 == 0:
+        yield "rollout.servers", replace(servers, count=servers.count // 2, tensor=servers.tensor * 2)
+    if not policy.optimizer.cpu_offload:
+        yield "policy.optimizer", replace(policy.optimizer, cpu_offload=True, distributed=True)
+    yield "cluster.nodes", config.cluster.nodes * 2
+
+
+def _estimate(config: Config, assumed: Assumptions) -> Plan | None:
+    try:
+        return estimate(config, assumed)
+    except LayoutError:
+        return None
+
+
+def _yaml(value: Any) -> str:
+    """A value as one would write it after the equals sign; of a section, only what differs from its default."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if is_dataclass(value):
+        default = type(value)()  # type: ignore[operator]
+        pairs = [(f.name, getattr(value, f.name)) for f in fields(value)]
+        inner = ", ".join(f"{n}: {_yaml(v)}" for n, v in pairs if v != getattr(default, n))
+        return f"{{{inner}}}"
+    return str(value)

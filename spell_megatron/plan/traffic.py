@@ -1,0 +1,84 @@
+"""Bytes that one GPU sends in a step, by kind, and how long they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spell_megatron.config import Layout, Policy
+from spell_megatron.plan.assumptions import Assumptions
+from spell_megatron.plan.parameters import Held, total_parameters, width
+from spell_megatron.policy.layout import WorldShape
+from spell_megatron.weights.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes sent by a GPU of the busiest pipeline stage in one step."""
+
+    tensor: float
+    context: float
+    expert: float
+    pipeline: float
+    data: float
+    resync: float
+
+    @property
+    def total(self) -> float:
+        return self.tensor + self.context + self.expert + self.pipeline + self.data + self.resync
+
+
+def step_traffic(
+    shape: ModelShape, policy: Policy, world: WorldShape, parts: list[Held], tokens: float, rows: float
+) -> Traffic:
+    """`tokens` pass one data-parallel rank in the step and `rows` of them are predicted, context ranks together."""
+    layout, b = policy.layout, width(policy)
+    tp, cp, pp, ep = layout.tensor, layout.context, layout.pipeline, layout.expert
+    passes = 2 if policy.recompute == "full" else 1  # forward
+    local, layers = tokens / cp, shape.layers / pp
+    residual = local * shape.hidden * b
+    kv = max(shape.kv_heads / tp, 1) * shape.head_dim * 2
+    blocks = 1 if shape.experts else 2  # of a layer that are tensor parallel
+    # Sequence parallel: gather and scatter, forward and backward, and a gather for the weights' gradients.
+    # Without it: an all-reduce (twice the bytes) forward and one backward.
+    per_block = 2 * passes + 3 if layout.sequence else 2 * passes + 2
+    routed = local * shape.experts_per_token * shape.hidden * b / (tp if layout.sequence else 1)
+    dense, expert = max(part.dense for part in parts), max(part.expert for part in parts)
+    bytes_of_weight = 4 + b if policy.optimizer.distributed else 8
+    return Traffic(
+        tensor=_share(tp) * (layers * blocks * per_block * residual + rows / cp * shape.hidden * b * 2),
+        context=(cp - 1) * layers * local * kv * ((passes + 1) * b + 4),
+        expert=_share(ep) * layers * routed * (2 * passes + 2),
+        pipeline=0.0 if pp == 1 else 2 * residual * (layout.virtual_pipeline or 1) / (tp if layout.sequence else 1),
+        data=bytes_of_weight * (_share(world.data * cp) * dense + _share(world.expert_data) * expert),
+        resync=0.0 if world.size == 1 else total_parameters(shape) * b,
+    )
+
+
+def link_seconds(traffic: Traffic, policy: Policy, world: WorldShape, gpus_per_node: int, assumed: Assumptions) -> float:
+    """Time that the GPUs wait for links during an update. Reductions of gradients hide behind computation
+    where `overlap` is on, but for a fifth."""
+    layout = policy.layout
+
+    def rate(ranks: int) -> float:
+        inside = ranks <= gpus_per_node
+        return (assumed.node_rate if inside else assumed.network_rate) * assumed.link_efficiency
+
+    return (
+        traffic.tensor / rate(layout.tensor)
+        + traffic.context / rate(layout.tensor * layout.context)
+        + traffic.expert / rate(layout.expert * layout.expert_tensor)
+        + traffic.pipeline / rate(world.size)
+        + traffic.data / rate(world.size) * (0.2 if policy.optimizer.overlap else 1.0)
+    )
+
+
+def resync_seconds(traffic: Traffic, layout: Layout, gpus_per_node: int, assumed: Assumptions) -> float:
+    """Gathering the weights from the learner's ranks, then handing them to the engines."""
+    spread = layout.pipeline * layout.context * max(layout.tensor, layout.expert * layout.expert_tensor)
+    rate = assumed.node_rate if spread <= gpus_per_node else assumed.network_rate
+    return 2 * traffic.resync / (rate * assumed.link_efficiency)
+
+
+def _share(size: int) -> float:
+    """Of a tensor that a rank sends in a ring of this size."""
+    return (size - 1) / size

@@ -1,0 +1,107 @@
+"""A run that is asked to stop saves itself and goes on later: time limits, preemption, a plain `kill`.
+
+SLURM sends USR1 some minutes before the time limit, and TERM where another job takes the nodes. Neither may
+kill a run: USR1 is blocked and waited for by a thread of its own, so that it interrupts nothing, is never
+missed in a long call into C++, and leaves child processes (which inherit the mask) alone. TERM is caught
+instead: children have to obey it. The loop asks where it can leave a step; `race` leaves self-play at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from spell_megatron.types import SpellError
+
+REQUEUE = "requeue"
+"""File of a run folder: the run has saved itself because it was asked to. The batch script looks for it."""
+
+Result = TypeVar("Result")
+
+
+class Preempted(SpellError):
+    """The run stopped because it was asked to. Its state is saved."""
+
+    exit_code = 75  # EX_TEMPFAIL: nothing is wrong, but the run is not done
+
+
+class Stop:
+    """Whether, and by which signal, this process was asked to stop. Use `listen`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._signal = ""
+        self._wake: Callable[[], object] = _nothing
+
+    @property
+    def asked(self) -> str:
+        """Name of the signal that asked; empty where none did."""
+        return self._signal
+
+    def ask(self, name: str) -> None:
+        """Ask to stop, as a signal does. From any thread."""
+        with self._lock:
+            self._signal = self._signal or name
+            wake = self._wake
+        wake()
+
+    async def race(self, work: Coroutine[Any, Any, Result]) -> Result | None:
+        """The result of `work`; None where a stop is asked before it is there, which cancels it."""
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        with self._lock:
+            self._wake = lambda: loop.call_soon_threadsafe(task.cancel)
+            asked = self._signal
+        if asked:
+            task.cancel()
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not self._signal:
+                raise
+            return None
+        finally:
+            with self._lock:
+                self._wake = _nothing
+
+
+def _nothing() -> None:
+    """Nobody waits."""
+
+
+_stop: Stop | None = None
+
+
+def listen() -> Stop:
+    """This process' `Stop`. Call it first before torch is imported, on the main thread: later threads inherit the mask."""
+    global _stop
+    if _stop is None:
+        _stop = stop = Stop()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        threading.Thread(target=_wait_for_usr1, args=(stop,), name="signals", daemon=True).start()
+
+        def terminated(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one means it
+            stop.ask("SIGTERM")
+
+        signal.signal(signal.SIGTERM, terminated)
+    return _stop
+
+
+def preempted(run: Path, step: int, stop: Stop) -> Preempted:
+    """Mark a saved run for the batch script; the error to raise. To be called by one rank, after the commit."""
+    (run / REQUEUE).touch()
+    return Preempted(
+        f"stopped on {stop.asked or 'request'} after step {step}; everything is saved:"
+        f" `spell-megatron resume {run}` goes on"
+    )
+
+
+def _wait_for_usr1(stop: Stop) -> None:
+    while True:
+        signal.sigwait({signal.SIGUSR1})
+        stop.ask("SIGUSR1")

@@ -1,0 +1,35 @@
+"""Where a model's folder is: given, shipped with the package, or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spell_megatron.types import SpellError
+
+_SHIPPED = Path(__file__).parent.parent / "assets"
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def model_folder(path: str) -> Path:
+    """The local folder of a model: a path, the name of a shipped model, or a hub id (which is downloaded).
+
+    Only safetensors are taken from the hub, never pickled weights.
+    """
+    if not path:
+        raise SpellError(
+            "model.path is empty: give a Hugging Face model folder, or a hub id such as Qwen/Qwen3-4B"
+        )
+    for folder in (Path(path).expanduser(), _SHIPPED / path):
+        if (folder / "config.json").is_file():
+            return folder
+    if Path(path).expanduser().exists() or path.count("/") != 1:
+        raise SpellError(f"{path} is not a model folder: it has no config.json (model.path)")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(path, allow_patterns=_FILES))
+    except Exception as error:  # the hub's client raises many kinds
+        raise SpellError(
+            f"no folder {path}, and the hub does not give it ({type(error).__name__}): on a machine"
+            " without network copy the model folder there and set model.path to it"
+        ) from None

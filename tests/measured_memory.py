@@ -1,0 +1,143 @@
+"""Bytes that a learner really holds: the truth that the planner's memory is compared with.
+
+    torchrun --nproc-per-node N tests/measured_memory.py CASES.json OUT.json
+
+Every case is a layout of a tiny model; rank 0 gathers one row per rank. Counted are the bytes of tensor
+storages, each once: exact where resident set sizes are not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_iter  # noqa: E402
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that were made inside the block and are still referenced, and their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known and storage._cdata not in before:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def forget() -> None:
+            self._known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, forget)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes under tensors, shared storages counted once."""
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def measure(case: dict[str, Any]) -> dict[str, int]:
+    """One learner, one update: this rank's bytes."""
+    from spell_megatron.config import Layout, Optimizer, Policy
+    from spell_megatron.policy.learner import Learner
+    from spell_megatron.policy.world import start_world
+    from spell_megatron.types import Group, Sample, TrainBatch
+
+    policy = Policy(
+        **{
+            **case["policy"],
+            "layout": Layout(**case.get("layout", {})),
+            "optimizer": Optimizer(**case.get("optimizer", {})),
+        }
+    )
+    world = start_world(policy.layout, seed=0, timeout_seconds=120)
+    learner = Learner(policy, Path(case["model"]), world)
+    prompt, replies, reply = case["stream"]
+    group = Group([3] * prompt, tuple(Sample([4] * reply, [1.0] * reply) for _ in range(replies)))
+    batch = TrainBatch((group,) * (world.data_size * case.get("microbatches", 1)))
+    learner.gradients(batch)  # what is made only once is there
+
+    saved: dict[int, int] = {}
+    kept = {p.untyped_storage()._cdata for _, p in learner.named_parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in kept:
+            saved[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    alive: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        learner.gradients(batch)
+    alive.clear()
+    with LiveBytes() as live:
+        learner.gradients(batch)
+    learner.update(batch)
+    parameters = [p for _, p in learner.named_parameters()]
+    states = [t for o in _optimizers(learner.optimizer) for s in o.state.values() for t in s.values()]
+    masters = [p for o in _optimizers(learner.optimizer) for g in o.param_groups for p in g["params"]]
+    weights = {p.untyped_storage()._cdata for p in parameters}
+    return {
+        "rank": world.rank,
+        "parameters": sum(p.numel() for p in parameters),
+        "weights": storage_bytes(parameters),
+        "gradients": storage_bytes(p.main_grad for p in parameters),
+        "optimizer": storage_bytes(t for t in states if t.numel() > 1)
+        + storage_bytes(m for m in masters if m.untyped_storage()._cdata not in weights),
+        "saved": sum(saved.values()),
+        "peak": live.peak,
+    }
+
+
+def _optimizers(optimizer: Any) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if part.optimizer is not None]
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    results = []
+    for case in cases:
+        mine = measure(case)
+        rows: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(rows, mine)
+        results.append(rows)
+    if torch.distributed.get_rank() == 0:
+        out.write_text(json.dumps(results))
+    from spell_megatron.policy.world import stop_world
+
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Program of test_checkpoint.py under torchrun: save after one update, or load; then two more updates."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from reference import random_batch
+
+from spell_megatron.checkpoint import Checkpoints, load_learner
+from spell_megatron.config import Layout, Optimizer, Policy
+from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.world import start_world, stop_world
+
+
+def main() -> None:
+    mode, folder, layout = sys.argv[1], Path(sys.argv[2]), Layout(**json.loads(sys.argv[3]))
+    torch.set_num_threads(1)
+    world = start_world(layout, seed=0, timeout_seconds=120)
+    # An eps of the gradients' size: Adam's step is then no mere sign of them, which rounding could flip.
+    optimizer = Optimizer(lr=1e-2, eps=1e-2, weight_decay=0.0, distributed=True)
+    policy = Policy(layout=layout, dtype="float32", stream_tokens=512, optimizer=optimizer)
+    learner = Learner(policy, folder / "model", world)
+    batch, checkpoints = random_batch(256), Checkpoints(folder / "checkpoints")
+    if mode == "save":
+        learner.update(batch)
+        checkpoints.save(1, learner, {})
+    else:
+        found = checkpoints.newest()
+        assert found
+        load_learner(learner, found)
+    sums = []
+    for _ in range(2):
+        learner.update(batch)
+        sums.append(sum(float(s.sum()) for group in learner.score(batch).logprobs for s in group))
+    if world.is_main:
+        (folder / f"{mode}.json").write_text(json.dumps(sums), encoding="utf-8")
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The house rules that a machine can check: who imports whom, and what is importable without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("spell_megatron", "megatron_patches", "launchers", "tokenizer", "eval")
+
+FLOORS = (
+    {"spell_megatron", "spell_megatron.types", "spell_megatron.config"},
+    {"spell_megatron.selfplay", "spell_megatron.corpus", "megatron_patches", "tokenizer"},
+    {"spell_megatron.weights", "spell_megatron.policy", "spell_megatron.rollout"},
+    {"spell_megatron.checkpoint", "spell_megatron.record", "spell_megatron.plan"},
+    {
+        "spell_megatron.session",
+        "spell_megatron.train",
+        "spell_megatron.warmup",
+        "spell_megatron.convert",
+        "spell_megatron.parity",
+        "spell_megatron.doctor",
+        "spell_megatron.preemption",
+    },
+    {"eval", "launchers"},
+    {"spell_megatron.cli"},
+)
+FORBIDDEN = {
+    "spell_megatron.types": {"torch", "vllm", "megatron", "transformers"},
+    "spell_megatron.config": {"torch", "vllm", "megatron", "transformers"},
+    "spell_megatron.selfplay": {"torch", "vllm", "megatron", "transformers"},
+    "spell_megatron.corpus": {"torch", "vllm", "megatron"},
+    "spell_megatron.policy": {"vllm", "spell_megatron.selfplay"},
+    "spell_megatron.rollout": {"megatron", "spell_megatron.selfplay", "spell_megatron.policy"},
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [
+        (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path)
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+    ]
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def room(module: str) -> str | None:
+    """The room of a module: the longest name on any floor that it lies in."""
+    rooms = [name for floor in FLOORS for name in floor if module == name or module.startswith(name + ".")]
+    return max(rooms, key=len, default=None)
+
+
+def floor(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
+def test_imports_run_one_way(module: str, path: Path) -> None:
+    own = room(module)
+    assert own, f"{module} belongs to no room: add it to the floors"
+    for name in imports(path):
+        other = room(name)
+        if other and other != own and name.split(".")[0] in PACKAGES:
+            assert floor(other) <= floor(own), f"{module} imports {name}, which lives upstairs"
+    top = {name.split(".")[0] for name in imports(path)} | imports(path)
+    for root, banned in FORBIDDEN.items():
+        if module == root or module.startswith(root + "."):
+            assert not top & banned, f"{module} must not import {top & banned}"
+
+
+def test_configuration_and_self_play_load_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'vllm', 'megatron', 'transformers'): sys.modules[name] = None\n"
+        "import spell_megatron.config, spell_megatron.selfplay, spell_megatron.policy.layout\n"
+        "spell_megatron.config.load_config('toy')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_loop_is_read_in_one_screen() -> None:
+    assert len((ROOT / "spell_megatron" / "train.py").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_package_does_not_print() -> None:
+    for module, path in modules():
+        calls = [
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]
+        assert "print" not in calls, module
+        assert "eval" not in calls, module
+        assert "exec" not in calls, module

@@ -1,0 +1,196 @@
+"""The launcher against a real SLURM: to the end, failures, signals, preemption, requeue and resume."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launchers import job as jobs
+from launchers import launch, slurm
+from launchers.launch import JobFailed
+from tests import slurm_cluster
+from tests.slurm_cluster import Cluster
+from tests.slurm_trainer import FAILURE
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 120
+NEXT_DOOR = "cluster.env={PYTHONPATH: %s, OMP_NUM_THREADS: 1, GREETING: 'a;b \"c\" $HOME'}" % ROOT
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if importlib.util.find_spec("nemo_run") is None:
+        pytest.skip("no nemo-run: pip install --no-deps -r requirements/launch.lock")
+    try:
+        with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as cluster:
+            yield cluster
+    except slurm_cluster.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(autouse=True)
+def here(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands meet the test's cluster, from a folder that is nobody's; nothing is left in its queue."""
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    monkeypatch.chdir(tmp_path)
+    yield
+    cluster.cancel_all()
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks count instead of training."""
+    monkeypatch.setattr(jobs, "TRAINER", (str(ROOT / "tests" / "slurm_trainer.py"),))
+
+
+class Watcher:
+    """Does something to the job when it has got so far; a thread, as the launcher is busy following."""
+
+    def __init__(self, runs: Path, pattern: str, act: Callable[[str], None]) -> None:
+        self._runs, self._pattern, self._act = runs, re.compile(pattern), act
+        self.acted = False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            for log in self._runs.glob("*/logs/attempt-*-0.log"):
+                if self._pattern.search(log.read_text(errors="replace")):
+                    self._act(log.name.split("-")[1])
+                    self.acted = True
+                    return
+            time.sleep(0.2)
+
+
+def attempts(runs: Path) -> list[str]:
+    return [path.read_text() for path in sorted(runs.glob("*/logs/attempt-*.log"))]
+
+
+def steps(text: str) -> list[int]:
+    return [int(step) for step in re.findall(r"step (\d+)$", text, re.M)]
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_printed_file_works_as_a_plain_sbatch_file(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("toy", [f"runs={tmp_path}", "steps=3", NEXT_DOOR], "slurm", "cpu", dryrun=True) == 0
+    printed = tmp_path / "printed.sh"
+    printed.write_text(capsys.readouterr().out)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = cluster.run("sbatch", "--wait", f"--chdir={elsewhere}", str(printed), timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    (text,) = attempts(tmp_path)
+    assert steps(text) == [1, 2, 3]
+    assert "greeting 'a;b \"c\" $HOME'" in text
+    if cluster.own_names:
+        assert "2 ranks on n1 n2" in text
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_failing_rank_ends_the_job_with_its_code_after_bounded_retries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(JobFailed) as failure:
+        launch(
+            "toy",
+            [f"runs={tmp_path}", "name=fails", "steps=9", NEXT_DOOR, "cluster.crash_retries=1"],
+            "slurm",
+            "cpu",
+        )
+    assert failure.value.exit_code == FAILURE
+    assert f"rank 1: Exited with exit code {FAILURE}" in str(failure.value)
+    assert [steps(text) for text in attempts(tmp_path)] == [[1], []]  # the second began after step 1
+    assert steps(capsys.readouterr().out) == [1]
+
+
+@pytest.mark.usefixtures("counting")
+def test_usr1_saves_requeues_and_resumes(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watcher = Watcher(tmp_path, r"step 2\b", lambda job: _run(cluster, "scancel", "--signal=USR1", job))
+    assert launch("toy", [f"runs={tmp_path}", "steps=8", NEXT_DOOR], "slurm", "cpu") == 0
+    assert watcher.acted
+    first, second = attempts(tmp_path)
+    assert "stopped on SIGUSR1 after step" in first
+    assert steps(first) + steps(second) == list(range(1, 9))  # no step lost, none twice
+    assert steps(capsys.readouterr().out) == list(range(1, 9))  # both attempts were followed
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_job_of_a_higher_partition_preempts_and_the_run_resumes(cluster: Cluster, tmp_path: Path) -> None:
+    intruder = (
+        "sbatch",
+        "--partition=high",
+        "--nodes=2",
+        f"--output={tmp_path}/high.log",
+        "--wrap",
+        "sleep 1",
+    )
+    watcher = Watcher(tmp_path, r"step 2\b", lambda job: _run(cluster, *intruder))
+    assert launch("toy", [f"runs={tmp_path}", "steps=8", NEXT_DOOR], "slurm", "cpu") == 0
+    assert watcher.acted
+    first, second = attempts(tmp_path)
+    assert "stopped on SIGTERM after step" in first
+    assert steps(first) + steps(second) == list(range(1, 9))
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    Watcher(tmp_path, r"step 1\b", lambda job: _run(cluster, "scancel", job))
+    with pytest.raises(JobFailed, match="cancelled"):
+        launch("toy", [f"runs={tmp_path}", "steps=60", NEXT_DOOR], "slurm", "cpu")
+    cluster.cancel_all()
+    assert len(attempts(tmp_path)) == 1
+
+
+def test_a_recipe_for_four_nodes_of_eight_gpus_is_accepted(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("toy", [f"runs={tmp_path}", "cluster.partition=h100"], "slurm", "h100", dryrun=True) == 0
+    file = tmp_path / "printed.sh"
+    file.write_text(capsys.readouterr().out)
+    done = cluster.run("sbatch", "--test-only", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "on nodes h[1-4]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("cluster.partition=nowhere", "`partition`"),
+        ("cluster.nodes=5", "lower `nodes`"),
+        ("cluster.gpus_per_node=16", "compare nodes, gpus_per_node"),
+        ('cluster.time="9-00:00:00"', "`time`"),
+        ("cluster.sbatch={constraint: quantum}", "`constraint`"),
+        ("cluster.sbatch={gres: 'tpu:8'}", "gpus_per_node: 0"),
+    ],
+)
+def test_a_refused_header_is_explained(tmp_path: Path, override: str, remedy: str) -> None:
+    with pytest.raises(Exception, match="SLURM refuses this job") as refusal:
+        launch(
+            "toy",
+            [f"runs={tmp_path}", "cluster.partition=h100", "cluster.container=''", override],
+            "slurm",
+            "h100",
+        )
+    assert remedy in str(refusal.value)
+    assert not attempts(tmp_path)
+
+
+def test_a_vanished_job_is_not_waited_for() -> None:
+    assert slurm.job_state("987654") is None
+
+
+def _run(cluster: Cluster, *command: str) -> None:
+    cluster.run(*command)

@@ -1,0 +1,250 @@
+"""The pieces of the policy's arithmetic against float64 formulae, on one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spell_megatron.config import Layout, Loss
+from spell_megatron.policy import kernels
+from spell_megatron.policy.attention import _MergedPieces
+from spell_megatron.policy.head import Sampled, token_logprobs
+from spell_megatron.policy.layout import LayoutError, check_layout
+from spell_megatron.policy.learner import Scores
+from spell_megatron.policy.loss import TokenTerms, token_losses
+from spell_megatron.policy.mismatch import mismatch
+from spell_megatron.policy.spans import plan_spans
+from spell_megatron.policy.world import World, start_world, stop_world
+from spell_megatron.types import Group, Sample, TrainBatch
+from spell_megatron.weights.shape import ModelShape
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield start_world(Layout(), seed=0, timeout_seconds=60)
+    stop_world()
+
+
+# ---- span attention
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`[t, heads, d]` with repeated key-value heads, every score in float64."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_pieces_equal_masked_attention_with_gradients(world: World, dtype: torch.dtype) -> None:
+    prompts_and_replies = [(list(range(40)), [[1] * 7, [2] * 1, [3] * 20]), ([5] * 9, [[6] * 4])]
+    plan = plan_spans(prompts_and_replies)
+    tokens = plan.ids.shape[1]
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for q0, q1, k0, k1, causal in plan.pieces:
+        block = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        mask[q0:q1, k0:k1] |= block.tril() if causal else block
+    draw = torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(tokens, 4, 32, generator=draw).to(dtype) for _ in range(2))
+    kv = torch.randn(tokens, 2, 2, 32, generator=draw).to(dtype)
+
+    ours_q, ours_kv = q.clone().requires_grad_(), kv.clone().requires_grad_()
+    out = _MergedPieces.apply(ours_q, ours_kv, plan, None, 0.17)
+    out.backward(grad)
+    true_q, true_kv = q.double().requires_grad_(), kv.double().requires_grad_()
+    true = naive_attention(true_q, true_kv[:, 0], true_kv[:, 1], mask, 0.17)
+    true.backward(grad.double())
+
+    tolerance = 2e-6 if dtype is torch.float32 else 2e-2
+    for ours, theirs in ((out, true), (ours_q.grad, true_q.grad), (ours_kv.grad, true_kv.grad)):
+        assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+
+
+def test_backward_of_a_piece_takes_the_merged_softmax() -> None:
+    """Half of the keys with the log-sum-exp of all of them: gradients of that half, exactly."""
+    draw = torch.Generator().manual_seed(1)
+    q, k, v, grad = (torch.randn(2, 8, 32, generator=draw) for _ in range(4))
+    whole_k, whole_v = k.clone().requires_grad_(), v.clone().requires_grad_()
+    scores = (q.double() @ whole_k.double().transpose(1, 2)) * 0.2
+    out = scores.softmax(-1) @ whole_v.double()
+    out.backward(grad.double())
+    lse = scores.logsumexp(-1).float()
+    _, dk, dv = kernels.backward(grad, q, k[:, :4], v[:, :4], out.float(), lse, False, 0.2)
+    torch.testing.assert_close(dk, whole_k.grad[:, :4], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dv, whole_v.grad[:, :4], rtol=1e-4, atol=1e-6)
+
+
+# ---- head
+
+
+def true_log_p(hidden: Tensor, weight: Tensor, sampled: Sampled) -> Tensor:
+    """By sorting, as samplers do it: the smallest set of best tokens that holds `top_p` of the mass."""
+    logits = hidden @ weight.t() / sampled.temperature
+    ranked, order = logits.softmax(-1).sort(-1, descending=True)
+    outside = (ranked.cumsum(-1) - ranked >= sampled.top_p) & (sampled.top_p < 1)
+    logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def true_head(hidden: Tensor, weight: Tensor, targets: Tensor, sampled: Sampled) -> tuple[Tensor, Tensor]:
+    log_p = true_log_p(hidden, weight, sampled)
+    finite = log_p.masked_fill(log_p.isinf(), 0.0)
+    return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * finite).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "sampled", [Sampled(), Sampled(0.7, 1.0), Sampled(0.7, 0.95), Sampled(1.3, 0.5)], ids=str
+)
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_head_equals_the_sampled_distribution(world: World, sampled: Sampled, chunk: int) -> None:
+    draw = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(20, 16, generator=draw), torch.randn(97, 16, generator=draw)
+    probabilities = true_log_p(hidden.double(), weight.double(), sampled).exp()
+    targets = torch.multinomial(probabilities, 1, generator=draw)[:, 0]
+    group = dist.group.WORLD
+    d_logprobs, d_entropy = torch.randn(20, generator=draw), torch.randn(20, generator=draw)
+    results = []
+    for double in (False, True):
+        h, w = ((x.double() if double else x.clone()).requires_grad_() for x in (hidden, weight))
+        if double:
+            logprobs, entropy = true_head(h, w, targets, sampled)
+        else:
+            logprobs, entropy = token_logprobs(h, w, targets, sampled=sampled, chunk=chunk, tp_group=group)
+        (logprobs * d_logprobs + entropy * d_entropy).sum().backward()
+        results.append((logprobs, entropy, h.grad, w.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.double() - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_a_sampled_token_outside_the_learners_nucleus_keeps_a_finite_logprob(world: World) -> None:
+    hidden, weight = torch.ones(1, 1), torch.tensor([[9.0], [0.0], [-1.0]])
+    logprobs, _ = token_logprobs(
+        hidden, weight, torch.tensor([2]), sampled=Sampled(1.0, 0.5), chunk=8, tp_group=dist.group.WORLD
+    )
+    assert logprobs.isfinite().all()
+
+
+def test_head_of_no_rows(world: World) -> None:
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    logprobs, entropy = token_logprobs(
+        hidden, torch.ones(5, 4), torch.zeros(0, dtype=torch.long), sampled=Sampled(), chunk=8,
+        tp_group=dist.group.WORLD,
+    )  # fmt: skip
+    (logprobs.sum() + entropy.sum()).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 4)
+
+
+# ---- loss
+
+
+def terms(**values: list[float]) -> TokenTerms:
+    tensors = {name: torch.tensor(value) for name, value in values.items()}
+    zero = torch.zeros_like(tensors["weights"])
+    return TokenTerms(**{"entropy": zero, "logprobs": zero, "old": zero, **tensors})
+
+
+def test_on_policy_loss_is_minus_the_weight() -> None:
+    losses, clipped = token_losses(terms(weights=[1.0, -2.0]), Loss())
+    assert losses.tolist() == [-1.0, 2.0]
+    assert not clipped.any()
+
+
+def test_clipping_binds_where_it_would_reward_too_large_a_step() -> None:
+    ratio = [1.5, 1.5, 0.5, 0.5]
+    values = terms(
+        logprobs=[math.log(r) for r in ratio], weights=[1.0, -1.0, 1.0, -1.0]
+    )  # positive and negative advantage on either side
+    losses, clipped = token_losses(values, Loss(clip_low=0.2, clip_high=0.3))
+    np.testing.assert_allclose(losses, [-1.3, 1.5, -0.5, 0.8], rtol=1e-6)
+    assert clipped.tolist() == [True, False, False, True]
+
+
+def test_importance_weights_are_truncated() -> None:
+    loss = Loss(importance_cap=2.0)
+    losses, _ = token_losses(terms(weights=[1.0, 1.0], engine=[-math.log(5), math.log(4)]), loss)
+    np.testing.assert_allclose(losses, [-2.0, -0.25], rtol=1e-6)
+
+
+def test_k3_penalty_and_entropy_bonus() -> None:
+    values = terms(weights=[0.0], logprobs=[-1.0], old=[-1.0], reference=[-1.5], entropy=[0.7])
+    losses, _ = token_losses(values, Loss(kl=0.1, entropy=0.01))
+    np.testing.assert_allclose(losses, [0.1 * (math.exp(-0.5) + 0.5 - 1) - 0.007], rtol=1e-5)
+
+
+def test_sequence_ratio_has_the_sequences_value_and_every_tokens_gradient() -> None:
+    logprobs = torch.tensor([0.1, -0.3], requires_grad=True)
+    ratio = math.exp(-0.1)
+    values = TokenTerms(
+        logprobs=logprobs, entropy=torch.zeros(2), weights=torch.ones(2), old=torch.zeros(2),
+        sequence_log_ratio=torch.full((2,), -0.1),
+    )  # fmt: skip
+    losses, _ = token_losses(values, Loss(ratio="sequence"))
+    losses.sum().backward()
+    np.testing.assert_allclose(losses.detach(), [-ratio, -ratio], rtol=1e-6)
+    np.testing.assert_allclose(logprobs.grad, [-ratio, -ratio], rtol=1e-6)
+
+
+# ---- layouts
+
+
+def shape(**over: int) -> ModelShape:
+    sizes = {"vocab": 256, "hidden": 64, "layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 96}
+    family = "qwen3_moe" if over.get("experts") else "qwen3"
+    return ModelShape(family=family, tied=False, norm_eps=1e-6, max_positions=4096, **{**sizes, **over})  # type: ignore[arg-type]
+
+
+MOE = {"experts": 8, "experts_per_token": 2, "expert_ffn": 48}
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "size", "reason"),
+    [
+        (Layout(tensor=3), {}, 3, "8 attention heads do not divide by tensor=3"),
+        (Layout(tensor=2), {}, 3, "world size 3 is no multiple"),
+        (Layout(tensor=8), {"kv_heads": 3}, 8, "one must be a multiple of the other"),
+        (Layout(tensor=2), {"vocab": 255}, 2, "vocabulary of 255"),
+        (Layout(pipeline=3), {}, 3, "4 layers do not divide by pipeline=3"),
+        (Layout(pipeline=2, virtual_pipeline=4), {}, 2, "chunks=4"),
+        (Layout(virtual_pipeline=2), {}, 1, "virtual_pipeline needs pipeline > 1"),
+        (Layout(expert=3), MOE, 3, "8 experts do not divide by expert=3"),
+        (Layout(expert=2), {}, 2, "has no experts"),
+        (Layout(tensor=2), MOE, 2, "need sequence=true"),
+        (Layout(tensor=2, sequence=True, expert_tensor=5), MOE, 10, "expert width 48 does not divide"),
+    ],
+)
+def test_an_illegal_layout_says_why(layout: Layout, model: dict[str, int], size: int, reason: str) -> None:
+    with pytest.raises(LayoutError) as error:
+        check_layout(layout, shape(**model), size)
+    assert reason in str(error.value)
+
+
+def test_a_legal_layout_divides_the_world() -> None:
+    world = check_layout(Layout(tensor=2, pipeline=2, context=2, expert=4, sequence=True), shape(**MOE), 32)
+    assert (world.model, world.data, world.expert_data) == (8, 4, 4)
+
+
+# ---- mismatch
+
+
+def test_mismatch_by_label() -> None:
+    batch = TrainBatch(
+        (Group([1], (Sample([2, 3], [0, 0], [-1.0, -2.0]),)), Group([1], (Sample([4], [0], [-1.0]),)))
+    )
+    scores = Scores([[np.array([-1.5, -2.0])], [np.array([-0.7])]], [])
+    gaps = mismatch(batch, scores, ["a", "b"])
+    expected = [-0.5, 0.0, 0.3]
+    assert gaps["mismatch/mean"] == pytest.approx(np.abs(expected).mean())
+    assert gaps["mismatch/max"] == pytest.approx(0.5)
+    assert gaps["mismatch/k3"] == pytest.approx(np.mean([math.exp(g) - 1 - g for g in expected]))
+    assert (gaps["mismatch/a"], gaps["mismatch/b"]) == (pytest.approx(0.25), pytest.approx(0.3))

@@ -1,0 +1,219 @@
+"""A fleet of real vLLM servers: resync, faults, restart, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from models import Kind, make_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from spell_megatron.config import Rollout as Settings
+from spell_megatron.config import Servers
+from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.fleet import Fleet
+from spell_megatron.rollout.health import State
+from spell_megatron.types import Rollout
+
+pytestmark = pytest.mark.engine
+
+SERVERS = Servers(count=2, probe_seconds=15, sync_seconds=20, start_seconds=400, in_flight="restart")
+
+
+def settings(servers: Servers) -> Settings:
+    return Settings(
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=16,
+        max_batched_tokens=512,
+        kv_cache_mib=32,
+        servers=servers,
+    )
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fleet")
+
+
+@pytest.fixture(scope="module")
+def folders(scratch: Path) -> list[Path]:
+    return [make_model("qwen3", scratch / f"qwen3-{seed}", seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def fleet(folders: list[Path], scratch: Path) -> Iterator[Fleet]:
+    fleet = Fleet(folders[0], settings(SERVERS), scratch=scratch / "vllm", logs=scratch / "logs")
+    yield fleet
+    groups = fleet.process_groups().values()
+    fleet.close()
+    assert not any(psutil.pid_exists(group) for group in groups)
+    assert not [
+        p for p in psutil.Process().children(recursive=True) if "vllm" in " ".join(p.cmdline()).lower()
+    ]
+
+
+async def play(fleet: Fleet, groups: int = 6, max_tokens: int = 24) -> list[Rollout]:
+    calls = (
+        fleet.generate(
+            [5 + group, *range(10, 60)],
+            seeds=[8 * group + i for i in range(4)],
+            max_tokens=max_tokens,
+            temperature=1.0,
+            top_p=1.0,
+        )
+        for group in range(groups)
+    )
+    return [rollout for rollouts in await asyncio.gather(*calls) for rollout in rollouts]
+
+
+@torch.no_grad()
+def worst(folder: Path, rollouts: list[Rollout]) -> float:
+    """Largest difference of log-probs to a Hugging Face forward."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    differences = []
+    for rollout in rollouts:
+        logits = model(torch.tensor([[*rollout.prompt, *rollout.tokens]])).logits[0]
+        logprobs = logits[len(rollout.prompt) - 1 : -1].log_softmax(-1)
+        own = logprobs.gather(-1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        differences.append((own - torch.tensor(rollout.logprobs)).abs().max().item())
+    return max(differences)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert condition()
+
+
+def all_serve(fleet: Fleet) -> bool:
+    return all(health.serves for health in fleet.states().values())
+
+
+def update(fleet: Fleet, folder: Path) -> None:
+    fleet.update_weights(load_file(folder / "model.safetensors").items(), fleet.version + 1)
+
+
+def current_and_right(fleet: Fleet, folder: Path, rollouts: list[Rollout]) -> None:
+    assert {rollout.version for rollout in rollouts} == {fleet.version}
+    assert worst(folder, rollouts) <= 1e-4
+
+
+def test_every_server_follows_the_trainer(fleet: Fleet, folders: list[Path]) -> None:
+    rollouts = asyncio.run(play(fleet))
+    current_and_right(fleet, folders[0], rollouts)
+    assert [rollout.tokens for rollout in asyncio.run(play(fleet))] == [r.tokens for r in rollouts]
+    for folder in folders[1:]:
+        update(fleet, folder)
+        assert all_serve(fleet)
+        current_and_right(fleet, folder, asyncio.run(play(fleet)))
+
+
+def test_an_update_restarts_what_runs(fleet: Fleet, folders: list[Path]) -> None:
+    async def overlapped() -> list[Rollout]:
+        before = fleet.stats().generated_tokens
+        running = asyncio.create_task(play(fleet, groups=24, max_tokens=200))
+        while fleet.stats().generated_tokens == before:  # until the first of them have ended
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(update, fleet, folders[0])
+        return await running
+
+    rollouts = asyncio.run(overlapped())
+    current = [rollout for rollout in rollouts if rollout.version == fleet.version]
+    earlier = [rollout for rollout in rollouts if rollout.version == fleet.version - 1]
+    assert current and earlier and len(current) + len(earlier) == 96
+    assert worst(folders[0], current) <= 1e-4
+    assert worst(folders[2], earlier) <= 1e-4
+
+
+def test_a_killed_server_loses_no_request_and_comes_back_with_the_current_weights(
+    fleet: Fleet, folders: list[Path]
+) -> None:
+    update(fleet, folders[1])
+    before = fleet.process_groups()["engine-0"]
+
+    async def bereft() -> list[Rollout]:
+        running = asyncio.create_task(play(fleet, groups=8, max_tokens=200))
+        while fleet.stats().running < 16:
+            await asyncio.sleep(0.02)
+        os.kill(before, signal.SIGKILL)  # the API server alone: its workers must not survive it
+        return await running
+
+    rollouts = asyncio.run(bereft())
+    assert len(rollouts) == 32
+    current_and_right(fleet, folders[1], rollouts)
+    wait_until(lambda: all_serve(fleet))
+    assert fleet.process_groups()["engine-0"] != before
+    assert not [p for p in psutil.process_iter() if _group(p) == before]
+    current_and_right(fleet, folders[1], asyncio.run(play(fleet)))
+
+
+def test_a_stopped_server_cannot_stall_an_update(
+    fleet: Fleet, folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped = fleet.process_groups()["engine-1"]
+    os.killpg(stopped, signal.SIGSTOP)
+    update(fleet, folders[2])  # fails for engine-1 in its timeout; engine-0 goes on alone
+    assert fleet.states()["engine-0"].serves and not fleet.states()["engine-1"].serves
+    assert "no answer from engine-1" in caplog.text
+    current_and_right(fleet, folders[2], asyncio.run(play(fleet)))
+    wait_until(lambda: all_serve(fleet))
+    assert fleet.process_groups()["engine-1"] != stopped
+    current_and_right(fleet, folders[2], asyncio.run(play(fleet)))
+
+
+def test_a_worker_that_stops_in_the_middle_of_a_transfer_is_named(
+    fleet: Fleet, folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    group = fleet.process_groups()["engine-0"]
+    weights = list(load_file(folders[0] / "model.safetensors").items())
+
+    def stalling() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from weights[:-1]
+        os.killpg(group, signal.SIGSTOP)
+        name, tensor = weights[-1]
+        yield name, tensor
+
+    version = fleet.version + 1
+    fleet.update_weights(stalling(), version)
+    assert "no answer from engine-0" in caplog.text
+    wait_until(lambda: all_serve(fleet))
+    current_and_right(fleet, folders[0], asyncio.run(play(fleet)))
+
+
+def test_versions_only_grow_and_each_server_has_a_log(
+    fleet: Fleet, folders: list[Path], scratch: Path
+) -> None:
+    with pytest.raises(EngineError, match="only grow"):
+        fleet.update_weights([], fleet.version)
+    assert sorted(path.name for path in (scratch / "logs").iterdir()) == ["engine-0.log", "engine-1.log"]
+    assert {health.state for health in fleet.states().values()} == {State.HEALTHY}
+
+
+@pytest.mark.parametrize("kind", ["moe", "qwen3_tied"])
+def test_other_kinds_follow_too(kind: Kind, scratch: Path) -> None:
+    first, second = (make_model(kind, scratch / f"{kind}-{seed}", seed) for seed in range(2))
+    one = Servers(count=1, sync_seconds=30, start_seconds=400)
+    fleet = Fleet(first, settings(one), scratch=scratch / "vllm", logs=scratch / kind)
+    try:
+        current_and_right(fleet, first, asyncio.run(play(fleet)))
+        update(fleet, second)
+        current_and_right(fleet, second, asyncio.run(play(fleet)))
+    finally:
+        fleet.close()
+
+
+def _group(process: psutil.Process) -> int:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return -1

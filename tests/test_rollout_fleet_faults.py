@@ -1,0 +1,275 @@
+"""The fleet against servers that misbehave: imitations that answer as vLLM does, until told otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import make_model
+
+from spell_megatron.config import Rollout as Settings
+from spell_megatron.config import Servers
+from spell_megatron.rollout import fleet as fleet_module
+from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.fleet import Fleet
+from spell_megatron.rollout.health import State
+from spell_megatron.types import Rollout
+
+pytestmark = pytest.mark.unit
+
+Fault = Callable[["Handler"], None]
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers with the seed as the only token. `faults` are used up one a completion."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.label = "default"
+        self.faults: list[Fault] = []
+        self.silent = False
+        self.served: list[list[int]] = []
+        self.most_at_once = self.at_once = 0
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeServer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.server.silent:
+            time.sleep(0.6)
+        self.reply({"weight_version": self.server.label, "world_size": 1})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/update_weight_version":
+            self.server.label = body["new_version"]
+            return self.reply({})
+        with self.server.lock:
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+            fault = self.server.faults.pop(0) if self.server.faults else None
+        try:
+            time.sleep(0.01)
+            if fault is not None:
+                return fault(self)
+            self.server.served.append(body["token_ids"])
+            self.complete(body["sampling_params"]["seed"])
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+
+    def complete(self, token: int, finish: str = "length", versions: tuple[str, ...] = ()) -> None:
+        spans = [{"version": v, "start": 0, "end": 1} for v in versions or (self.server.label,)]
+        choice = {
+            "finish_reason": finish,
+            "token_ids": [token],
+            "logprobs": {"content": [{"token_id": token, "logprob": -0.5}]},
+            "weight_versions": spans,
+        }
+        usage = {"prompt_tokens_details": {"cached_tokens": 2}}
+        self.reply({"choices": [choice], "usage": usage})
+
+    def reply(self, body: Any, status: int = 200, raw: bytes | None = None) -> None:
+        content = raw if raw is not None else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def error_500(handler: Handler) -> None:
+    handler.reply({"error": "out of memory"}, status=500)
+
+
+def reset(handler: Handler) -> None:
+    handler.close_connection = True
+    handler.connection.close()
+
+
+def garbage(handler: Handler) -> None:
+    handler.reply(None, raw=b"\x00 not json")
+
+
+def nonsense(handler: Handler) -> None:
+    handler.reply({"choices": []})
+
+
+def aborted(handler: Handler) -> None:
+    handler.complete(1, finish="abort")
+
+
+def mixed(handler: Handler) -> None:
+    handler.complete(1, versions=("0", "1"))
+
+
+def refused(handler: Handler) -> None:
+    handler.reply({"error": "token out of vocabulary"}, status=400)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_model("qwen3", tmp_path / "model")
+
+
+@contextmanager
+def fleet_of(
+    folder: Path, count: int, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> Iterator[tuple[Fleet, list[FakeServer]]]:
+    monkeypatch.setattr(fleet_module, "_PROBE_EVERY", 0.05)
+    monkeypatch.setattr(fleet_module, "_POLL_SECONDS", 0.05)
+    servers = [FakeServer() for _ in range(count)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    urls = tuple(server.url for server in servers)
+    config = Settings(max_model_len=64, servers=Servers(urls=urls, probe_seconds=0.3), **settings)
+    fleet = Fleet(folder, config, scratch=folder / "scratch", logs=folder / "logs")
+    try:
+        yield fleet, servers
+    finally:
+        fleet.close()
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+
+def sample(fleet: Fleet, groups: int = 1, seeds: int = 4) -> list[Rollout]:
+    async def all_groups() -> list[list[Rollout]]:
+        calls = (
+            fleet.generate(
+                [group + 1] * 20,
+                seeds=[100 * group + i for i in range(seeds)],
+                max_tokens=8,
+                temperature=1.0,
+                top_p=1.0,
+            )
+            for group in range(groups)
+        )
+        return await asyncio.gather(*calls)
+
+    return [rollout for group in asyncio.run(all_groups()) for rollout in group]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("fault", [error_500, reset, garbage, nonsense, aborted, mixed])
+def test_a_request_that_a_server_fails_is_asked_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    with fleet_of(folder, 2, monkeypatch) as (fleet, servers):
+        for server in servers:
+            server.faults = [fault] * 3
+        rollouts = sample(fleet, groups=5)
+        assert [rollout.tokens for rollout in rollouts] == [
+            (100 * g + i,) for g in range(5) for i in range(4)
+        ]
+        assert all(rollout.version == 0 and rollout.logprobs == (-0.5,) for rollout in rollouts)
+        assert fleet.stats().generated_tokens == 20  # a failed attempt counts for nothing
+        assert fleet.stats().cached_tokens == 40
+        wait_until(fleet.healthy)
+
+
+def test_a_wrong_request_is_not_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fleet_of(folder, 1, monkeypatch) as (fleet, (server,)):
+        server.faults = [refused]
+        with pytest.raises(EngineError, match="out of vocabulary"):
+            sample(fleet)
+        assert fleet.healthy()
+        assert len(sample(fleet)) == 4
+
+
+def test_a_group_goes_to_one_server_and_groups_to_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fleet_of(folder, 2, monkeypatch) as (fleet, servers):
+        sample(fleet, groups=4, seeds=8)
+        seen = [{tuple(prompt) for prompt in server.served} for server in servers]
+        assert [len(prompts) for prompts in seen] == [2, 2]
+        assert not seen[0] & seen[1]
+
+
+def test_no_server_gets_more_than_it_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fleet_of(folder, 2, monkeypatch, max_num_seqs=3) as (fleet, servers):
+        assert len(sample(fleet, groups=5, seeds=4)) == 20
+        assert all(0 < server.most_at_once <= 3 for server in servers)
+        assert fleet.stats().running == fleet.stats().waiting == 0
+
+
+def test_a_silent_server_gets_no_requests_until_it_answers_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fleet_of(folder, 2, monkeypatch) as (fleet, (first, second)):
+        first.silent = True
+        wait_until(lambda: not fleet.states()["remote-0"].serves)
+        before = len(first.served)
+        sample(fleet, groups=4)
+        assert len(first.served) == before and len(second.served) == 16
+        first.silent = False
+        wait_until(lambda: fleet.states()["remote-0"].serves)
+
+
+def test_a_server_that_forgot_its_weights_is_brought_up_to_date_before_it_serves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fleet_of(folder, 1, monkeypatch) as (fleet, (server,)):
+        server.label = "default"  # as after a restart that nobody saw
+        wait_until(lambda: server.label == "0")
+        wait_until(lambda: fleet.states()["remote-0"].serves)
+        assert {rollout.version for rollout in sample(fleet)} == {0}
+
+
+def test_cancelled_requests_leave_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cancel_early(fleet: Fleet) -> None:
+        call = fleet.generate([1] * 9, seeds=list(range(40)), max_tokens=8, temperature=1.0, top_p=1.0)
+        task = asyncio.create_task(call)
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with fleet_of(folder, 1, monkeypatch, max_num_seqs=2) as (fleet, _):
+        asyncio.run(cancel_early(fleet))
+        wait_until(lambda: fleet.stats().running == fleet.stats().waiting == 0)
+        assert len(sample(fleet)) == 4
+
+
+def test_a_fleet_without_servers_is_refused(folder: Path) -> None:
+    with pytest.raises(EngineError, match=r"rollout\.servers\.count"):
+        Fleet(folder, Settings(), scratch=folder, logs=folder)
+
+
+def test_a_fleet_whose_servers_never_come_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_POLL_SECONDS", 0.01)
+    url = "http://127.0.0.1:9"
+    servers = Servers(urls=(url,), start_seconds=0.05, max_restarts=2)
+    with pytest.raises(EngineError, match=f"1 engines are lost\nremote-0: .*{url}"):
+        Fleet(folder, Settings(servers=servers), scratch=folder, logs=folder)
+
+
+def test_a_closed_fleet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fleet_of(folder, 1, monkeypatch) as (fleet, _):
+        assert fleet.states()["remote-0"].state is State.HEALTHY
+        fleet.close()
+        assert not fleet.healthy()
+        with pytest.raises(EngineError, match="closed"):
+            sample(fleet)
