@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0+cpu
 # Where +cpu wheels live when the configured package index has none.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/cpu.lock | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/*.lock | cksum | cut -d' ' -f1)
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test setup lint clean
@@ -27,11 +27,11 @@ lint: setup
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml requirements/cpu.lock
+$(INSTALLED): pyproject.toml requirements/cpu.lock requirements/launch.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps "$(TORCH)" \
 	  || $(BIN)/pip install --quiet --no-deps "$(TORCH)" --index-url $(TORCH_INDEX)
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock -r requirements/launch.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	rm -f $(VENV)/.installed-*
 	touch $@

@@ -54,4 +54,6 @@ def check_nemo_run(run_parent: Path) -> None:
 def check_environment(profile: Profile) -> None:
     """Raise SpellError where the profile's virtual environment is not one."""
     if profile.venv and not (Path(profile.venv) / "bin" / "activate").is_file():
-        raise SpellError(f"venv: {profile.venv} is no virtual environment (no bin/activate); correct the profile")
+        raise SpellError(
+            f"venv: {profile.venv} is no virtual environment (no bin/activate); correct the profile"
+        )

@@ -53,7 +53,9 @@ def _profile(config: Config, executor: str, cluster: str, overrides: list[str]) 
     if cluster:
         profile = load_profile(cluster, overrides)
         if executor == "local" and profile.nodes > 1:
-            raise ProfileError(f"{cluster} has {profile.nodes} nodes and this machine is one: --executor slurm")
+            raise ProfileError(
+                f"{cluster} has {profile.nodes} nodes and this machine is one: --executor slurm"
+            )
         return profile
     if executor == "local" and not overrides:
         return local.local_profile(config.policy.layout)
@@ -85,7 +87,9 @@ def _slurm(job: Job, dryrun: bool) -> int:
     try:
         end = slurm.follow(job, job_id, sys.stdout, console.print)
     except KeyboardInterrupt:
-        console.print(f"job {job_id} goes on without being watched: scancel {job_id} ends it; its logs: {job.logs}")
+        console.print(
+            f"job {job_id} goes on without being watched: scancel {job_id} ends it; its logs: {job.logs}"
+        )
         return _INTERRUPTED
     assert end.code is not None
     if end.code:

@@ -18,7 +18,9 @@ def local_profile(layout: Layout) -> Profile:
     import torch
 
     gpus = torch.cuda.device_count()
-    return Profile(gpus_per_node=gpus, ranks_per_node=gpus or layout.tensor * layout.pipeline * layout.context)
+    return Profile(
+        gpus_per_node=gpus, ranks_per_node=gpus or layout.tensor * layout.pipeline * layout.context
+    )
 
 
 def command(job: Job) -> list[str]:

@@ -49,9 +49,13 @@ def refusals(job_folder: Path) -> list[str]:
     """Why nemo-run could not write a working script for a run in this folder."""
     text, faults = str(job_folder), []
     if shlex.quote(text) != text:
-        faults.append(f"the run folder {text!r} holds characters that a shell takes apart; choose another, runs=…")
+        faults.append(
+            f"the run folder {text!r} holds characters that a shell takes apart; choose another, runs=…"
+        )
     if _RESERVED in text:
-        faults.append(f"the run folder {text!r} holds {_RESERVED!r}, which nemo-run rewrites; choose another, runs=…")
+        faults.append(
+            f"the run folder {text!r} holds {_RESERVED!r}, which nemo-run rewrites; choose another, runs=…"
+        )
     return faults
 
 

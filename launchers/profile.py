@@ -23,7 +23,9 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbe
 SHIPPED = Path(__file__).parent / "clusters"
 OWN = Path("~/.config/spell-megatron/clusters")
 
-_TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d{1,3}(:\d{2}){1,2})")  # what sbatch calls time, but bare minutes
+_TIME = re.compile(
+    r"(\d+-\d{1,2}(:\d{2}){0,2}|\d{1,3}(:\d{2}){1,2})"
+)  # what sbatch calls time, but bare minutes
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HEADER = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -86,7 +88,9 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ProfileError(f"an override of a profile is cluster.key=value, found {'cluster.' + override!r}")
+            raise ProfileError(
+                f"an override of a profile is cluster.key=value, found {'cluster.' + override!r}"
+            )
         try:
             values[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -99,7 +103,9 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
         faults = list(_contradictions(profile))
         if not faults:
             return profile
-    raise ProfileError(f"{name} is not a valid cluster profile:\n" + "\n".join(f"  {fault}" for fault in faults))
+    raise ProfileError(
+        f"{name} is not a valid cluster profile:\n" + "\n".join(f"  {fault}" for fault in faults)
+    )
 
 
 def list_profiles() -> list[str]:

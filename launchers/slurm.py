@@ -38,7 +38,10 @@ _REMEDIES = (
     ("invalid partition", "set `partition` of the profile to one that `sinfo -s` lists"),
     ("account", "set `account` of the profile to one of yours: `sacctmgr show associations user=$USER`"),
     ("qos", "set `qos` of the profile to one that `sacctmgr show qos` lists"),
-    ("time limit", "lower `time` of the profile below the partition's limit (`sinfo -o '%P %l'`); runs resume"),
+    (
+        "time limit",
+        "lower `time` of the profile below the partition's limit (`sinfo -o '%P %l'`); runs resume",
+    ),
     (
         "generic resource",
         "this cluster counts GPUs otherwise: set gpus_per_node: 0, ranks_per_node, and sbatch: {gres: …}",
@@ -194,6 +197,10 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_SECONDS)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"{command[0]} did not answer in {_COMMAND_SECONDS:.0f} s")
+        return subprocess.CompletedProcess(
+            command, 1, "", f"{command[0]} did not answer in {_COMMAND_SECONDS:.0f} s"
+        )
     except OSError as error:
-        raise SpellError(f"cannot run {command[0]}: {error}; launch from a login node of the cluster") from None
+        raise SpellError(
+            f"cannot run {command[0]}: {error}; launch from a login node of the cluster"
+        ) from None

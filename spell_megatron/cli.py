@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from spell_megatron.preemption import listen
 from spell_megatron.types import SpellError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 _err = Console(stderr=True)
 _INTERRUPTED = 130
 
+Executor = Literal["local", "slurm"]
 Recipe = Annotated[str, typer.Argument(help="A recipe's name or the path of a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dots for sections: policy.optimizer.lr=1e-6")
@@ -48,6 +50,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             warnings.filterwarnings("ignore")  # megatron-core announces at length what is not installed
         try:
             function(*args, **kwargs)
+        except typer.Exit:
+            raise
         except SpellError as error:
             _fail(str(error), error.exit_code, debug)
         except KeyboardInterrupt:
@@ -82,6 +86,7 @@ def _print_json(value: dict[str, Any]) -> None:
 @command
 def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
     """Train a recipe: self-play, update, resync, step after step."""
+    listen()  # before torch is imported: its threads inherit the signal mask
     from spell_megatron.config import load_config
 
     config = load_config(recipe, overrides or [])
@@ -93,6 +98,7 @@ def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug
 @command
 def resume(run: Path, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
     """Go on with a run after its newest whole checkpoint."""
+    listen()
     from spell_megatron.train import resume as go_on
 
     _show(go_on(run, overrides or []), json)
@@ -165,6 +171,45 @@ def seed_model(out: Path, seed: int = 0, debug: Debug = False) -> None:
     make_seed_model(out, seed, report=_err.print)
 
 
+@command
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one GPU, instead of the recipe's.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Propose layouts, ranked.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a recipe needs at full scale, from its real model, without GPUs."""
+    from spell_megatron import plan as planner
+    from spell_megatron.config import load_config
+
+    config = load_config(recipe, overrides or [])
+    one_or_more = planner.search if search else planner.plan
+    found = one_or_more(config, gpus, gpu_memory)
+    plans = found if isinstance(found, list) else [found]
+    for one in plans:
+        sys.stdout.write(one.table() + "\n")
+    if json:
+        _print_json({"plans": [one.to_dict() for one in plans]} if search else plans[0].to_dict())
+
+
+@command
+def launch(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    executor: Annotated[Executor, typer.Option()] = "local",
+    cluster: Annotated[str, typer.Option(help="A cluster profile's name or path.")] = "",
+    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print the batch script, submit nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Start a recipe on this machine or on a SLURM cluster; the exit code is the job's."""
+    from launchers import launch as start
+
+    raise typer.Exit(start(recipe, overrides or [], executor, cluster, dryrun))
+
+
 @app.command(name="eval")
 @guarded
 def evaluate(
@@ -173,7 +218,7 @@ def evaluate(
     ] = None,
     model: Annotated[list[Path] | None, typer.Option(help="A model folder; several are compared.")] = None,
     endpoint: Annotated[str, typer.Option(help="An OpenAI-compatible server instead of a folder.")] = "",
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder of the endpoint's model.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer folder of the endpoint's model.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of the data sets, for offline machines.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of answers and reports; resumed where it exists.")] = Path(
         "eval-runs"
@@ -195,9 +240,9 @@ def evaluate(
         sys.stdout.write("\n".join(evaluation.list_benchmarks()) + "\n")
         return
     result = evaluation.evaluate(
-        benchmarks or evaluation.list_benchmarks(),
+        benchmarks or [],
         models=model or [],
-        endpoint=endpoint or None,
+        endpoint=endpoint,
         tokenizer=tokenizer,
         data=data,
         out=out,
@@ -210,7 +255,7 @@ def evaluate(
     if result.comparison:
         sys.stdout.write(result.comparison.markdown() + "\n")
     if json:
-        _print_json({"reports": [one.to_json() for one in result.reports]})
+        _print_json(result.to_json())
     if not result.complete:
         raise SpellError("some questions have no answer: see the report, and run the command again to go on")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
 from spell_megatron.config import Dtype, Policy, load_config
@@ -22,7 +22,7 @@ def import_hf(folder: Path, out: Path) -> None:
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in get_args(Dtype):
         raise SpellError(f"{folder} holds {dtype} weights; convert them to bfloat16 or float32 first")
-    with _learner(Policy(dtype=dtype), folder) as learner:
+    with _learner(Policy(dtype=cast(Dtype, dtype)), folder) as learner:
         Checkpoints(out / "checkpoints").save(0, learner, {"model": str(folder.resolve()), "dtype": dtype})
 
 

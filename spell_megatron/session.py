@@ -1,237 +1,184 @@
-"""The parts of a run, built in the order that they need each other and taken down in reverse.
-
-One process holds a learner and an in-process engine; under torchrun every rank holds its part of the
-learner, and rank 0 alone the engine, self-play and the records.
-"""
+"""A run on every rank: the learner and its checkpoints, in step with what rank 0 plays and records."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from spell_megatron.checkpoint import Checkpoint, Checkpoints, load_learner
-from spell_megatron.config import Config, dump_config
-from spell_megatron.corpus import ClusterSampler
-from spell_megatron.corpus.heldout import load_heldout
+from spell_megatron.checkpoint import Checkpoints, load_learner
+from spell_megatron.config import Config, dump_config, load_config
+from spell_megatron.driver import Driver
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner, Update
-from spell_megatron.policy.mismatch import mismatch
-from spell_megatron.policy.world import start_world, stop_world
-from spell_megatron.record import Console, Journal, Live, Metrics, RunFolder, logging_to, write_report
-from spell_megatron.rollout.engine import EngineStats
-from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.selfplay import Episode, HeldOutScore, Play, Prompts, SelfPlay, accuracy, step_metrics
+from spell_megatron.policy.world import World, start_world, stop_world
+from spell_megatron.preemption import Preempted, Stop, listen, preempted
+from spell_megatron.record import RunFolder
+from spell_megatron.selfplay import HeldOutScore, Play, StarvedError
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.locate import model_folder
-from tokenizer.chat import ChatTokenizer
+
+Value = TypeVar("Value")
 
 
 class MismatchError(SpellError):
     """Engine and learner have drifted apart beyond `record.mismatch_bound`."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What rank 0 tells the others of a step: its batch, or why there is none."""
+
+    batch: TrainBatch | None = None
+    fault: str = ""
+    """The step could not be filled."""
+
+
 class Session:
-    """What the training loop works with. Use `open_session`."""
+    """What the training loop works with. `driver` is rank 0's part, None elsewhere. Use `open_session`."""
 
-    def __init__(self, config: Config, run: RunFolder, stack: ExitStack) -> None:
-        self.config, self.run, self._stack = config, run, stack
-        console = stack.enter_context(Console(config.steps))
-        stack.enter_context(logging_to(run, console.terminal))
-        self.live: Live = console
-        self._seconds: Counter[str] = Counter()
-        model = model_folder(config.model.path)
-        self.live.note(f"model {model}, run folder {run.path}")
-        self.codec = ChatTokenizer.load(model, config.model.thinking)
-        clusters = ClusterSampler(config.corpus, self.codec.count, config.seed, run.corpus)
-        self.world = start_world(
-            config.policy.layout, seed=config.seed, timeout_seconds=config.policy.timeout_seconds
-        )
-        stack.callback(stop_world)
+    def __init__(self, config: Config, run: RunFolder, world: World, stack: ExitStack) -> None:
+        self.config, self.run, self.world = config, run, world
+        self._stop: Stop = listen()
         sampling = config.selfplay.sampling
+        model = model_folder(config.model.path)
         self.learner = Learner(
-            config.policy, model, self.world, sampled=Sampled(sampling.temperature, sampling.top_p)
+            config.policy, model, world, sampled=Sampled(sampling.temperature, sampling.top_p)
         )
-        self.engine = InProcessEngine(
-            model, config.rollout, scratch=run.path / "engine", stop=self.codec.eos_ids, seed=config.seed
-        )
-        stack.callback(self.engine.close)
-        self.prompts = Prompts(config.model.prompts)
-        self.selfplay = SelfPlay(
-            config.selfplay,
-            prompts=self.prompts,
-            codec=self.codec,
-            generator=self.engine,
-            clusters=clusters,
-            seed=config.seed,
-            max_model_len=config.rollout.max_model_len,
-            on_episode=self._on_episode,
-        )
-        self._questions = load_heldout(config.heldout)
+        self.driver = Driver(config, run, model, stack) if world.is_main else None
         self._checkpoints = Checkpoints(run.checkpoints, config.record.keep_last)
+        self._play: Play | None = None
         self.step = self._resume()
-        self.metrics = Metrics(run, config.record.wandb, after=self.step)
-        stack.callback(self.metrics.close)
+        self._state = self._selfplay_state()
+        if self.driver:
+            self.driver.begin(self.step)
 
-    async def play(self, step: int) -> Play:
-        """One step of self-play; its finished episodes are on disk before it returns."""
-        self.live.begin(step, self.config.selfplay.questions)
-        self._journal = Journal(self.run, step)
-        self._step_episodes: list[Episode] = []
-        self._before = self.engine.stats()
-        try:
-            with self._phase("play"):
-                play = await self.selfplay.play(step, finished=self._journal.read())
-        finally:
-            self._journal.sync()
-            self._journal.close()
-        return play
-
-    def share(self, play: Play) -> TrainBatch:
-        """The step's batch, on every rank."""
-        if self.world.size == 1:
-            return play.batch.train
-        box = [play.batch.train]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    async def play(self, step: int) -> TrainBatch:
+        """The step's batch, on every rank. Where there is none, the state is saved and the reason raised."""
+        turn = _Turn()
+        if self.driver:
+            try:
+                self._play = await self._stop.race(self.driver.play(step))
+                turn = _Turn(self._play.batch.train if self._play else None)
+            except StarvedError as error:
+                turn = _Turn(fault=str(error))
+        turn = self._shared(turn)
+        if turn.batch is not None:
+            return turn.batch
+        if self._checkpoints.newest_step() != self.step:
+            self.commit(self.step)
+        if self.driver:
+            self.driver.report()
+        if turn.fault:
+            raise SpellError(turn.fault)
+        leaving = (
+            preempted(self.run.path, self.step, self._stop) if self.driver else Preempted("asked to stop")
+        )
+        dist.barrier()  # no rank leaves before the run is marked as saved
+        raise leaving
 
     def update(self, batch: TrainBatch) -> Update:
         with self._phase("update"):
             return self.learner.update(batch)
 
     def resync(self, step: int) -> None:
-        """Give the engine the weights of the update that `step` made."""
+        """Give the engine the weights that `step` made. The stream is a collective: every rank drains it."""
         with self._phase("resync"):
-            self.engine.update_weights(self.learner.weights(), version=step)
+            if self.driver:
+                self.driver.resync(self.learner.weights(), step)
+            else:
+                for _ in self.learner.weights():
+                    pass
 
-    async def measure(self, step: int, *, force: bool = False) -> HeldOutScore | None:
-        """Held-out accuracy of the present weights, where it is due."""
-        due = self.config.heldout.every and step % self.config.heldout.every == 0
-        if not self._questions or not (force or due):
-            return None
-        with self._phase("measure"):
-            return await accuracy(
-                self.engine,
-                self.codec,
-                self.prompts,
-                self._questions,
-                samples=self.config.heldout.samples,
-                sampling=self.config.selfplay.sampling,
-                seed=self.config.heldout.seed,
-                max_model_len=self.config.rollout.max_model_len,
-            )
+    async def measure(self, step: int) -> HeldOutScore | None:
+        """Held-out accuracy, where it is due: before the first step, every so many, and after the last."""
+        every = self.config.heldout.every
+        due = step in (0, self.config.steps) or (every and step % every == 0)
+        return await self.driver.measure() if self.driver and due else None
 
-    def start(self, score: HeldOutScore | None) -> None:
-        """Record what was measured before the first step."""
-        self.metrics.log(0, _score_metrics(score))
-        if score is not None:
-            self.live.note(f"held-out before training: {score.mean:.3f}")
-
-    def record(self, step: int, play: Play, update: Update, score: HeldOutScore | None) -> None:
-        """Write the step's metrics, commit a checkpoint where one is due, and stop a run that has drifted."""
-        with self._phase("record"):
-            gap = mismatch(play.batch.train, update.scores, play.batch.roles)
-            values = {
-                **step_metrics(play),
-                **gap,
-                "policy/loss": update.loss,
-                "policy/grad_norm": update.grad_norm,
-                "policy/lr": update.lr,
-                "policy/clipped": update.clipped,
-                "policy/entropy": update.scores.mean_entropy,
-                **self._token_metrics(update),
-                **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
-                **_score_metrics(score),
-            }
-            self._seconds.clear()  # what this phase takes shows in the next row
-            # First the row, then the checkpoint: a resumed run forgets rows beyond its checkpoint, but could
-            # not make up for one that is missing.
-            self.metrics.log(step, values)
-            self.step = step
-            drifted = gap.get("mismatch/mean", 0.0) > self.config.record.mismatch_bound
-            every = self.config.record.checkpoint_every
-            if drifted or (every and step % every == 0):
-                self.commit(step)
-        self.live.done(step, values)
+    def record(self, step: int, update: Update, score: HeldOutScore | None) -> None:
+        """Write the step's row, then its checkpoint if one is due: a resumed run forgets rows beyond its
+        checkpoint, but could not make up for one that is missing."""
+        gap = 0.0
+        if self.driver and self._play:
+            gap = self.driver.record(step, self._play, update, score)
+        gap = self._shared(gap)
+        self.step, self._state = step, self._selfplay_state()
+        drifted, every = gap > self.config.record.mismatch_bound, self.config.record.checkpoint_every
+        if drifted or (every and step % every == 0):
+            self.commit(step)
         if drifted:
             raise MismatchError(
-                f"step {step}: log-probs of engine and learner differ by {gap['mismatch/mean']:.3f}"
-                f" on average, beyond record.mismatch_bound={self.config.record.mismatch_bound}; the state is saved."
-                " Compare the two with `spell-megatron parity`, or raise the bound"
+                f"step {step}: log-probs of engine and learner differ by {gap:.3f} on average, beyond"
+                f" record.mismatch_bound={self.config.record.mismatch_bound}; the state is saved. Compare the two"
+                " with `spell-megatron parity`, or raise the bound"
             )
 
     def commit(self, step: int) -> None:
-        self._checkpoints.save(step, self.learner, {"selfplay": self.selfplay.state()})
+        """Save the state after `step`, on every rank."""
+        with self._phase("record"):
+            self._checkpoints.save(step, self.learner, {"selfplay": self._state})
 
     def finish(self) -> None:
-        """The exported model, the last checkpoint and the report."""
+        """The last checkpoint, the exported model and the report."""
         if self._checkpoints.newest_step() != self.step:
             self.commit(self.step)
         self.learner.save_hf(self.run.hf)
-        write_report(self.run.path)
-
-    def save_starved(self) -> None:
-        """Keep the state of a run whose last step could not fill its batch, and show what it did."""
-        self.commit(self.step)
-        write_report(self.run.path)
+        if self.driver:
+            self.driver.report()
 
     def _resume(self) -> int:
         """Take over the newest whole checkpoint; the step that it was made after, 0 where there is none."""
-        found: Checkpoint | None = self._checkpoints.newest()
+        found = self._shared(self._checkpoints.newest() if self.world.is_main else None)
         if found is None:
             return 0
         load_learner(self.learner, found)
-        self.selfplay.restore(found.run["selfplay"])
-        self.engine.update_weights(self.learner.weights(), version=found.step)
-        self.live.note(f"resumed after step {found.step} from {found.path}")
+        if self.driver:
+            self.driver.selfplay.restore(found.run["selfplay"])
+        if found.step:
+            self.resync(found.step)
         return found.step
 
-    def _on_episode(self, episode: Episode) -> None:
-        self._journal.append(episode)
-        self._step_episodes.append(episode)
-        self.live.progress(
-            kept=sum(e.kept for e in self._step_episodes),
-            asked=len(self._step_episodes),
-            rollouts=sum(1 for e in self._step_episodes for _ in e.rollouts()),
-            tokens=self.engine.stats().generated_tokens - self._before.generated_tokens,
-        )
+    def _selfplay_state(self) -> dict[str, Any]:
+        """Rank 0's state between two steps; a step that is given up must not be in it."""
+        return self.driver.selfplay.state() if self.driver else {}
 
-    def _token_metrics(self, update: Update) -> dict[str, float]:
-        now, before = self.engine.stats(), self._before
-        prompts = now.prompt_tokens - before.prompt_tokens
-        return {
-            "tokens/generated": now.generated_tokens - before.generated_tokens,
-            "tokens/prompt": prompts,
-            "tokens/prefix_hits": (now.cached_tokens - before.cached_tokens) / max(prompts, 1),
-            "tokens/trained": update.tokens,
-        }
+    def _shared(self, value: Value) -> Value:
+        return share(value, self.world)
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self.live.phase(name)
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._seconds[name] += time.monotonic() - began  # type: ignore[assignment]
-
-    _before: EngineStats
-    _journal: Journal
-    _step_episodes: list[Episode]
+    def _phase(self, name: str) -> Any:
+        return self.driver.phase(name) if self.driver else nullcontext()
 
 
 @contextmanager
-def open_session(config: Config, run: RunFolder) -> Iterator[Session]:
-    """Build a session in a run folder, resuming from its newest checkpoint if it has one."""
+def open_session(config: Config, run: Path | None) -> Iterator[Session]:
+    """A session in the run folder `run`, resumed from its newest checkpoint; in a new folder where None."""
+    world = start_world(config.policy.layout, seed=config.seed, timeout_seconds=config.policy.timeout_seconds)
     with ExitStack() as stack:
-        run.save_config(dump_config(config))
-        yield Session(config, run, stack)
+        stack.callback(stop_world)
+        if run is None:
+            made = RunFolder.create(config.runs, config.name).path if world.is_main else None
+            run = share(made, world)
+        assert run is not None
+        folder = RunFolder(run)
+        if world.is_main:
+            folder.save_config(dump_config(config))
+        yield Session(config, folder, world, stack)
 
 
-def _score_metrics(score: HeldOutScore | None) -> Mapping[str, float]:
-    if score is None:
-        return {}
-    return {"heldout/mean": score.mean, **{f"heldout/{task}": value for task, value in score.by_task.items()}}
+def read_run_config(run: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """The configuration of an existing run."""
+    return load_config(str(RunFolder.open(run).config), overrides)
+
+
+def share(value: Value, world: World) -> Value:
+    """Rank 0's value, on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,7 +1,8 @@
 """THE LOOP: play → advantage → update → resync → record.
 
 Self-play fills a batch (its advantages are token weights by then), the learner makes one update of it, the
-engine gets the new weights, and the step is recorded. Everything else is a part of the `Session`.
+engine gets the new weights, and the step is recorded. The same loop runs on every rank; what only rank 0
+does is behind the session.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.config import Config, load_config
+from spell_megatron.config import Config
 from spell_megatron.record import RunFolder, read_metrics
-from spell_megatron.selfplay import StarvedError
-from spell_megatron.session import Session, open_session
+from spell_megatron.session import Session, open_session, read_run_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,36 +34,32 @@ class Summary:
 
 def train(config: Config) -> Summary:
     """Make a new run of a configuration."""
-    return _run(config, RunFolder.create(config.runs, config.name))
+    return _run(config, None)
 
 
-def resume(folder: Path, overrides: Iterable[str] = ()) -> Summary:
+def resume(run: Path, overrides: Iterable[str] = ()) -> Summary:
     """Go on with a run after its newest whole checkpoint; overrides may lengthen it or change its layout."""
-    run = RunFolder.open(folder)
-    return _run(load_config(str(run.config), overrides), run)
+    return _run(read_run_config(run, tuple(overrides)), run)
 
 
-def _run(config: Config, run: RunFolder) -> Summary:
+def _run(config: Config, run: Path | None) -> Summary:
     with open_session(config, run) as session:
-        return asyncio.run(_loop(session))
+        asyncio.run(_loop(session))
+        return _summary(session.run, session.step)
 
 
-async def _loop(session: Session) -> Summary:
-    steps = session.config.steps
+async def _loop(session: Session) -> None:
     if session.step == 0:
-        session.start(await session.measure(0, force=True))
-    for step in range(session.step + 1, steps + 1):
-        try:
-            play = await session.play(step)
-        except StarvedError:
-            session.save_starved()
-            raise
-        update = session.update(session.share(play))
+        score = await session.measure(0)
+        if session.driver:
+            session.driver.record_start(score)
+    for step in range(session.step + 1, session.config.steps + 1):
+        batch = await session.play(step)
+        update = session.update(batch)
         session.resync(step)
-        score = await session.measure(step, force=step == steps)
-        session.record(step, play, update, score)
+        score = await session.measure(step)
+        session.record(step, update, score)
     session.finish()
-    return _summary(session.run, session.step)
 
 
 def _summary(run: RunFolder, steps: int) -> Summary:

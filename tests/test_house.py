@@ -20,6 +20,7 @@ FLOORS = (
     {"spell_megatron.weights", "spell_megatron.policy", "spell_megatron.rollout"},
     {"spell_megatron.checkpoint", "spell_megatron.record", "spell_megatron.plan"},
     {
+        "spell_megatron.driver",
         "spell_megatron.session",
         "spell_megatron.train",
         "spell_megatron.warmup",

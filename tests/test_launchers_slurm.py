@@ -133,6 +133,7 @@ def test_a_job_of_a_higher_partition_preempts_and_the_run_resumes(cluster: Clust
         "sbatch",
         "--partition=high",
         "--nodes=2",
+        "--exclusive",
         f"--output={tmp_path}/high.log",
         "--wrap",
         "sleep 1",

@@ -29,7 +29,8 @@ def _parse(path: Path, number: int, line: str) -> tuple[Cluster, Question]:
     try:
         row = json.loads(line)
         documents = tuple(Document(f"{number}/{i}", str(text)) for i, text in enumerate(row["documents"]))
-        question = Question(row["task"], row["question"], str(row["answer"]), dict(row.get("options") or {}))
+        options = dict(row.get("options") or {})
+        question = Question(row["task"], row["question"], str(row["answer"]), options)
     except (ValueError, KeyError, TypeError) as error:
         raise SpellError(
             f"{path} line {number} is no held-out question ({error}); it needs the fields task, question, answer,"

@@ -148,4 +148,4 @@ def _passing(shape: ModelShape, policy: Policy, stream: Stream, assumed: Assumpt
     gathered = 2 * b + 4 if layout.context > 1 else 0
     attention = stream.local * heads * d * (4 + 2 * b) + stream.whole * 2 * kv * d * (4 + gathered)
     freed = _mlp(shape, layout, stream, b, assumed)
-    return 2 * residual / (1 if layout.tensor > 1 else 1) + max(mlp + kernel, attention - freed)
+    return 2 * residual + max(mlp + kernel, attention - freed)

@@ -75,8 +75,10 @@ class Plan:
     """Microbatches of one data-parallel rank in a step."""
     work: Work
     """One forward pass over the batch, as configured."""
+    work_shared: Work
+    """The same with every prompt computed once."""
     work_unshared: Work
-    """The same with every prompt computed once per response."""
+    """The same with every prompt computed anew for each response."""
     traffic: Traffic
     seconds: Seconds
     seconds_unshared: Seconds
@@ -103,7 +105,7 @@ class Plan:
 
     def flops(self, *, shared: bool) -> float:
         """Of a step's update: forward and backward over the batch, without recomputation."""
-        return 3 * (self.work if shared else self.work_unshared).total
+        return 3 * (self.work_shared if shared else self.work_unshared).total
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON answer of `spell-megatron plan`."""
@@ -123,7 +125,7 @@ class Plan:
             "remedies": list(self.remedies),
             "per_rank": [self._row(stage) for stage in self.stages],
             "engine": asdict(self.engine),
-            "flops_per_step": self.flops(shared=self.config.policy.share_prompts),
+            "flops_per_step": 3 * self.work.total,
             "flops_per_step_shared": self.flops(shared=True),
             "flops_per_step_unshared": self.flops(shared=False),
             "communication_bytes": asdict(self.traffic) | {"total": self.traffic.total},
@@ -206,8 +208,8 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
     engine = engine_memory(config, shape, lengths, cluster.nodes, cluster.gpu_memory_gib, assumed)
     batch = expected_batch(config.selfplay, lengths)
     faults = _faults(config, shape, engine, cluster)
-    shared = _deal(config, shape, world, lengths, policy.share_prompts)
-    unshared = _deal(config, shape, world, lengths, False)
+    shared = _deal(config, shape, world, lengths)
+    unshared = _even_deal(config, shape, world, lengths)
     rollouts = Rollouts.of(config, lengths, assumed)
 
     def seconds(deal: _Deal) -> Seconds:
@@ -224,8 +226,9 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
         engine=engine,
         lengths=lengths,
         streams=shared.streams,
-        work=batch_work(shape, group_lengths(batch), policy.share_prompts),
-        work_unshared=batch_work(shape, group_lengths(batch), False),
+        work=batch_work(shape, group_lengths(batch), shared=policy.share_prompts),
+        work_shared=batch_work(shape, group_lengths(batch), shared=True),
+        work_unshared=batch_work(shape, group_lengths(batch), shared=False),
         traffic=_traffic(config, shape, world, parts, shared),
         seconds=seconds(shared),
         seconds_unshared=seconds(unshared),
@@ -245,10 +248,23 @@ class _Deal:
     rows: float
 
 
-def _deal(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths, shared: bool) -> _Deal:
+def _deal(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths) -> _Deal:
+    """As the learner packs and deals the batch."""
     policy = config.policy
     multiple = policy.layout.pipeline if policy.layout.virtual_pipeline else 1
-    return _dealt(config.selfplay, lengths, shape, policy.stream_tokens, world.data, multiple, shared)
+    return _dealt(
+        config.selfplay, lengths, shape, policy.stream_tokens, world.data, multiple, policy.share_prompts
+    )
+
+
+def _even_deal(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths) -> _Deal:
+    """Every response with its own prompt, in perfect balance: the best that a trainer without sharing does."""
+    pairs = list(group_lengths(expected_batch(config.selfplay, lengths)))
+    work = batch_work(shape, pairs, shared=False)
+    rows = sum(sum(replies) for _, replies in pairs) / world.data
+    tokens = sum(prompt * len(replies) + sum(replies) for prompt, replies in pairs) / world.data
+    streams = math.ceil(tokens / config.policy.stream_tokens)
+    return _Deal(streams, work.over(world.data), tokens, rows)
 
 
 @cache
@@ -267,7 +283,7 @@ def _dealt(
     busiest, tokens, rows = Work(0, 0, 0), 0.0, 0.0
     for rank in ranks:
         pairs = [pair for stream in rank for pair in _lengths(stream, batch)]
-        work = batch_work(shape, iter(pairs), True)
+        work = batch_work(shape, pairs, shared=True)
         if work.total > busiest.total:
             busiest = work
         tokens = max(tokens, sum(prompt + sum(replies) for prompt, replies in pairs))

@@ -30,9 +30,9 @@ def search(config: Config, gpus: int | None = None, gpu_memory_gib: float | None
 
 
 def remedies(found: Plan) -> list[str]:
-    """Up to three changes (single ones, else pairs) after which a plan fits, the fastest result first."""
+    """Up to three changes (single ones, else pairs, else three together) after which a plan fits, the fastest result first."""
     steps = list(_steps(found))
-    for count in (1, 2):
+    for count in (1, 2, 3):
         helpful: list[tuple[float, str]] = []
         for chosen in itertools.combinations(steps, count):
             changes = dict(chosen)
@@ -101,7 +101,9 @@ def _steps(found: Plan) -> Iterator[tuple[str, Any]]:
     if found.shape.experts and layout.expert * 2 <= per_node:
         yield "policy.layout", replace(layout, expert=layout.expert * 2)
     if found.engine.kv_cache < found.engine.kv_wanted:
-        yield "selfplay.concurrency", max(1, config.selfplay.concurrency // 2)
+        each = found.engine.kv_wanted // -(-config.selfplay.concurrency // found.engine.engines)
+        if room := found.engine.kv_cache // each * found.engine.engines:
+            yield "selfplay.concurrency", room
         yield "rollout.kv_cache_mib", -(-found.engine.kv_wanted >> 20) + 1
     servers = config.rollout.servers
     if servers.count > 1 and servers.count % 2 == 0:

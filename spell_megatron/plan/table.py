@@ -81,7 +81,7 @@ def _costs(plan: Plan) -> list[str]:
     shared, unshared = plan.flops(shared=True), plan.flops(shared=False)
     s, u = plan.seconds, plan.seconds_unshared
     return [
-        f"operations of an update   {number(plan.flops(shared=plan.config.policy.share_prompts))}FLOP "
+        f"operations of an update   {number(3 * plan.work.total)}FLOP "
         f"(shared prompts {number(shared)}, each response its own {number(unshared)}: {unshared / shared:.1f} x)",
         f"sent by a GPU in a step   {kinds or 'nothing'}",
         f"seconds of a step         {s.total:.0f}: rollout {s.rollout:.0f}, update {s.update:.0f}, resync {s.resync:.1f} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -105,8 +105,9 @@ class Work:
     def total(self) -> float:
         return self.dense + self.expert + self.attention
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.dense + other.dense, self.expert + other.expert, self.attention + other.attention)
+    def over(self, parts: int) -> Work:
+        """An equal share."""
+        return Work(self.dense / parts, self.expert / parts, self.attention / parts)
 
 
 def forward_work(shape: ModelShape, tokens: float, pairs: float, head_rows: float) -> Work:
@@ -121,7 +122,7 @@ def forward_work(shape: ModelShape, tokens: float, pairs: float, head_rows: floa
     )
 
 
-def batch_work(shape: ModelShape, groups: Iterator[tuple[int, list[int]]], shared: bool) -> Work:
+def batch_work(shape: ModelShape, groups: Iterable[tuple[int, list[int]]], *, shared: bool) -> Work:
     """One forward pass over `(prompt, responses)` groups, a prompt computed once or with every response."""
     tokens = pairs = rows = 0.0
     for prompt, replies in groups:

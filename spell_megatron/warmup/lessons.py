@@ -1,0 +1,158 @@
+"""What the seed model is taught, as batches of weighted tokens.
+
+A transcript's tokens with weight 1 in a TrainBatch make the policy-gradient loss the negative
+log-likelihood, so warm-up needs no trainer of its own. All exchanges about one cluster share their
+documents, and so one Group: the documents are computed once.
+
+The lessons go from looking up in few short documents to the whole world, and end with the habits
+(hasty answers, slips, wrong keys) that leave self-play something to improve.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from spell_megatron.corpus.toy import (
+    CLEAN,
+    HABITS,
+    WHOLE,
+    Habits,
+    Mix,
+    Scale,
+    Transcript,
+    choices,
+    restated,
+    transcripts,
+)
+from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.types import Group, Sample, TrainBatch
+from tokenizer.chat import ChatTokenizer
+
+PROMPT_WEIGHT, ANSWER_WEIGHT = 0.05, 4.0
+"""Of a prompt's token and of the answer's own; every other token of a reply weighs 1."""
+
+_WORDS = 600
+"""The tokens that patterns are made of: the last ones, past bytes and special tokens."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A stretch of the curriculum."""
+
+    name: str
+    steps: int
+    habits: Habits
+    scale: Scale
+    mix: Mix
+    restate: bool = True
+    """Also say every cluster's facts again in other words."""
+    patterns: int = 0
+    """Repeated random sequences per cluster: what grows the heads that look up."""
+    choices: int = 0
+    """Lists of choices per cluster, to find the letters of."""
+
+
+_SMALL = Scale(people=(2, 2), shops=(1, 1), traits=(2, 2), items=(2, 2), paraphrases=False)
+_MIDDLE = Scale(people=(3, 4), shops=(1, 2), traits=(2, 3), items=(2, 3))
+_DIRECT = replace(CLEAN, hops=0.0, hops_after_history=0.0)
+
+CURRICULUM = (
+    Lesson("look up", 300, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3, choices=1),
+    Lesson("other words", 200, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1), choices=1),
+    Lesson("the whole world", 400, CLEAN, WHOLE, Mix(10, 4, 3, 1)),
+    Lesson("habits", 300, HABITS, WHOLE, Mix(8, 4, 4, 1), restate=False),
+)
+
+
+class School:
+    """Turns lessons into batches, in an order that `seed` settles."""
+
+    def __init__(self, codec: ChatTokenizer, seed: int) -> None:
+        self._codec, self._seed, self._next = codec, seed, 0
+        self._prompts = Prompts("short")
+        self._stop = codec.encode(".")[-1]
+        self._fence = codec.encode("</text>")[-1]
+
+    def batches(self, lesson: Lesson, tokens: int) -> Iterator[TrainBatch]:
+        """`lesson.steps` batches of about `tokens` tokens."""
+        groups: list[Group] = []
+        for _ in range(lesson.steps):
+            while sum(map(_size, groups)) < tokens:
+                groups += self._cluster(lesson, self._next)
+                self._next += 1
+            batch: list[Group] = []
+            while sum(map(_size, batch)) < tokens:
+                batch.append(groups.pop(0))
+            yield TrainBatch(tuple(batch))
+
+    def _cluster(self, lesson: Lesson, index: int) -> list[Group]:
+        """One group for each thing that exchanges about a cluster have in common."""
+        shared: dict[tuple[str, int], list[tuple[list[int], Sample]]] = defaultdict(list)
+        exchanges = transcripts(self._seed, index, habits=lesson.habits, scale=lesson.scale, mix=lesson.mix)
+        for exchange in exchanges:
+            read = len(exchange.variables.get("documents", ()))
+            shared[exchange.role, read].append(self._exchange(exchange))
+        groups = [_common(pairs) for pairs in shared.values()]
+        if lesson.restate:
+            groups.append(self._restated(lesson, index))
+        rng = random.Random(f"patterns/{self._seed}/{index}")
+        groups += [self._pattern(rng) for _ in range(lesson.patterns)]
+        return groups + [self._choices(rng) for _ in range(lesson.choices)]
+
+    def _exchange(self, exchange: Transcript) -> tuple[list[int], Sample]:
+        """Prompt, and the reply with its weights: the answer is what stands before the last sign."""
+        reply = [*self._codec.encode(exchange.reply), self._codec.eos_ids[0]]
+        weights = [1.0] * len(reply)
+        weights[-2 if exchange.role == "verifier" else -3] = ANSWER_WEIGHT
+        return self._codec.prompt(message(self._prompts, exchange)), Sample(reply, weights)
+
+    def _restated(self, lesson: Lesson, index: int) -> Group:
+        """Facts by threes after their documents; only the values can be known, and only they count."""
+        documents, facts = restated(self._seed, index, lesson.scale)
+        prompt = self._codec.prompt(
+            " ".join(["<text>", *(document.text for document in documents), "</text>"])
+        )
+        said = [self._codec.encode(" ".join(facts[at : at + 3])) for at in range(0, len(facts), 3)]
+        samples = [
+            Sample(tokens, [float(after == self._stop) for after in [*tokens[1:], -1]]) for tokens in said
+        ]
+        return Group(prompt[: prompt.index(self._fence) + 1], tuple(samples))
+
+    def _choices(self, rng: random.Random) -> Group:
+        """Each of four choices quoted; only its letter counts."""
+        listed, quotes = choices(rng)
+        said = [self._codec.encode(quote) for quote in quotes]
+        samples = [Sample(tokens, [0.0] * (len(tokens) - 2) + [ANSWER_WEIGHT, 0.0]) for tokens in said]
+        return Group(self._codec.prompt(listed), tuple(samples))
+
+    def _pattern(self, rng: random.Random) -> Group:
+        """A random sequence of words, twice: the second time every next word can be known."""
+        words = range(self._codec.vocab_size - _WORDS, self._codec.vocab_size)
+        sequence = rng.choices(words, k=rng.randint(6, 24))
+        weights = [0.0] * (len(sequence) + 1) + [1.0] * (len(sequence) - 1)
+        return Group(self._codec.prompt("")[:1], (Sample(sequence * 2, weights),))
+
+
+def message(prompts: Prompts, exchange: Transcript) -> str:
+    """The user's side of an exchange."""
+    return prompts.render(exchange.role, exchange.task, **exchange.variables)
+
+
+def _common(pairs: Sequence[tuple[list[int], Sample]]) -> Group:
+    """One group of exchanges: their common beginning is the prompt, the rest of each prompt weighs little."""
+    prompts = [prompt for prompt, _ in pairs]
+    shared = 0
+    while shared < min(map(len, prompts)) - 1 and len({prompt[shared] for prompt in prompts}) == 1:
+        shared += 1
+    samples = []
+    for prompt, reply in pairs:
+        own = prompt[shared:]
+        samples.append(Sample([*own, *reply.tokens], [PROMPT_WEIGHT] * len(own) + [*reply.weights]))
+    return Group(prompts[0][:shared], tuple(samples))
+
+
+def _size(group: Group) -> int:
+    return len(group.prompt) + group.response_tokens

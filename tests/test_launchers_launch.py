@@ -1,0 +1,447 @@
+"""Profiles, the bash that is generated, refusals, the local executor: all without a cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launchers import check, launch, local, script, slurm
+from launchers import job as jobs
+from launchers.job import Job, absolute, prepare, read_by
+from launchers.profile import Profile, ProfileError, list_profiles, load_profile
+from spell_megatron.config import Layout, load_config, parse_config
+from spell_megatron.preemption import REQUEUE
+from spell_megatron.types import SpellError
+
+pytestmark = pytest.mark.unit
+
+needs_nemo = pytest.mark.skipif(
+    importlib.util.find_spec("nemo_run") is None, reason="nemo-run is not installed"
+)
+NASTY = 'it\'s; rm -rf $HOME `id` "x"\nsecond line'
+
+
+def bash(text: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, env={"PATH": os.environ["PATH"], **env}
+    )
+
+
+def profile_file(folder: Path, **values: Any) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+# Profiles
+
+
+def test_every_shipped_profile_loads() -> None:
+    assert {"h100", "cpu"} <= set(list_profiles())
+    for name in list_profiles():
+        assert load_profile(name).world_size >= 1
+
+
+def test_a_profile_takes_overrides_and_counts_ranks() -> None:
+    assert load_profile("h100").world_size == 32
+    assert load_profile("h100", ["nodes=2"]).world_size == 16
+    assert load_profile("h100", ["ranks_per_node=4"]).world_size == 16
+    assert load_profile("cpu").world_size == 2
+
+
+def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
+    assert load_profile(profile_file(tmp_path, env={"A": 1, "B": 2.5})).env == {"A": "1", "B": "2.5"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"partiton": "x"}, "did you mean 'partition'"),
+        ({"nodes": 0}, "nodes"),
+        ({"nodes": "many"}, "nodes"),
+        ({"time": "soon"}, "HH:MM:SS"),
+        ({"time": 14400}, "in quotes"),  # what YAML makes of an unquoted 4:00:00
+        ({"venv": "/v", "container": "i"}, "exclude each other"),
+        ({"gpus_per_node": 4, "ranks_per_node": 8}, "do not fit"),
+        ({"env": {"A-B": "x"}}, "no name of an environment variable"),
+        ({"mounts": ["data:/data"]}, "absolute"),
+        ({"sbatch": {"--constraint": "h100"}}, "without dashes"),
+        ({"sbatch": {"comment=x\n#SBATCH --uid": "root"}}, "no long option"),
+    ],
+)
+def test_a_bad_profile_is_refused_with_its_key(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ProfileError, match="mine.yaml") as error:
+        load_profile(profile_file(tmp_path, **values))
+    assert said in str(error.value)
+
+
+def test_a_misspelt_profile_gets_the_nearest_name() -> None:
+    with pytest.raises(ProfileError, match="did you mean 'h100'"):
+        load_profile("h10")
+
+
+# The job
+
+
+def test_a_prepared_run_holds_its_whole_configuration_with_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_config("toy", ["runs=here", "corpus.sources=[{path: texts}, {path: toy}]"])
+    job = prepare(config, Profile())
+    saved = parse_config(yaml.safe_load((job.run / "config.yaml").read_text()))
+    assert job.run.parent == tmp_path / "here"
+    assert Path(saved.model.path, "config.json").is_file()
+    assert [source.path for source in saved.corpus.sources] == [str(tmp_path / "texts"), "toy"]
+    assert saved == absolute(config)
+    assert read_by(saved) == [Path(saved.model.path), tmp_path / "texts"]
+    assert job.logs.is_dir()
+
+
+def test_containers_see_what_the_run_reads_once(tmp_path: Path) -> None:
+    job = Job(
+        Path("/lustre/runs/a"),
+        Profile(mounts=("/lustre:/lustre", "/scratch:/tmp")),
+        (Path("/models/q"), Path("/scratch/c")),
+    )
+    assert script.mounts(job) == [
+        "/lustre:/lustre",
+        "/scratch:/tmp",
+        "/models/q:/models/q",
+        "/scratch/c:/scratch/c",
+    ]
+
+
+# Bash
+
+
+@pytest.mark.parametrize("value", [NASTY, "", "plain", "$(touch /tmp/x)", "a\\b", "'"])
+def test_the_environment_arrives_as_it_was_written(value: str) -> None:
+    lines = [
+        *script.exports({"spelled": value}),
+        f"{sys.executable} -c 'import json, os; print(json.dumps(os.environ[\"spelled\"]))'",
+    ]
+    assert json.loads(bash("\n".join(lines)).stdout) == value
+
+
+def test_each_rank_gets_its_numbers_and_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import os, sys; print(*(os.environ[k] for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')), sys.argv[1])"
+    )
+    job = Job(tmp_path / "a b", Profile(), trainer=("-c", program))
+    slurm_says = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
+    assert bash(script.rank_command(job), **slurm_says).stdout.strip() == f"5 16 1 {tmp_path / 'a b'}"
+
+
+class Attempt:
+    """Runs a job's set-up lines in bash, with a scontrol that writes down what it is asked to do."""
+
+    def __init__(self, tmp_path: Path, **profile: Any) -> None:
+        self.run = tmp_path / "run"
+        (self.run / "checkpoints").mkdir(parents=True)
+        self.asked = tmp_path / "asked"
+        self._bin = tmp_path / "bin"
+        self._bin.mkdir()
+        self.lines = script.setup_lines(Job(self.run, Profile(gpus_per_node=0, **profile)))
+
+    def end(self, body: str, state: str = "RUNNING") -> tuple[int, bool]:
+        """Exit code, and whether the job went back to the queue."""
+        stub = self._bin / "scontrol"
+        stub.write_text(
+            f'#!/bin/bash\nif [ "$1" = show ]; then echo "JobState={state} x"; else echo "$*" >>{self.asked}; fi\n'
+        )
+        stub.chmod(0o755)
+        self.asked.unlink(missing_ok=True)
+        path = f"{self._bin}:{os.environ['PATH']}"
+        done = bash(f"set -e\nhead_node=n7\n{self.lines}\n{body}", PATH=path, SLURM_JOB_ID="40001")
+        assert not done.stderr, done.stderr
+        return done.returncode, self.asked.exists() and "requeue 40001" in self.asked.read_text()
+
+    def saved(self, step: int) -> None:
+        (self.run / "checkpoints" / f"step-{step:05d}").mkdir()
+
+
+def test_a_finished_run_is_not_requeued(tmp_path: Path) -> None:
+    assert Attempt(tmp_path).end("exit 0") == (0, False)
+
+
+def test_a_saved_run_goes_back_to_the_queue_any_number_of_times(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, crash_retries=0)
+    for _ in range(5):
+        assert attempt.end('touch "$run/requeue"; exit 75') == (75, True)
+
+
+def test_the_flag_of_the_attempt_before_does_not_count(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, crash_retries=0)
+    (attempt.run / REQUEUE).touch()
+    assert attempt.end("exit 9") == (9, False)
+
+
+def test_a_cancelled_job_is_not_requeued(tmp_path: Path) -> None:
+    assert Attempt(tmp_path).end('touch "$run/requeue"; exit 75', state="COMPLETING") == (75, False)
+    assert Attempt(tmp_path / "b").end("exit 1", state="CANCELLED") == (1, False)
+
+
+def test_crashes_are_retried_so_often_after_the_same_checkpoint(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, crash_retries=2)
+    assert [attempt.end("exit 134") for _ in range(3)] == [(134, True), (134, True), (134, False)]
+    attempt.saved(3)
+    (attempt.run / "checkpoints" / "step-00004.partial").mkdir()
+    assert [attempt.end("exit 1")[1] for _ in range(3)] == [True, True, False]
+
+
+def test_a_fault_of_the_recipe_is_not_retried(tmp_path: Path) -> None:
+    assert Attempt(tmp_path, crash_retries=5).end("exit 2") == (2, False)
+
+
+def test_ranks_meet_at_the_first_node(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.end(f'echo "$MASTER_ADDR $MASTER_PORT" >{tmp_path}/met')
+    host, port = (tmp_path / "met").read_text().split()
+    assert host == "n7"
+    assert 1024 < int(port) < 32768
+
+
+def test_setup_lines_of_a_profile_come_before_the_ranks(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, setup=("loaded=yes",), env={"SECRET": NASTY})
+    attempt.end(f'printf "%s" "$loaded $SECRET" >{tmp_path}/seen')
+    assert (tmp_path / "seen").read_text() == f"yes {NASTY}"
+
+
+# sbatch
+
+
+@needs_nemo
+class TestSbatch:
+    @pytest.fixture
+    def job(self, tmp_path: Path) -> Job:
+        profile = Profile(
+            nodes=4, account="science", partition="h100", qos="high", memory="0", exclusive=True, time="1-12:00:00",
+            warn_seconds=300, cpus_per_rank=12, sbatch={"constraint": "h100&fast"}, env={"lower": NASTY},
+        )  # fmt: skip
+        return prepare(load_config("toy", [f"runs={tmp_path}"]), profile)
+
+    @staticmethod
+    def written(job: Job) -> str:
+        from launchers import nemo
+
+        return nemo.write(job)
+
+    @staticmethod
+    def headers(text: str) -> dict[str, str]:
+        lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
+        return {
+            name: " ".join(shlex.split(value)) for name, _, value in (line.partition("=") for line in lines)
+        }
+
+    def test_headers_say_what_the_profile_says(self, job: Job) -> None:
+        assert self.headers(self.written(job)) == {
+            "account": "science",
+            "comment": "spell-megatron",
+            "constraint": "h100&fast",
+            "cpus-per-task": "12",
+            "exclusive": "",
+            "gpus-per-node": "8",
+            "job-name": f"{job.name}.train",
+            "mem": "0",
+            "nodes": "4",
+            "ntasks-per-node": "8",
+            "open-mode": "append",
+            "output": str(job.logs / "batch-%j.log"),
+            "partition": "h100",
+            "qos": "high",
+            "requeue": "",
+            "signal": "USR1@300",
+            "time": "1-12:00:00",
+        }
+
+    def test_it_is_bash_and_stands_in_the_run_folder(self, job: Job) -> None:
+        text = self.written(job)
+        assert job.sbatch.read_text() == text
+        checked = subprocess.run(["bash", "-n", str(job.sbatch)], capture_output=True, text=True)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+    def test_ranks_are_tasks_of_one_srun_that_resumes_the_run(self, job: Job) -> None:
+        (srun,) = (line for line in self.written(job).splitlines() if line.startswith("srun "))
+        words = shlex.split(srun)
+        assert words[-3:-1] == ["bash", "-c"]
+        assert words[-1].endswith(f"exec {sys.executable} -m spell_megatron.cli resume {job.run}")
+        assert "--container-image" not in words
+        assert Path(words[words.index("--chdir") + 1]).is_dir()
+        assert "torchrun" not in srun
+
+    def test_the_environment_keeps_its_case_and_its_quotes(self, job: Job) -> None:
+        assert f"export lower={shlex.quote(NASTY)}" in self.written(job)
+
+    def test_a_container_sees_run_and_model(self, job: Job) -> None:
+        profile = replace(job.profile, container="nvcr.io#org/im age:1", mounts=("/data sets:/data",))
+        (srun,) = (
+            line
+            for line in self.written(replace(job, profile=profile)).splitlines()
+            if line.startswith("srun ")
+        )
+        words = shlex.split(srun)
+        assert words[words.index("--container-image") + 1] == "nvcr.io#org/im age:1"
+        seen = words[words.index("--container-mounts") + 1].split(",")
+        assert seen[0] == "/data sets:/data"
+        assert f"{job.run}:{job.run}" in seen
+        assert all(f"{need}:{need}" in seen for need in job.needs)
+        assert job.needs
+        assert " python -m spell_megatron.cli resume" in words[-1]
+
+    def test_a_virtual_environment_is_activated(self, job: Job) -> None:
+        text = self.written(replace(job, profile=Profile(venv="/shared/my venv")))
+        assert "source '/shared/my venv/bin/activate'" in text
+        assert "exec python -m spell_megatron.cli" in text
+
+    def test_a_dryrun_prints_the_file_and_nothing_else(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+        monkeypatch.setattr(slurm, "submit", lambda file: pytest.fail("submitted"))
+        assert launch("toy", [f"runs={tmp_path}"], "slurm", "h100", dryrun=True) == 0
+        (file,) = tmp_path.glob("toy-*/job.sbatch")
+        assert capsys.readouterr().out == file.read_text()
+
+    @pytest.mark.parametrize("name", ["with space", "a;b", "x$HOME", "a/nemo_run/b"])
+    def test_a_folder_that_nemo_run_would_garble_is_refused(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(SpellError, match="choose another, runs="):
+            launch("toy", [f"runs={tmp_path / name}"], "slurm", "h100", dryrun=True)
+        assert not list(tmp_path.rglob("config.yaml"))
+
+
+# Refusals
+
+
+def refused(*overrides: str, executor: Any = "slurm", cluster: str = "cpu") -> str:
+    with pytest.raises(SpellError) as error:
+        launch("toy", overrides, executor, cluster)
+    return str(error.value)
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    said = refused(f"runs={tmp_path}/runs", "policy.layout.tensor=3", "cluster.nodes=4")
+    assert "world size 4 is no multiple of tensor*pipeline*context = 3" in said
+    assert "4 nodes x 1 ranks" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
+    assert "model.path" in refused(f"runs={tmp_path}", f"model.path={tmp_path}/none/at/all")
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = refused(f"runs={tmp_path}/file/runs")
+    assert "is no folder" in said
+    assert "runs=" in said
+
+
+def test_a_missing_nemo_run_is_refused_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "launchers.nemo", raising=False)
+    monkeypatch.setitem(sys.modules, "nemo_run", None)
+    assert "pip install --no-deps -r requirements/launch.lock" in refused(f"runs={tmp_path}")
+
+
+def test_a_machine_without_slurm_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(check, "check_nemo_run", lambda parent: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--dryrun" in refused(f"runs={tmp_path}")
+
+
+def test_a_missing_virtual_environment_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(check, "check_nemo_run", lambda parent: None)
+    assert "no bin/activate" in refused(f"runs={tmp_path}", f"cluster.venv={tmp_path}")
+
+
+def test_slurm_needs_a_profile_and_names_those_there_are() -> None:
+    assert "profiles: " in refused(cluster="")
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("Invalid account or account/partition combination specified", "`account`"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "`time`"),
+        ("Invalid qos specification", "`qos`"),
+        ("unrecognized option '--container-image'", "pyxis"),
+        ("Unable to contact slurm controller (connect failure)", "sinfo"),
+    ],
+)
+def test_what_sbatch_says_gets_a_remedy(said: str, remedy: str) -> None:
+    assert remedy in slurm.remedy(said)
+
+
+# States of a job
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_code", "expected"),
+    [
+        ("RUNNING", "0:0", None),
+        ("PENDING", "7:0", None),  # requeued after an attempt that failed
+        ("COMPLETED", "0:0", 0),
+        ("FAILED", "7:0", 7),
+        ("FAILED", "0:9", 137),
+        ("CANCELLED", "0:0", 130),
+        ("CANCELLED", "0:15", 143),
+        ("TIMEOUT", "0:0", 124),
+        ("OUT_OF_MEMORY", "0:125", 253),
+    ],
+)
+def test_a_state_stands_for_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, state: str, exit_code: str, expected: int | None
+) -> None:
+    text = f"JobId=5 JobState={state} Reason=None ExitCode={exit_code} DerivedExitCode=0:0"
+    answer = subprocess.CompletedProcess([], 0, text, "")
+    monkeypatch.setattr(slurm, "_slurm", lambda *command: answer)
+    found = slurm.job_state("5")
+    assert found is not None
+    assert (found.name, found.code) == (state, expected)
+
+
+# This machine
+
+
+def test_one_rank_runs_without_torchrun_and_its_exit_code_comes_back(tmp_path: Path) -> None:
+    job = Job(
+        tmp_path,
+        Profile(gpus_per_node=1, env={"GREETING": NASTY}),
+        trainer=("-c", "import os, sys; sys.exit(len(os.environ['GREETING']))"),
+    )
+    assert local.run(job) == len(NASTY)
+
+
+def test_several_ranks_run_under_torchrun(tmp_path: Path) -> None:
+    words = local.command(Job(tmp_path, Profile(gpus_per_node=4)))
+    assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    assert words[5:] == [*jobs.TRAINER, str(tmp_path)]
+
+
+def test_without_gpus_there_are_as_many_ranks_as_the_layout_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert local.local_profile(Layout(tensor=2, pipeline=2)).world_size == 4
+    assert local.local_profile(Layout()).world_size == 1
+
+
+def test_a_local_dryrun_prints_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("toy", [f"runs={tmp_path}", "cluster.nodes=1"], "local", "cpu", dryrun=True) == 0
+    assert shlex.split(capsys.readouterr().out)[1:4] == ["-m", "spell_megatron.cli", "resume"]
+
+
+def test_many_nodes_are_no_local_matter(tmp_path: Path) -> None:
+    assert "--executor slurm" in refused(f"runs={tmp_path}", executor="local")
