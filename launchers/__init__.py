@@ -1,4 +1,4 @@
-"""Puts a recipe onto machines: this one (`local`, torchrun) or a cluster's nodes (`slurm`, through nemo-run)."""
+"""Puts a recipe onto machines: this one (`local`, torchrun) or a cluster's nodes (`slurm`, nemo-run)."""
 
 from launchers.launch import launch
 from launchers.profile import Profile, list_profiles, load_profile

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from launchers.machines import Machines
 from launchers.profile import Profile
 from spell_megatron.config import Config
-from spell_megatron.policy.layout import check_layout
+from spell_megatron.policy.layout import LayoutError, check_layout
 from spell_megatron.types import SpellError
 from spell_megatron.weights.locate import model_folder
 from spell_megatron.weights.shape import model_shape
 
 
-def check_model(config: Config, profile: Profile) -> None:
-    """Raise SpellError where there is no model folder, or the layout does not fit it and the ranks."""
-    shape = model_shape(model_folder(config.model.path))
+def check_model(config: Config, on: Machines, *, fetch: bool) -> Config:
+    """The configuration with its model at hand: with `fetch`, one of the hub is downloaded first.
+
+    Raises SpellError where there is no model folder, or the layout does not fit it and the ranks.
+    """
+    path = config.model.path
+    if fetch or not _on_hub(path):
+        folder = model_folder(path).resolve()
+        config = replace(config, model=replace(config.model, path=str(folder)))
+    else:
+        from spell_megatron.plan.catalogue import architecture  # its room needs torch and megatron-core
+
+        folder = architecture(path)
     try:
-        check_layout(config.policy.layout, shape, profile.world_size)
-    except SpellError as error:
-        error.args = (
-            f"{error}\n  ({profile.nodes} nodes x {profile.ranks} ranks; change policy.layout of the recipe, or the"
-            " cluster's nodes and gpus_per_node)",
-        )
-        raise
+        check_layout(config.policy.layout, model_shape(folder), on.world_size)
+    except LayoutError as error:
+        raise LayoutError(
+            f"{error}\n  ({on.nodes} nodes x {on.ranks} ranks; change policy.layout of the recipe, or"
+            " cluster.nodes and cluster.gpus_per_node)"
+        ) from None
+    return config
 
 
 def check_runs(runs: str) -> None:
@@ -34,7 +46,8 @@ def check_runs(runs: str) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         what = "is no folder" if not above.is_dir() else "cannot be written"
         raise SpellError(
-            f"no run folder can be made in {folder}: {above} {what}; choose a folder that all nodes share, runs=…"
+            f"no run folder can be made in {folder}: {above} {what}; choose a folder that all nodes share,"
+            " with runs=…"
         )
 
 
@@ -57,3 +70,7 @@ def check_environment(profile: Profile) -> None:
         raise SpellError(
             f"venv: {profile.venv} is no virtual environment (no bin/activate); correct the profile"
         )
+
+
+def _on_hub(path: str) -> bool:
+    return path.count("/") == 1 and not Path(path).expanduser().exists()

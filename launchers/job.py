@@ -1,4 +1,4 @@
-"""What a launch comes to before any executor sees it: a run folder, and the command of one rank.
+"""What a launch comes to before any executor sees it: a run folder, and the commands that run in it.
 
 The run folder is made, with its whole configuration, by the launcher and not by the job. Every attempt of the
 job then is the same command, `resume RUN`, which starts from nothing where there is no checkpoint yet; all
@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launchers.machines import Machines, recorded
 from launchers.profile import Profile
 from spell_megatron.config import Config, dump_config
 from spell_megatron.record.folder import RunFolder
-from spell_megatron.weights.locate import model_folder
 
 TRAINER = ("-m", "spell_megatron.cli", "resume")
+ENGINES = ("-m", "launchers.engines")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,12 @@ class Job:
 
     run: Path
     profile: Profile
+    machines: Machines
     needs: tuple[Path, ...] = ()
     trainer: tuple[str, ...] = TRAINER
-    """Arguments of Python before the run folder."""
+    """Arguments of Python before the run folder, for each rank."""
+    engines: tuple[str, ...] = ENGINES
+    """The same, for each node whose servers the launcher starts."""
 
     @property
     def logs(self) -> Path:
@@ -41,12 +45,12 @@ class Job:
         return self.run.name
 
 
-def prepare(config: Config, profile: Profile) -> Job:
+def prepare(config: Config, profile: Profile, on: Machines) -> Job:
     """Make the run folder of a configuration. Raises SpellError where it cannot be written."""
-    config = absolute(config)
+    config = absolute(recorded(config, on))
     folder = RunFolder.create(config.runs, config.name)
     folder.save_config(dump_config(config))
-    job = Job(folder.path, profile, tuple(read_by(config)), TRAINER)
+    job = Job(folder.path, profile, on, tuple(read_by(config)), TRAINER, ENGINES)
     job.logs.mkdir()
     return job
 
@@ -54,13 +58,13 @@ def prepare(config: Config, profile: Profile) -> Job:
 def absolute(config: Config) -> Config:
     """The configuration with every path made absolute: a job's ranks start elsewhere.
 
-    What names no file here (a hub id, `toy`) stays as it is. Raises SpellError where there is no model.
+    What names no file here (a hub id, `toy`) stays as it is.
     """
     sources = tuple(replace(source, path=_absolute(source.path)) for source in config.corpus.sources)
     return replace(
         config,
         runs=str(Path(config.runs).expanduser().resolve()),
-        model=replace(config.model, path=str(model_folder(config.model.path).resolve())),
+        model=replace(config.model, path=_absolute(config.model.path)),
         corpus=replace(config.corpus, sources=sources),
         heldout=replace(config.heldout, path=_absolute(config.heldout.path)),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,9 @@ from rich.console import Console
 
 from launchers import check, local, slurm
 from launchers.job import Job, prepare
+from launchers.machines import machines
 from launchers.profile import Profile, ProfileError, list_profiles, load_profile
-from spell_megatron.config import Config, load_config
+from spell_megatron.config import load_config
 from spell_megatron.types import SpellError
 
 _PREFIX = "cluster."
@@ -29,36 +31,47 @@ def launch(
 ) -> int:
     """Run a recipe to its end; returns the exit code of the job.
 
-    `overrides` are the recipe's `key=value`, or the profile's as `cluster.key=value`. With `dryrun` the sbatch
-    file (or the local command) is printed and nothing started; the run folder it names is there, so that the
-    printed file works. Raises SpellError where the launch cannot work.
+    `overrides` are the recipe's `key=value`; `cluster.key=value` changes a key of the profile, where it has
+    that key. With `dryrun` the sbatch file (or the local command) is printed and nothing started; the run
+    folder it names is there, so that the printed file works. Raises SpellError where the launch cannot work.
     """
     if executor not in ("local", "slurm"):
         raise ProfileError(f"no executor {executor!r}: give local or slurm")
-    config = load_config(recipe, [text for text in overrides if not text.startswith(_PREFIX)])
-    profile_overrides = [text.removeprefix(_PREFIX) for text in overrides if text.startswith(_PREFIX)]
-    profile = _profile(config, executor, cluster, profile_overrides)
-    check.check_model(config, profile)
+    ours, recipes = _split(overrides) if cluster else ([], list(overrides))
+    config = load_config(recipe, recipes)
+    profile = _profile(executor, cluster, ours)
+    on = machines(profile, config) if cluster else local.here(config.policy.layout)
+    if executor == "local" and on.allocated > 1:
+        raise ProfileError(
+            f"{on.allocated} nodes, and this machine is one: --executor slurm, or cluster.nodes=1"
+        )
+    config = check.check_model(config, on, fetch=not dryrun)
     check.check_runs(config.runs)
     if executor == "local":
-        return _local(prepare(config, profile), dryrun)
+        return _local(prepare(config, profile, on), dryrun)
     check.check_nemo_run(Path(config.runs).expanduser().resolve() / config.name)
     if not dryrun:
         check.check_environment(profile)
         slurm.require()
-    return _slurm(prepare(config, profile), dryrun)
+    return _slurm(prepare(config, profile, on), dryrun)
 
 
-def _profile(config: Config, executor: str, cluster: str, overrides: list[str]) -> Profile:
+def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the profile (without their prefix), and of the recipe."""
+    keys = {field.name for field in fields(Profile)}
+    ours = [text for text in overrides if text.startswith(_PREFIX) and _key(text) in keys]
+    return [text.removeprefix(_PREFIX) for text in ours], [text for text in overrides if text not in ours]
+
+
+def _key(override: str) -> str:
+    return override.removeprefix(_PREFIX).partition("=")[0]
+
+
+def _profile(executor: str, cluster: str, overrides: list[str]) -> Profile:
     if cluster:
-        profile = load_profile(cluster, overrides)
-        if executor == "local" and profile.nodes > 1:
-            raise ProfileError(
-                f"{cluster} has {profile.nodes} nodes and this machine is one: --executor slurm"
-            )
-        return profile
-    if executor == "local" and not overrides:
-        return local.local_profile(config.policy.layout)
+        return load_profile(cluster, overrides)
+    if executor == "local":
+        return Profile()
     raise ProfileError(
         f"--cluster PROFILE is missing; profiles: {', '.join(list_profiles())}, or the path of your own"
         " (docs/clusters.md)"

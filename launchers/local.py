@@ -9,27 +9,25 @@ import sys
 from types import FrameType
 
 from launchers.job import Job
-from launchers.profile import Profile
+from launchers.machines import Machines
 from spell_megatron.config import Layout
 
 
-def local_profile(layout: Layout) -> Profile:
+def here(layout: Layout) -> Machines:
     """This machine: a rank a GPU, or as few ranks as the layout needs where there is none."""
     import torch
 
     gpus = torch.cuda.device_count()
-    return Profile(
-        gpus_per_node=gpus, ranks_per_node=gpus or layout.tensor * layout.pipeline * layout.context
-    )
+    return Machines(gpus=gpus, ranks=gpus or layout.tensor * layout.pipeline * layout.context)
 
 
 def command(job: Job) -> list[str]:
     """The command line. A single process needs no torchrun between it and its exit code."""
     trainer = [*job.trainer, str(job.run)]
-    if job.profile.ranks == 1:
+    if job.machines.ranks == 1:
         return [sys.executable, *trainer]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, f"--nproc-per-node={job.profile.ranks}", *trainer]
+    return [*torchrun, f"--nproc-per-node={job.machines.ranks}", *trainer]
 
 
 def run(job: Job) -> int:

@@ -17,6 +17,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
@@ -29,12 +30,16 @@ from launchers import script
 from launchers.job import Job
 
 _TASK = "train"
+_WATCH_SECONDS = 5  # between two looks at the steps of a job that has several
 _RESERVED = "/nemo_run"
 """Without a container, nemo-run replaces this wherever it stands in a script."""
 
 
+@dataclass(kw_only=True)
 class _Logs(SlurmJobDetails):
     """Logs straight in the run's folder: one of the batch script, one an attempt of its ranks."""
+
+    step: str = "attempt"
 
     @property
     def stdout(self) -> Path:
@@ -42,7 +47,7 @@ class _Logs(SlurmJobDetails):
 
     @property
     def srun_stdout(self) -> Path:
-        return Path(str(self.folder)) / "attempt-%j-${SLURM_RESTART_COUNT:-0}.log"
+        return Path(str(self.folder)) / f"{self.step}-%j-${{SLURM_RESTART_COUNT:-0}}.log"
 
 
 def refusals(job_folder: Path) -> list[str]:
@@ -70,7 +75,6 @@ def write(job: Job) -> str:
             _apart(),
             nemo_run.Experiment(
                 "job",
-                executor=_executor(job),
                 id="job_1",
                 base_dir=str(work),
                 log_level="WARN",
@@ -80,8 +84,7 @@ def write(job: Job) -> str:
                 serialize_metadata_for_scripts=False,
             ) as experiment,
         ):
-            command = shlex.quote(script.rank_command(job))
-            experiment.add(nemo_run.Script(path="-c", args=[command], entrypoint="bash"), name=_TASK)
+            _add(experiment, job)
             experiment.dryrun(log=False, delete_exp_dir=False)
     finally:
         set_nemorun_home(home)
@@ -89,6 +92,35 @@ def write(job: Job) -> str:
     text = written.read_text(encoding="utf-8").rstrip() + "\n"
     job.sbatch.write_text(text, encoding="utf-8")
     return text
+
+
+def _add(experiment: nemo_run.Experiment, job: Job) -> None:
+    """The job's steps: its ranks, and the vLLM servers of the nodes where the launcher starts them."""
+    on, ranks = job.machines, _step(script.rank_command(job))
+    if not on.serving:
+        experiment.add(ranks, executor=_executor(job, ["--label"]), name=_TASK)
+        return
+    trainer = _placed(range(on.nodes), on.ranks)
+    engines = [*_placed(on.serving, 1), *([] if on.engine_nodes else ["--overlap"])]
+    if job.profile.cpus_per_rank:
+        engines.append(f"--cpus-per-task={job.profile.cpus_per_rank * on.ranks}")
+    executors = [_executor(job, ["--label", *trainer]), _executor(job, engines)]
+    executors[1].job_details = _Logs(folder=str(job.logs), step="engines")
+    experiment.add([ranks, _step(script.engine_command(job))], executor=executors, name=_TASK)
+
+
+def _step(command: str) -> nemo_run.Script:
+    return nemo_run.Script(path="-c", args=[shlex.quote(command)], entrypoint="bash")
+
+
+def _placed(nodes: range, tasks: int) -> list[str]:
+    """Arguments that put a step on some of the job's nodes, with so many tasks on each."""
+    return [
+        f"--relative={nodes.start}",
+        f"--nodes={len(nodes)}",
+        f"--ntasks={len(nodes) * tasks}",
+        f"--ntasks-per-node={tasks}",
+    ]
 
 
 @contextlib.contextmanager
@@ -103,16 +135,16 @@ def _apart() -> Iterator[None]:
             sys.stdin = stdin
 
 
-def _executor(job: Job) -> nemo_run.SlurmExecutor:
-    profile = job.profile
+def _executor(job: Job, srun: list[str]) -> nemo_run.SlurmExecutor:
+    profile, on = job.profile, job.machines
     return nemo_run.SlurmExecutor(
         account=profile.account or None,
         partition=profile.partition or None,
         qos=profile.qos or None,
         time=profile.time,
-        nodes=profile.nodes,
-        ntasks_per_node=profile.ranks,
-        gpus_per_node=profile.gpus_per_node or None,
+        nodes=on.allocated,
+        ntasks_per_node=on.ranks,
+        gpus_per_node=on.gpus or None,
         cpus_per_task=profile.cpus_per_rank,
         mem=profile.memory or None,
         exclusive=profile.exclusive or None,
@@ -122,13 +154,15 @@ def _executor(job: Job) -> nemo_run.SlurmExecutor:
         container_image=shlex.quote(profile.container) if profile.container else None,
         container_mounts=[shlex.quote(mount) for mount in script.mounts(job)] if profile.container else [],
         container_env=sorted(profile.env) or None,
-        srun_args=["--label", "--wait=0"],  # rank 0 may end much later than the others: it writes the report
+        srun_args=["--wait=0", *srun],  # rank 0 may end much later than the others: it writes the report
         setup_lines=script.setup_lines(job),
         job_details=_Logs(folder=str(job.logs)),
         job_name_prefix=f"{job.name}.",
         packager=nemo_run.Packager(),
         tunnel=nemo_run.LocalTunnel(job_dir=""),  # anything else does not agree with nemo-run's home
-        launcher=None,  # one srun task a rank: torchrun's agent would stand between SLURM's signals and the ranks
+        launcher=None,  # one srun task a rank: SLURM's signals would not get past torchrun's agent
         retries=0,  # the script's own ending decides what is requeued
         poll_estimated_start_time=False,
+        wait_time_for_group_job=0,
+        monitor_group_job_wait_time=_WATCH_SECONDS,
     )

@@ -38,8 +38,11 @@ class ProfileError(SpellError):
 class Profile:
     """One cluster, as one user uses it."""
 
-    nodes: int = Field(default=1, gt=0)
-    gpus_per_node: int = Field(default=8, ge=0)
+    nodes: int | None = Field(default=None, gt=0)
+    """Nodes of the trainer; the recipe's `cluster.nodes` where not given. The same holds for the next two."""
+    engine_nodes: int | None = Field(default=None, ge=0)
+    """Nodes, besides, that hold vLLM servers and nothing else."""
+    gpus_per_node: int | None = Field(default=None, ge=0)
     """0 on a cluster without GPUs."""
     ranks_per_node: int | None = Field(default=None, gt=0)
     """Training processes on each node; one a GPU where not given."""
@@ -63,20 +66,11 @@ class Profile:
     container: str = ""
     """An image for pyxis, instead of a virtual environment."""
     mounts: tuple[str, ...] = ()
-    """Folders of the host that a container sees, `source:target`; run, model and corpus are added by themselves."""
+    """Folders of the host that a container sees, `source:target`. Run, model and corpus come by themselves."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""
     setup: tuple[str, ...] = ()
     """Lines of bash for the first node, before the ranks start: `module load cuda`."""
-
-    @property
-    def ranks(self) -> int:
-        """Training processes on one node."""
-        return self.ranks_per_node or self.gpus_per_node or 1
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.ranks
 
 
 _ADAPTER = TypeAdapter(Profile)
@@ -94,7 +88,7 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
         try:
             values[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ProfileError(f"{'cluster.' + override!r}: the value is not YAML: {error}") from None
+            raise ProfileError(f"cluster.{override}: the value is not YAML: {error}") from None
     try:
         profile = _ADAPTER.validate_python(values)
     except ValidationError as error:
@@ -122,8 +116,8 @@ def _find(name: str) -> Path:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ProfileError(
-        f"no cluster profile {name!r}{hint}; profiles: {', '.join(known)}. Give a path, or write your cluster's"
-        f" into {OWN}/{Path(name).stem}.yaml (docs/clusters.md)"
+        f"no cluster profile {name!r}{hint}; profiles: {', '.join(known)}. Give a path, or write your"
+        f" cluster's into {OWN}/{Path(name).stem}.yaml (docs/clusters.md)"
     )
 
 
@@ -142,8 +136,6 @@ def _contradictions(profile: Profile) -> Iterable[str]:
         yield f'time: {profile.time!r} is no time limit; write "HH:MM:SS" or "D-HH:MM:SS", in quotes'
     if profile.venv and profile.container:
         yield "venv and container exclude each other: keep one"
-    if profile.gpus_per_node and profile.ranks > profile.gpus_per_node:
-        yield f"ranks_per_node={profile.ranks} do not fit {profile.gpus_per_node} GPUs a node"
     for name in profile.env:
         if not _NAME.fullmatch(name):
             yield f"env: {name!r} is no name of an environment variable"

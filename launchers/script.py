@@ -1,4 +1,4 @@
-"""The bash of a job, as text: what the first node does before the ranks start, and what each rank runs."""
+"""The bash of a job, as text: what the first node does before the ranks start, and what each task runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from launchers.job import Job
 from spell_megatron.preemption import REQUEUE
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that kernels take short-lived ports from
+ENGINE_PORT = 8100
+"""Of the first vLLM server on an engine node; the next ones follow."""
 
 # Codes below the first are a finished run and a fault of the user's: another attempt would end alike.
 _CRASH = 3
 
 _ENDING = Template(
     """\
-# Every attempt ends here. A run that saved itself on request goes back to the queue. A crashed one does as long as
-# `crashes` holds no more than $retries lines for the same checkpoint. A job that SLURM is ending (cancelled) does not.
+# Every attempt ends here. A run that saved itself on request goes back to the queue. A crashed one does, as
+# long as `crashes` holds at most $retries lines for the same checkpoint. What SLURM ends (scancel) does not.
 run=$run
 ended() {
     code=$$?
@@ -43,32 +45,54 @@ trap ended EXIT
 rm -f "$$run/$flag\""""
 )
 
+_ENGINES = Template(
+    """\
+# The vLLM servers that are not the trainer's own.
+engines=
+for node in "$${nodes[@]:$first:$count}"; do
+    for slot in $slots; do engines="$$engines,\\"http://$$node:$$(($port + slot))\\""; done
+done
+export ENGINES="[$${engines#,}]\""""
+)
+
 
 def setup_lines(job: Job) -> str:
-    """Bash for the batch script, after `head_node` is known and before srun."""
+    """Bash for the batch script, after `nodes` and `head_node` are known and before srun."""
     profile = job.profile
-    ending = _ENDING.substitute(
-        run=shlex.quote(str(job.run)), flag=REQUEUE, retries=profile.crash_retries, crash=_CRASH
-    )
     attempt = "SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}"
     lines = [
         "{ set +vx; } 2>/dev/null  # from here on nothing is echoed: the environment may hold secrets",
-        ending,
+        _ENDING.substitute(
+            run=shlex.quote(str(job.run)), flag=REQUEUE, retries=profile.crash_retries, crash=_CRASH
+        ),
         f'export MASTER_ADDR="$head_node" MASTER_PORT=$(({_FIRST_PORT} + ({attempt}) % {_PORTS}))',
         *exports(profile.env),
         *profile.setup,
     ]
     if profile.venv:
         lines.append(f"source {shlex.quote(f'{profile.venv}/bin/activate')}")
+    if serving := job.machines.serving:
+        slots = " ".join(map(str, range(job.machines.servers)))
+        where = {"first": serving.start, "count": len(serving)}
+        lines.append(_ENGINES.substitute(where, slots=slots, port=ENGINE_PORT))
     return "\n".join(lines)
 
 
 def rank_command(job: Job) -> str:
     """What srun starts once per rank: the ranks' numbers under the names that torch reads, then Python."""
-    python = "python" if job.profile.venv or job.profile.container else shlex.quote(sys.executable)
-    command = " ".join((python, *map(shlex.quote, job.trainer), shlex.quote(str(job.run))))
+    words = [_python(job), *map(shlex.quote, (*job.trainer, str(job.run)))]
+    if job.machines.engine_nodes:
+        words.append("rollout.servers.count=0")
+    if job.machines.serving:
+        words += ['"rollout.servers.host=$MASTER_ADDR"', '"rollout.servers.urls=$ENGINES"']
     ranks = "RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID"
-    return f"export {ranks}; exec {command}"
+    return f"export {ranks}; exec {' '.join(words)}"
+
+
+def engine_command(job: Job) -> str:
+    """What srun starts once on each engine node."""
+    words = (*job.engines, str(job.run), str(ENGINE_PORT), str(job.machines.servers))
+    return f"exec {_python(job)} {shlex.join(words)}"
 
 
 def exports(env: Mapping[str, str]) -> list[str]:
@@ -82,6 +106,10 @@ def mounts(job: Job) -> list[str]:
         if not any(_covers(mount, path) for mount in given):
             given.append(f"{path}:{path}")
     return given
+
+
+def _python(job: Job) -> str:
+    return "python" if job.profile.venv or job.profile.container else shlex.quote(sys.executable)
 
 
 def _covers(mount: str, path: Path) -> bool:

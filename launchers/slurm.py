@@ -49,8 +49,8 @@ _REMEDIES = (
     ("node count", "lower `nodes` of the profile: the partition has fewer (`sinfo -o '%P %D'`)"),
     (
         "node configuration",
-        "no such nodes in the partition: compare nodes, gpus_per_node, cpus_per_rank and memory of the profile"
-        " with `sinfo -o '%P %D %G %c %m'`",
+        "no such nodes in the partition: compare nodes, gpus_per_node, cpus_per_rank and memory of the"
+        " profile with `sinfo -o '%P %D %G %c %m'`",
     ),
     ("more processors", "lower `cpus_per_rank` or `nodes` of the profile (`sinfo -o '%P %D %c'`)"),
     ("memory", "lower `memory` of the profile (`sinfo -o '%P %m'`)"),
@@ -73,8 +73,8 @@ def require() -> None:
     """Raise SpellError where this machine cannot submit."""
     if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
         raise SpellError(
-            "no sbatch and scontrol here: launch from a login node of the cluster, or use --dryrun and take the"
-            " printed file there"
+            "no sbatch and scontrol here: launch from a login node of the cluster, or use --dryrun and take"
+            " the printed file there"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from rich.markup import escape
 from spell_megatron.preemption import listen
 from spell_megatron.types import SpellError
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line about NUMA at every start of vLLM
+
 app = typer.Typer(
     name="spell-megatron",
     help="Label-free self-play reinforcement learning for long-context models, on Megatron-core and vLLM.",
@@ -26,9 +29,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _err = Console(stderr=True)
-_INTERRUPTED = 130
+_INTERRUPTED = (
+    "interrupted; what was finished is kept: `spell-megatron resume RUN` goes on with a run,"
+    " any other command is started again"
+)
 
 Executor = Literal["local", "slurm"]
+Mode = Literal["spell", "strict"]
 Recipe = Annotated[str, typer.Argument(help="A recipe's name or the path of a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dots for sections: policy.optimizer.lr=1e-6")
@@ -55,11 +62,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         except SpellError as error:
             _fail(str(error), error.exit_code, debug)
         except KeyboardInterrupt:
-            _fail(
-                "interrupted; what was finished is kept: `spell-megatron resume RUN` goes on",
-                _INTERRUPTED,
-                debug,
-            )
+            _fail(_INTERRUPTED, 130, debug)
         except Exception as error:
             hint = "" if debug else " (--debug shows where)"
             _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
@@ -210,26 +213,35 @@ def launch(
     raise typer.Exit(start(recipe, overrides or [], executor, cluster, dryrun))
 
 
+Option = typer.Option
+
+
 @app.command(name="eval")
 @guarded
 def evaluate(
     benchmarks: Annotated[
         list[str] | None, typer.Argument(help="Names; all twelve where none is given.")
     ] = None,
-    model: Annotated[list[Path] | None, typer.Option(help="A model folder; several are compared.")] = None,
-    endpoint: Annotated[str, typer.Option(help="An OpenAI-compatible server instead of a folder.")] = "",
-    tokenizer: Annotated[str, typer.Option(help="Tokenizer folder of the endpoint's model.")] = "",
-    data: Annotated[Path | None, typer.Option(help="Folder of the data sets, for offline machines.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of answers and reports; resumed where it exists.")] = Path(
-        "eval-runs"
-    ),
-    max_input: Annotated[list[int] | None, typer.Option(help="Input limits in tokens.")] = None,
-    samples: int = 8,
-    judge: Annotated[str, typer.Option(help="An OpenAI-compatible judge's URL.")] = "",
+    model: Annotated[list[Path] | None, Option(help="A model folder; several are compared.")] = None,
+    endpoint: Annotated[str, Option(help="An OpenAI-compatible server instead of a folder.")] = "",
+    endpoint_model: Annotated[str, Option(help="The endpoint's name of the model.")] = "",
+    api_key: Annotated[str, Option(envvar="SPELL_API_KEY", help="Of the endpoint.")] = "",
+    tokenizer: Annotated[str, Option(help="Tokenizer folder of the endpoint's model.")] = "",
+    data: Annotated[Path | None, Option(help="Folder of the data sets, for offline machines.")] = None,
+    out: Annotated[Path, Option(help="Answers and reports; resumed where it exists.")] = Path("eval-runs"),
+    max_input: Annotated[list[int] | None, Option(help="Input limits in tokens; 16384 if not given.")] = None,
+    samples: Annotated[int, Option(help="Answers to each question.")] = 8,
+    temperature: float = 0.7,
+    max_tokens: Annotated[int | None, Option(help="Output limit; each benchmark's own if not given.")] = None,
+    seed: int = 0,
+    mode: Annotated[Mode, Option(help="The paper's scorers, or stricter ones.")] = "spell",
+    thinking: Annotated[bool, Option(help="The model reasons before it answers.")] = False,
+    limit: Annotated[int | None, Option(help="Only the first questions of each benchmark.")] = None,
+    concurrency: Annotated[int, Option(help="Requests in flight.")] = 64,
+    judge: Annotated[str, Option(help="An OpenAI-compatible judge's URL.")] = "",
     judge_model: str = "",
-    thinking: bool = False,
-    limit: Annotated[int | None, typer.Option(help="Questions of each benchmark.")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Name the benchmarks.")] = False,
+    judge_key: Annotated[str, Option(envvar="SPELL_JUDGE_KEY", help="Of the judge.")] = "",
+    list_: Annotated[bool, Option("--list", help="Name the benchmarks.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -239,16 +251,30 @@ def evaluate(
     if list_:
         sys.stdout.write("\n".join(evaluation.list_benchmarks()) + "\n")
         return
+    names = benchmarks or []
+    # `--max-input 16384 100000`: an option takes one value, so the further ones arrive among the names.
+    limits = [*(max_input or []), *(int(name) for name in names if name.isdigit())]
     result = evaluation.evaluate(
-        benchmarks or [],
+        [name for name in names if not name.isdigit()],
         models=model or [],
         endpoint=endpoint,
+        endpoint_model=endpoint_model,
+        api_key=api_key,
         tokenizer=tokenizer,
         data=data,
         out=out,
-        max_input=max_input or [16_384, 100_000],
-        settings=evaluation.Settings(samples=samples, thinking=thinking, limit=limit),
-        judge=evaluation.JudgeSettings(judge, judge_model) if judge else None,
+        max_input=limits or [16_384],
+        settings=evaluation.Settings(
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+            mode=mode,
+            thinking=thinking,
+            concurrency=concurrency,
+            limit=limit,
+        ),
+        judge=evaluation.JudgeSettings(judge, judge_model, judge_key) if judge else None,
     )
     for one in result.reports:
         sys.stdout.write(one.markdown() + "\n")

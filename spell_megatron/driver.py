@@ -109,7 +109,7 @@ class Driver:
                 "policy/grad_norm": update.grad_norm,
                 "policy/lr": update.lr,
                 "policy/clipped": update.clipped,
-                "policy/entropy": update.scores.mean_entropy,
+                **update.scores.mean_entropy(play.batch.roles),
                 **self._token_metrics(update),
                 **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
                 **_score_metrics(score),

@@ -77,7 +77,7 @@ _stop: Stop | None = None
 
 
 def listen() -> Stop:
-    """This process' `Stop`. Call it first before torch is imported, on the main thread: later threads inherit the mask."""
+    """This process' `Stop`. Call it on the main thread, and before torch: its threads inherit the mask."""
     global _stop
     if _stop is None:
         _stop = stop = Stop()
@@ -93,7 +93,7 @@ def listen() -> Stop:
 
 
 def preempted(run: Path, step: int, stop: Stop) -> Preempted:
-    """Mark a saved run for the batch script; the error to raise. To be called by one rank, after the commit."""
+    """Mark a saved run for the batch script; the error to raise. For one rank to call, after the commit."""
     (run / REQUEUE).touch()
     return Preempted(
         f"stopped on {stop.asked or 'request'} after step {step}; everything is saved:"

@@ -83,20 +83,6 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     batch = TrainBatch((group,) * (world.data_size * case.get("microbatches", 1)))
     learner.gradients(batch)  # what is made only once is there
 
-    saved: dict[int, int] = {}
-    kept = {p.untyped_storage()._cdata for _, p in learner.named_parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in kept:
-            saved[storage._cdata] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    alive: list[Any] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        learner.gradients(batch)
-    alive.clear()
     with LiveBytes() as live:
         learner.gradients(batch)
     learner.update(batch)
@@ -111,7 +97,6 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         "gradients": storage_bytes(p.main_grad for p in parameters),
         "optimizer": storage_bytes(t for t in states if t.numel() > 1)
         + storage_bytes(m for m in masters if m.untyped_storage()._cdata not in weights),
-        "saved": sum(saved.values()),
         "peak": live.peak,
     }
 

@@ -1,8 +1,8 @@
 """A real SLURM of two nodes on this machine, for tests: no systemd, no cgroups, nothing under /etc.
 
-Where root allows it, the nodes have names and network namespaces of their own, so that they reach each other as
-machines do. Elsewhere both run under this machine's name (`slurmd -N`), as four more nodes of eight make-believe
-GPUs do, which serve `sbatch --test-only`. There is no accounting.
+Where root allows it, the nodes have names and network namespaces of their own, so that they reach each other
+as machines do. Elsewhere both run under this machine's name (`slurmd -N`), as four more nodes of eight
+make-believe GPUs do, which serve `sbatch --test-only`. There is no accounting.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ GresTypes=gpu
 EnforcePartLimits=ALL
 SlurmdParameters=config_overrides
 {nodes}
-NodeName=h[1-4] NodeHostname={host} NodeAddr={address} Port=[27911-27914] CPUs=128 SocketsPerBoard=2 CoresPerSocket=64 \
-RealMemory=1000000 Gres=gpu:h100:8 State=UNKNOWN
-PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=02:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+NodeName=h[1-4] NodeHostname={host} NodeAddr={address} Port=[27911-27914] CPUs=128 SocketsPerBoard=2 \
+CoresPerSocket=64 RealMemory=1000000 Gres=gpu:h100:8 State=UNKNOWN
+PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=02:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE \
+GraceTime=30
 PartitionName=high Nodes=n[1-2] MaxTime=02:00:00 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=h100 Nodes=h[1-4] MaxTime=2-00:00:00 State=UP
 """
@@ -163,11 +164,13 @@ def _configure(cluster: Cluster) -> None:
 
 def _start(cluster: Cluster) -> None:
     folder = cluster.folder
-    _daemon(
-        cluster,
-        ["munged", "--foreground", "--force", f"--socket={folder}/munge.sock", f"--key-file={folder}/munge.key",
-         f"--log-file={folder}/munged.log", f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munge.seed"],
-    )  # fmt: skip
+    places = (
+        "socket=munge.sock key-file=munge.key log-file=munged.log pid-file=munged.pid seed-file=munge.seed"
+    )
+    options = [
+        f"--{option}={folder}/{name}" for option, name in (place.split("=") for place in places.split())
+    ]
+    _daemon(cluster, ["munged", "--foreground", "--force", *options])
     _await((folder / "munge.sock").exists, 10, "munged does not start")
     _daemon(cluster, ["slurmctld", "-D", "-i", "-f", str(cluster.conf)])
     _await(lambda: "UP" in cluster.run("scontrol", "ping").stdout, 30, "slurmctld does not start")

@@ -1,7 +1,7 @@
 """A stand-in for the trainer, for tests of what is around it: ranks that count together and save every step.
 
-It is started as the trainer is (`python tests/slurm_trainer.py RUN`), reads the run's `config.yaml`, and stops
-on request through the same module. A run named `fails` loses its rank 1 in step 2, each time.
+It is started as the trainer is (`python tests/slurm_trainer.py RUN …`), reads the run's `config.yaml`, and
+stops on request through the same module. A run named `fails` loses its rank 1 in step 2, each time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ async def count(run: Path, stop: Stop) -> None:
     dist.all_gather_object(hosts, socket.gethostname())
     first = max((int(path.name.removeprefix("step-")) for path in saved.glob("step-*")), default=0) + 1
     _say(rank, f"{size} ranks on {' '.join(hosts)}, greeting {os.environ.get('GREETING')!r}")
+    _say(rank, f"told {sys.argv[2:]}")
     for step in range(first, config["steps"] + 1):
         box = [await stop.race(asyncio.sleep(STEP_SECONDS, True))] if rank == 0 else [None]
         dist.broadcast_object_list(box, src=0)

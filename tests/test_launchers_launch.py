@@ -17,8 +17,9 @@ import yaml
 
 from launchers import check, launch, local, script, slurm
 from launchers import job as jobs
-from launchers.job import Job, absolute, prepare, read_by
-from launchers.profile import Profile, ProfileError, list_profiles, load_profile
+from launchers.job import Job, prepare, read_by
+from launchers.machines import Machines, machines
+from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.config import Layout, load_config, parse_config
 from spell_megatron.preemption import REQUEUE
 from spell_megatron.types import SpellError
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.unit
 needs_nemo = pytest.mark.skipif(
     importlib.util.find_spec("nemo_run") is None, reason="nemo-run is not installed"
 )
+ONE = Machines()
 NASTY = 'it\'s; rm -rf $HOME `id` "x"\nsecond line'
 
 
@@ -49,14 +51,35 @@ def profile_file(folder: Path, **values: Any) -> str:
 def test_every_shipped_profile_loads() -> None:
     assert {"h100", "cpu"} <= set(list_profiles())
     for name in list_profiles():
-        assert load_profile(name).world_size >= 1
+        assert load_profile(name) == load_profile(str(SHIPPED / f"{name}.yaml"))
 
 
-def test_a_profile_takes_overrides_and_counts_ranks() -> None:
-    assert load_profile("h100").world_size == 32
-    assert load_profile("h100", ["nodes=2"]).world_size == 16
-    assert load_profile("h100", ["ranks_per_node=4"]).world_size == 16
-    assert load_profile("cpu").world_size == 2
+def test_machines_are_the_recipes_unless_the_profile_says_otherwise() -> None:
+    recipe = load_config("toy", ["cluster.nodes=4", "cluster.engine_nodes=1", "rollout.servers.tensor=2"])
+    assert machines(Profile(), recipe) == Machines(nodes=4, gpus=8, ranks=8, engine_nodes=1, servers=4)
+    assert machines(Profile(nodes=2, engine_nodes=0), recipe) == Machines(nodes=2, gpus=8, ranks=8)
+    assert machines(Profile(gpus_per_node=0), recipe).world_size == 4
+    assert machines(Profile(gpus_per_node=8, ranks_per_node=4), recipe).world_size == 16
+
+
+def test_servers_run_on_their_own_nodes_or_beside_the_trainer() -> None:
+    assert list(Machines(nodes=4, engine_nodes=2, servers=2).serving) == [4, 5]
+    assert list(Machines(nodes=4, servers=2).serving) == [1, 2, 3]  # the first node's are the trainer's own
+    assert not Machines(nodes=1, servers=2).serving
+    assert not Machines(nodes=4).serving
+
+
+@pytest.mark.parametrize(
+    "overrides", [["rollout.servers.count=9"], ["rollout.servers={count: 2, tensor: 8}"]]
+)
+def test_servers_that_do_not_fit_a_node_are_refused(overrides: list[str]) -> None:
+    with pytest.raises(ProfileError, match="do not fit"):
+        machines(Profile(), load_config("toy", overrides))
+
+
+def test_ranks_that_do_not_fit_the_gpus_are_refused() -> None:
+    with pytest.raises(ProfileError, match="do not fit 4 GPUs"):
+        machines(Profile(gpus_per_node=4, ranks_per_node=8), load_config("toy"))
 
 
 def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
@@ -72,7 +95,6 @@ def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
         ({"time": "soon"}, "HH:MM:SS"),
         ({"time": 14400}, "in quotes"),  # what YAML makes of an unquoted 4:00:00
         ({"venv": "/v", "container": "i"}, "exclude each other"),
-        ({"gpus_per_node": 4, "ranks_per_node": 8}, "do not fit"),
         ({"env": {"A-B": "x"}}, "no name of an environment variable"),
         ({"mounts": ["data:/data"]}, "absolute"),
         ({"sbatch": {"--constraint": "h100"}}, "without dashes"),
@@ -80,7 +102,7 @@ def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_profile_is_refused_with_its_key(tmp_path: Path, values: dict[str, Any], said: str) -> None:
-    with pytest.raises(ProfileError, match="mine.yaml") as error:
+    with pytest.raises(ProfileError, match=r"mine\.yaml") as error:
         load_profile(profile_file(tmp_path, **values))
     assert said in str(error.value)
 
@@ -99,12 +121,12 @@ def test_a_prepared_run_holds_its_whole_configuration_with_absolute_paths(
     (tmp_path / "texts").mkdir()
     monkeypatch.chdir(tmp_path)
     config = load_config("toy", ["runs=here", "corpus.sources=[{path: texts}, {path: toy}]"])
-    job = prepare(config, Profile())
+    job = prepare(check.check_model(config, ONE, fetch=True), Profile(), ONE)
     saved = parse_config(yaml.safe_load((job.run / "config.yaml").read_text()))
     assert job.run.parent == tmp_path / "here"
     assert Path(saved.model.path, "config.json").is_file()
     assert [source.path for source in saved.corpus.sources] == [str(tmp_path / "texts"), "toy"]
-    assert saved == absolute(config)
+    assert (saved.cluster.nodes, saved.steps) == (1, config.steps)
     assert read_by(saved) == [Path(saved.model.path), tmp_path / "texts"]
     assert job.logs.is_dir()
 
@@ -113,6 +135,7 @@ def test_containers_see_what_the_run_reads_once(tmp_path: Path) -> None:
     job = Job(
         Path("/lustre/runs/a"),
         Profile(mounts=("/lustre:/lustre", "/scratch:/tmp")),
+        ONE,
         (Path("/models/q"), Path("/scratch/c")),
     )
     assert script.mounts(job) == [
@@ -128,10 +151,8 @@ def test_containers_see_what_the_run_reads_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [NASTY, "", "plain", "$(touch /tmp/x)", "a\\b", "'"])
 def test_the_environment_arrives_as_it_was_written(value: str) -> None:
-    lines = [
-        *script.exports({"spelled": value}),
-        f"{sys.executable} -c 'import json, os; print(json.dumps(os.environ[\"spelled\"]))'",
-    ]
+    show = "import json, os; print(json.dumps(os.environ['spelled']))"
+    lines = [*script.exports({"spelled": value}), shlex.join([sys.executable, "-c", show])]
     assert json.loads(bash("\n".join(lines)).stdout) == value
 
 
@@ -139,7 +160,7 @@ def test_each_rank_gets_its_numbers_and_the_run(tmp_path: Path, monkeypatch: pyt
     program = (
         "import os, sys; print(*(os.environ[k] for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')), sys.argv[1])"
     )
-    job = Job(tmp_path / "a b", Profile(), trainer=("-c", program))
+    job = Job(tmp_path / "a b", Profile(), ONE, trainer=("-c", program))
     slurm_says = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
     assert bash(script.rank_command(job), **slurm_says).stdout.strip() == f"5 16 1 {tmp_path / 'a b'}"
 
@@ -153,7 +174,7 @@ class Attempt:
         self.asked = tmp_path / "asked"
         self._bin = tmp_path / "bin"
         self._bin.mkdir()
-        self.lines = script.setup_lines(Job(self.run, Profile(gpus_per_node=0, **profile)))
+        self.lines = script.setup_lines(Job(self.run, Profile(**profile), ONE))
 
     def end(self, body: str, state: str = "RUNNING") -> tuple[int, bool]:
         """Exit code, and whether the job went back to the queue."""
@@ -227,10 +248,13 @@ class TestSbatch:
     @pytest.fixture
     def job(self, tmp_path: Path) -> Job:
         profile = Profile(
-            nodes=4, account="science", partition="h100", qos="high", memory="0", exclusive=True, time="1-12:00:00",
+            account="science", partition="h100", qos="high", memory="0", exclusive=True, time="1-12:00:00",
             warn_seconds=300, cpus_per_rank=12, sbatch={"constraint": "h100&fast"}, env={"lower": NASTY},
         )  # fmt: skip
-        return prepare(load_config("toy", [f"runs={tmp_path}"]), profile)
+        on = Machines(nodes=4, gpus=8, ranks=8)
+        return prepare(
+            check.check_model(load_config("toy", [f"runs={tmp_path}"]), on, fetch=True), profile, on
+        )
 
     @staticmethod
     def written(job: Job) -> str:
@@ -305,12 +329,59 @@ class TestSbatch:
         assert "source '/shared/my venv/bin/activate'" in text
         assert "exec python -m spell_megatron.cli" in text
 
+    def test_engine_nodes_hold_servers_and_the_trainer_is_told_where(self, job: Job) -> None:
+        text = self.written(replace(job, machines=replace(job.machines, engine_nodes=2, servers=4)))
+        assert self.headers(text)["nodes"] == "6"
+        trainer, engines = (shlex.split(line) for line in text.splitlines() if line.startswith("srun "))
+        assert {"--relative=0", "--nodes=4", "--ntasks=32", "--ntasks-per-node=8"} <= set(trainer)
+        assert {"--relative=4", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set(engines)
+        assert trainer[trainer.index("--output") + 1] != engines[engines.index("--output") + 1]
+        command = engines[engines.index("-c") + 1]
+        assert command.endswith(f"-m launchers.engines {job.run} {script.ENGINE_PORT} 4")
+        found = bash(f"nodes=(a b c d e f)\nhead_node=a\n{self.urls(text)}\necho $ENGINES").stdout
+        assert json.loads(found) == [
+            f"http://{node}:{script.ENGINE_PORT + i}" for node in "ef" for i in range(4)
+        ]
+        overrides = trainer[trainer.index("-c") + 1].partition(str(job.run))[2]
+        assert "rollout.servers.urls=$ENGINES" in overrides
+        assert "rollout.servers.count=0" in overrides
+        assert "--overlap" not in engines
+        assert (
+            load_config("toy", [f"rollout.servers.urls={found}"]).rollout.servers.urls[0] == "http://e:8100"
+        )
+
+    def test_servers_beside_the_trainer_share_its_nodes(self, job: Job) -> None:
+        text = self.written(replace(job, machines=replace(job.machines, servers=2)))
+        assert self.headers(text)["nodes"] == "4"
+        trainer, engines = (shlex.split(line) for line in text.splitlines() if line.startswith("srun "))
+        assert "--nodes=4" in trainer
+        assert {"--relative=1", "--nodes=3", "--overlap"} <= set(engines)
+        found = bash(f"nodes=(a b c d)\n{self.urls(text)}\necho $ENGINES").stdout
+        assert json.loads(found) == [
+            f"http://{node}:{script.ENGINE_PORT + i}" for node in "bcd" for i in range(2)
+        ]
+        assert "rollout.servers.count" not in text
+
+    def test_a_recipe_of_the_hub_is_printed_without_its_model(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        recipe = "qwen3-30b-a3b-100k"
+        wanted = load_config(recipe)
+        assert launch(recipe, [f"runs={tmp_path}"], "slurm", "h100", dryrun=True) == 0
+        assert self.headers(capsys.readouterr().out)["nodes"] == str(wanted.cluster.nodes)
+        (saved,) = tmp_path.glob("*/config.yaml")
+        assert parse_config(yaml.safe_load(saved.read_text())).model.path == wanted.model.path
+
+    @staticmethod
+    def urls(text: str) -> str:
+        return text[text.index("engines=\n") : text.index("export ENGINES")] + 'ENGINES="[${engines#,}]"'
+
     def test_a_dryrun_prints_the_file_and_nothing_else(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("PATH", "/usr/bin:/bin")
         monkeypatch.setattr(slurm, "submit", lambda file: pytest.fail("submitted"))
-        assert launch("toy", [f"runs={tmp_path}"], "slurm", "h100", dryrun=True) == 0
+        assert launch("toy", [f"runs={tmp_path}"], "slurm", "cpu", dryrun=True) == 0
         (file,) = tmp_path.glob("toy-*/job.sbatch")
         assert capsys.readouterr().out == file.read_text()
 
@@ -419,14 +490,15 @@ def test_a_state_stands_for_an_exit_code(
 def test_one_rank_runs_without_torchrun_and_its_exit_code_comes_back(tmp_path: Path) -> None:
     job = Job(
         tmp_path,
-        Profile(gpus_per_node=1, env={"GREETING": NASTY}),
+        Profile(env={"GREETING": NASTY}),
+        ONE,
         trainer=("-c", "import os, sys; sys.exit(len(os.environ['GREETING']))"),
     )
     assert local.run(job) == len(NASTY)
 
 
 def test_several_ranks_run_under_torchrun(tmp_path: Path) -> None:
-    words = local.command(Job(tmp_path, Profile(gpus_per_node=4)))
+    words = local.command(Job(tmp_path, Profile(), Machines(gpus=4, ranks=4)))
     assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     assert words[5:] == [*jobs.TRAINER, str(tmp_path)]
 
@@ -434,8 +506,8 @@ def test_several_ranks_run_under_torchrun(tmp_path: Path) -> None:
 def test_without_gpus_there_are_as_many_ranks_as_the_layout_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert local.local_profile(Layout(tensor=2, pipeline=2)).world_size == 4
-    assert local.local_profile(Layout()).world_size == 1
+    assert local.here(Layout(tensor=2, pipeline=2)).world_size == 4
+    assert local.here(Layout()).world_size == 1
 
 
 def test_a_local_dryrun_prints_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import threading
 import time
@@ -21,8 +22,10 @@ from tests.slurm_trainer import FAILURE
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 120
-NEXT_DOOR = "cluster.env={PYTHONPATH: %s, OMP_NUM_THREADS: 1, GREETING: 'a;b \"c\" $HOME'}" % ROOT
+SECONDS = 180
+FIRST_LOG = "*/logs/attempt-*-0.log"
+GREETING = "GREETING: 'a;b \"c\" $HOME'"
+HERE = f"cluster.env={{PYTHONPATH: {ROOT}, OMP_NUM_THREADS: 1, {GREETING}}}"
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
 class Watcher:
     """Does something to the job when it has got so far; a thread, as the launcher is busy following."""
 
-    def __init__(self, runs: Path, pattern: str, act: Callable[[str], None]) -> None:
-        self._runs, self._pattern, self._act = runs, re.compile(pattern), act
+    def __init__(self, runs: Path, files: str, pattern: str, act: Callable[[str], None]) -> None:
+        self._runs, self._files, self._pattern, self._act = runs, files, re.compile(pattern), act
         self.acted = False
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -63,11 +66,14 @@ class Watcher:
     def _watch(self) -> None:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
-            for log in self._runs.glob("*/logs/attempt-*-0.log"):
-                if self._pattern.search(log.read_text(errors="replace")):
-                    self._act(log.name.split("-")[1])
-                    self.acted = True
-                    return
+            if any(
+                self._pattern.search(file.read_text(errors="replace"))
+                for file in self._runs.glob(self._files)
+            ):
+                (log,) = self._runs.glob(FIRST_LOG)
+                self._act(log.name.split("-")[1])
+                self.acted = True
+                return
             time.sleep(0.2)
 
 
@@ -83,7 +89,7 @@ def steps(text: str) -> list[int]:
 def test_the_printed_file_works_as_a_plain_sbatch_file(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch("toy", [f"runs={tmp_path}", "steps=3", NEXT_DOOR], "slurm", "cpu", dryrun=True) == 0
+    assert launch("toy", [f"runs={tmp_path}", "steps=3", HERE], "slurm", "cpu", dryrun=True) == 0
     printed = tmp_path / "printed.sh"
     printed.write_text(capsys.readouterr().out)
     elsewhere = tmp_path / "elsewhere"
@@ -104,7 +110,7 @@ def test_a_failing_rank_ends_the_job_with_its_code_after_bounded_retries(
     with pytest.raises(JobFailed) as failure:
         launch(
             "toy",
-            [f"runs={tmp_path}", "name=fails", "steps=9", NEXT_DOOR, "cluster.crash_retries=1"],
+            [f"runs={tmp_path}", "name=fails", "steps=9", HERE, "cluster.crash_retries=1"],
             "slurm",
             "cpu",
         )
@@ -118,8 +124,10 @@ def test_a_failing_rank_ends_the_job_with_its_code_after_bounded_retries(
 def test_usr1_saves_requeues_and_resumes(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watcher = Watcher(tmp_path, r"step 2\b", lambda job: _run(cluster, "scancel", "--signal=USR1", job))
-    assert launch("toy", [f"runs={tmp_path}", "steps=8", NEXT_DOOR], "slurm", "cpu") == 0
+    watcher = Watcher(
+        tmp_path, FIRST_LOG, r"step 2\b", lambda job: _run(cluster, "scancel", "--signal=USR1", job)
+    )
+    assert launch("toy", [f"runs={tmp_path}", "steps=8", HERE], "slurm", "cpu") == 0
     assert watcher.acted
     first, second = attempts(tmp_path)
     assert "stopped on SIGUSR1 after step" in first
@@ -138,8 +146,8 @@ def test_a_job_of_a_higher_partition_preempts_and_the_run_resumes(cluster: Clust
         "--wrap",
         "sleep 1",
     )
-    watcher = Watcher(tmp_path, r"step 2\b", lambda job: _run(cluster, *intruder))
-    assert launch("toy", [f"runs={tmp_path}", "steps=8", NEXT_DOOR], "slurm", "cpu") == 0
+    watcher = Watcher(tmp_path, FIRST_LOG, r"step 2\b", lambda job: _run(cluster, *intruder))
+    assert launch("toy", [f"runs={tmp_path}", "steps=8", HERE], "slurm", "cpu") == 0
     assert watcher.acted
     first, second = attempts(tmp_path)
     assert "stopped on SIGTERM after step" in first
@@ -148,17 +156,76 @@ def test_a_job_of_a_higher_partition_preempts_and_the_run_resumes(cluster: Clust
 
 @pytest.mark.usefixtures("counting")
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
-    Watcher(tmp_path, r"step 1\b", lambda job: _run(cluster, "scancel", job))
+    Watcher(tmp_path, FIRST_LOG, r"step 1\b", lambda job: _run(cluster, "scancel", job))
     with pytest.raises(JobFailed, match="cancelled"):
-        launch("toy", [f"runs={tmp_path}", "steps=60", NEXT_DOOR], "slurm", "cpu")
+        launch("toy", [f"runs={tmp_path}", "steps=60", HERE], "slurm", "cpu")
     cluster.cancel_all()
     assert len(attempts(tmp_path)) == 1
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_trainer_is_told_where_the_engine_nodes_serve(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import socket, sys, time; print(socket.gethostname(), sys.argv[1:], flush=True); time.sleep(600)"
+    )
+    monkeypatch.setattr(jobs, "ENGINES", ("-c", program))
+    nodes = ["cluster.nodes=1", "cluster.engine_nodes=1"]
+    assert launch("toy", [f"runs={tmp_path}", "steps=2", HERE, *nodes], "slurm", "cpu") == 0
+    (text,) = attempts(tmp_path)
+    assert steps(text) == [1, 2]
+    assert """told ['rollout.servers.host=n1', 'rollout.servers.urls=["http://n2:8100"]']""" in text
+    (engines,) = tmp_path.glob("*/logs/engines-*.log")
+    (run,) = tmp_path.glob("toy-*")
+    if cluster.own_names:
+        assert engines.read_text().startswith(f"n2 ['{run}', '8100', '1']")
+
+
+def test_the_toy_recipe_trains_on_two_nodes_through_a_signal_to_the_end(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    small = [
+        "steps=3",
+        "record.checkpoint_every=1",
+        "heldout.questions=8",
+        "heldout.samples=1",
+        "heldout.every=0",
+    ]
+    small += [
+        "selfplay.questions=4",
+        "selfplay.round_questions=12",
+        "selfplay.max_rounds=20",
+        "selfplay.group_size=4",
+    ]
+    small += ["rollout.kv_cache_mib=64", "rollout.max_num_seqs=64"]
+    watcher = Watcher(
+        tmp_path,
+        "*/rollouts/step-00002.jsonl",
+        r"\n",
+        lambda job: _run(cluster, "scancel", "--signal=USR1", job),
+    )
+    assert launch("toy", [f"runs={tmp_path}", *small, HERE], "slurm", "cpu") == 0
+    assert watcher.acted
+    first, second = attempts(tmp_path)
+    assert "stopped on SIGUSR1 after step" in first
+    assert "resumed after step" in second
+    (run,) = tmp_path.glob("toy-*")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert (run / "hf" / "model.safetensors").is_file()
+    assert (run / "report.html").is_file()
 
 
 def test_a_recipe_for_four_nodes_of_eight_gpus_is_accepted(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch("toy", [f"runs={tmp_path}", "cluster.partition=h100"], "slurm", "h100", dryrun=True) == 0
+    assert (
+        launch(
+            "qwen3-30b-a3b-100k", [f"runs={tmp_path}", "cluster.partition=h100"], "slurm", "h100", dryrun=True
+        )
+        == 0
+    )
     file = tmp_path / "printed.sh"
     file.write_text(capsys.readouterr().out)
     done = cluster.run("sbatch", "--test-only", str(file))
@@ -181,7 +248,13 @@ def test_a_refused_header_is_explained(tmp_path: Path, override: str, remedy: st
     with pytest.raises(Exception, match="SLURM refuses this job") as refusal:
         launch(
             "toy",
-            [f"runs={tmp_path}", "cluster.partition=h100", "cluster.container=''", override],
+            [
+                f"runs={tmp_path}",
+                "cluster.partition=h100",
+                "cluster.nodes=4",
+                "cluster.container=''",
+                override,
+            ],
             "slurm",
             "h100",
         )

@@ -124,9 +124,9 @@ def refused(handler: Handler) -> None:
     handler.reply({"error": "token out of vocabulary"}, status=400)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_model("qwen3", tmp_path / "model")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("qwen3", tmp_path_factory.mktemp("model"))
 
 
 @contextmanager

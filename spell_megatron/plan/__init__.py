@@ -6,5 +6,6 @@ activations, the engine, traffic and time. `search` ranks layouts by arithmetic 
 
 from spell_megatron.plan.planner import Plan, plan, plan_all
 from spell_megatron.plan.search import search
+from spell_megatron.plan.table import ranking
 
-__all__ = ["Plan", "plan", "plan_all", "search"]
+__all__ = ["Plan", "plan", "plan_all", "ranking", "search"]

@@ -60,7 +60,8 @@ class Assumptions:
             f"NVLink {self.node_rate / 1e9:.0f} GB/s, network {self.network_rate / 1e9:.0f} GB/s, host "
             f"{self.host_rate / 1e9:.0f} GB/s; links and memory reach {self.link_efficiency:.0%} of it",
             f"share of peak reached: training {self.dense_efficiency:.0%} (experts {self.expert_efficiency:.0%}), "
-            f"reading prompts {self.prefill_efficiency:.0%}; a decoding step takes ≥ {self.decode_seconds * 1e3:.0f} ms",
+            f"reading prompts {self.prefill_efficiency:.0%}; a decoding step takes "
+            f"{self.decode_seconds * 1e3:.0f} ms or more",
             f"texts: questions and responses reach {self.response_fill:.0%} of their limit, verdicts "
             f"{self.verdict_fill:.0%}; the questioner reads {self.reading_share:.0%} of a cluster; "
             f"{self.grounded_share:.0%} of the questions reach the responders",

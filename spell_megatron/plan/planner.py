@@ -192,7 +192,9 @@ def resized(config: Config, gpus: int | None, gpu_memory_gib: float | None) -> C
     if gpus is not None:
         per_node = min(gpus, cluster.gpus_per_node)
         if gpus < 1 or gpus % per_node:
-            raise SpellError(f"{gpus} GPUs do not fill nodes of {per_node}: give a multiple, or set cluster.gpus_per_node")
+            raise SpellError(
+                f"{gpus} GPUs do not fill nodes of {per_node}: give a multiple, or set cluster.gpus_per_node"
+            )
         cluster = replace(cluster, nodes=gpus // per_node, gpus_per_node=per_node)
     if gpu_memory_gib is not None:
         cluster = replace(cluster, gpu_memory_gib=gpu_memory_gib)
@@ -200,7 +202,7 @@ def resized(config: Config, gpus: int | None, gpu_memory_gib: float | None) -> C
 
 
 def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None = None) -> Plan:
-    """The plan by arithmetic; what a rank holds comes from the built model where there is one."""
+    """The plan by arithmetic. With a built model, what a rank holds comes from it, and the batch is really packed."""
     shape, policy, cluster = model_shape(architecture(config.model.path)), config.policy, config.cluster
     world = check_layout(policy.layout, shape, cluster.gpus)
     parts = held(shape, policy.layout)
@@ -208,8 +210,11 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
     engine = engine_memory(config, shape, lengths, cluster.nodes, cluster.gpu_memory_gib, assumed)
     batch = expected_batch(config.selfplay, lengths)
     faults = _faults(config, shape, engine, cluster)
-    shared = _deal(config, shape, world, lengths)
-    unshared = _even_deal(config, shape, world, lengths)
+    if rehearsal is not None:
+        dealt = _packed(config, shape, world, lengths)
+    else:
+        dealt = _even(config, shape, world, lengths, shared=policy.share_prompts)
+    unshared = _even(config, shape, world, lengths, shared=False)
     rollouts = Rollouts.of(config, lengths, assumed)
 
     def seconds(deal: _Deal) -> Seconds:
@@ -222,15 +227,15 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
         config=config,
         shape=shape,
         world=world,
-        stages=tuple(_stages(config, shape, world, parts, engine, shared.streams, assumed, rehearsal)),
+        stages=tuple(_stages(config, shape, world, parts, engine, dealt.streams, assumed, rehearsal)),
         engine=engine,
         lengths=lengths,
-        streams=shared.streams,
+        streams=dealt.streams,
         work=batch_work(shape, group_lengths(batch), shared=policy.share_prompts),
         work_shared=batch_work(shape, group_lengths(batch), shared=True),
         work_unshared=batch_work(shape, group_lengths(batch), shared=False),
-        traffic=_traffic(config, shape, world, parts, shared),
-        seconds=seconds(shared),
+        traffic=_traffic(config, shape, world, parts, dealt),
+        seconds=seconds(dealt),
         seconds_unshared=seconds(unshared),
         faults=tuple(faults),
         assumed=assumed,
@@ -248,8 +253,8 @@ class _Deal:
     rows: float
 
 
-def _deal(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths) -> _Deal:
-    """As the learner packs and deals the batch."""
+def _packed(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths) -> _Deal:
+    """As the learner packs and deals the batch; takes seconds for long texts."""
     policy = config.policy
     multiple = policy.layout.pipeline if policy.layout.virtual_pipeline else 1
     return _dealt(
@@ -257,14 +262,15 @@ def _deal(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths
     )
 
 
-def _even_deal(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths) -> _Deal:
-    """Every response with its own prompt, in perfect balance: the best that a trainer without sharing does."""
+def _even(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths, *, shared: bool) -> _Deal:
+    """In perfect balance and without a gap in any stream."""
     pairs = list(group_lengths(expected_batch(config.selfplay, lengths)))
-    work = batch_work(shape, pairs, shared=False)
+    work = batch_work(shape, pairs, shared=shared)
     rows = sum(sum(replies) for _, replies in pairs) / world.data
-    tokens = sum(prompt * len(replies) + sum(replies) for prompt, replies in pairs) / world.data
-    streams = math.ceil(tokens / config.policy.stream_tokens)
-    return _Deal(streams, work.over(world.data), tokens, rows)
+    tokens = (
+        sum(prompt * (1 if shared else len(replies)) + sum(replies) for prompt, replies in pairs) / world.data
+    )
+    return _Deal(math.ceil(tokens / config.policy.stream_tokens), work.over(world.data), tokens, rows)
 
 
 @cache
@@ -373,7 +379,9 @@ def _faults(config: Config, shape: ModelShape, engine: Engine, cluster: Cluster)
     limits = play.sampling
     longest = config.corpus.cluster_tokens + max(limits.questioner_tokens, limits.responder_tokens)
     if longest > rollout.max_model_len:
-        faults.append(f"rollout.max_model_len={rollout.max_model_len} is below cluster and response: {longest}")
+        faults.append(
+            f"rollout.max_model_len={rollout.max_model_len} is below cluster and response: {longest}"
+        )
     if rollout.max_model_len > config.policy.stream_tokens:
         faults.append(
             f"policy.stream_tokens={config.policy.stream_tokens} cannot hold a sequence of"
@@ -395,12 +403,15 @@ def _faults(config: Config, shape: ModelShape, engine: Engine, cluster: Cluster)
     return faults
 
 
-def longest_position(found: Plan) -> str | None:
-    """A warning where sequences outgrow the positions that the model was trained with."""
-    limit, length = found.shape.max_positions, found.config.rollout.max_model_len
-    if length <= limit:
-        return None
-    return (
-        f"sequences of {length} tokens exceed the model's {limit} positions: its config.json needs a YaRN"
-        f" rope_scaling of factor {math.ceil(length / limit)} or more"
-    )
+def notes(found: Plan) -> list[str]:
+    """What the user must see to besides GPU memory."""
+    limit, length, lines = found.shape.max_positions, found.config.rollout.max_model_len, []
+    if length > limit:
+        lines.append(
+            f"sequences of {length} tokens exceed the model's {limit} positions: its config.json needs a YaRN"
+            f" rope_scaling of factor {math.ceil(length / limit)} or more"
+        )
+    host = max(stage.static.host for stage in found.stages) * found.config.cluster.gpus_per_node
+    if host:
+        lines.append(f"the optimizer's state takes {host / GIB:.0f} GiB of every node's host memory")
+    return lines

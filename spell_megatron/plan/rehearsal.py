@@ -68,7 +68,9 @@ def rehearse(jobs: Sequence[tuple[Policy, Path, int]]) -> list[Rehearsal]:
             env={**_without_torchrun(), "CUDA_VISIBLE_DEVICES": ""},
         )
     except subprocess.TimeoutExpired:
-        raise SpellError(f"building the model took longer than {_SECONDS_PER_JOB} s; is the machine busy?") from None
+        raise SpellError(
+            f"building the model took longer than {_SECONDS_PER_JOB} s; is the machine busy?"
+        ) from None
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         raise SpellError(f"the model of this recipe cannot be built:\n{done.stderr.strip()[-3000:]}")
@@ -82,7 +84,9 @@ def rehearse(jobs: Sequence[tuple[Policy, Path, int]]) -> list[Rehearsal]:
 
 
 def _without_torchrun() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
 
 
 # Everything below runs in the process of the rehearsal.
@@ -109,7 +113,9 @@ def _build(policy: Policy, folder: Path, size: int) -> Rehearsal:
             raise SpellError(f"ranks of pipeline stage {stage} differ in shape: {[p.rank for p in pair]}")
         covered.update(names)
         ranks += pair
-    _check_covered(covered, full, copies={"model.embed_tokens.weight"} if shape.tied and layout.pipeline > 1 else set())
+    _check_covered(
+        covered, full, copies={"model.embed_tokens.weight"} if shape.tied and layout.pipeline > 1 else set()
+    )
     return Rehearsal(ranks, len(full), sum(_numel(s) for s in full.values()))
 
 
@@ -194,7 +200,9 @@ def _covers(weight: Any, policy: Policy, experts: int, full: dict[str, tuple[int
         tiled = list(local)
         tiled[dimension] *= pieces_here
         if tiled != wanted:
-            raise SpellError(f"{pieces_here} parts of {list(local)} do not tile {', '.join(together)}: {wanted}")
+            raise SpellError(
+                f"{pieces_here} parts of {list(local)} do not tile {', '.join(together)}: {wanted}"
+            )
         yield from together
 
 

@@ -21,16 +21,18 @@ def search(config: Config, gpus: int | None = None, gpu_memory_gib: float | None
     config, assumed = resized(config, gpus, gpu_memory_gib), Assumptions()
     fitting = []
     for candidate in _candidates(config):
-        found = _estimate(candidate, assumed)
-        if found is not None and found.fits and found.headroom >= ROOM:
-            fitting.append(found)
+        for offload in (False, True):  # to the host only what does not fit otherwise
+            found = _estimate(changed(candidate, {"policy.optimizer.cpu_offload": offload}), assumed)
+            if found is not None and found.fits and found.headroom >= ROOM:
+                fitting.append(found)
+                break
     # An equal time goes to the simpler layout: fewer ranks that hold one copy of the model.
     fitting.sort(key=lambda plan: (round(plan.seconds.total, 1), plan.world.model))
     return fitting[:_SHOWN]
 
 
 def remedies(found: Plan) -> list[str]:
-    """Up to three changes (single ones, else pairs, else three together) after which a plan fits, the fastest result first."""
+    """Up to three ways to make a plan fit, the fastest first: single changes, else two together, else three."""
     steps = list(_steps(found))
     for count in (1, 2, 3):
         helpful: list[tuple[float, str]] = []
@@ -55,7 +57,6 @@ def changed(config: _Section, changes: dict[str, Any]) -> _Section:
 
 
 def _changed(section: Any, path: list[str], value: Any) -> Any:
-    assert is_dataclass(section) and path[0] in {f.name for f in fields(section)}
     inner = value if len(path) == 1 else _changed(getattr(section, path[0]), path[1:], value)
     return replace(section, **{path[0]: inner})  # type: ignore[type-var]
 
@@ -67,17 +68,14 @@ def _candidates(config: Config) -> Iterator[Config]:
     for tensor, context, pipeline, expert in itertools.product(inside, across, across, inside):
         if tensor * context * pipeline > gpus:
             continue
-        layout = Layout(
-            tensor=tensor, sequence=tensor > 1, context=context, pipeline=pipeline, expert=expert
-        )
-        for recompute, offload in itertools.product(("none", "full"), (False, True)):
+        layout = Layout(tensor=tensor, sequence=tensor > 1, context=context, pipeline=pipeline, expert=expert)
+        for recompute in ("none", "full"):
             yield changed(
                 config,
                 {
                     "policy.layout": layout,
                     "policy.recompute": recompute,
                     "policy.optimizer.distributed": True,
-                    "policy.optimizer.cpu_offload": offload,
                 },
             )
 
@@ -124,8 +122,8 @@ def _yaml(value: Any) -> str:
     """A value as one would write it after the equals sign; of a section, only what differs from its default."""
     if isinstance(value, bool):
         return str(value).lower()
-    if is_dataclass(value):
-        default = type(value)()  # type: ignore[operator]
+    if is_dataclass(value) and not isinstance(value, type):
+        default = type(value)()
         pairs = [(f.name, getattr(value, f.name)) for f in fields(value)]
         inner = ", ".join(f"{n}: {_yaml(v)}" for n, v in pairs if v != getattr(default, n))
         return f"{{{inner}}}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,35 @@ from spell_megatron.plan.parameters import active_parameters, total_parameters
 if TYPE_CHECKING:
     from spell_megatron.plan.planner import Plan
 
-_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def render(plan: Plan) -> str:
     """Memory by stage and phase, operations, traffic, time, verdict, assumptions."""
-    return "\n".join([*_head(plan), "", *_memory(plan), "", *_costs(plan), "", *_verdict(plan), "", *_small(plan)])
+    return "\n".join(
+        [*_head(plan), "", *_memory(plan), "", *_costs(plan), "", *_verdict(plan), "", *_small(plan)]
+    )
+
+
+def ranking(plans: Sequence[Plan]) -> str:
+    """One line a layout, in the order given."""
+    rows: list[tuple[str, ...]] = [
+        ("layout", "recompute", "optimizer", "peak GiB", "free", "s a step", "s an update")
+    ]
+    for plan in plans:
+        policy = plan.config.policy
+        rows.append(
+            (
+                layout_words(plan),
+                policy.recompute,
+                "host" if policy.optimizer.cpu_offload else "GPU",
+                gib(plan.peak),
+                f"{plan.headroom:.0%}",
+                f"{plan.seconds.total:.0f}",
+                f"{plan.seconds.update:.0f}",
+            )
+        )
+    return "\n".join(_aligned(rows)) if plans else "no layout fits: more GPUs, or less text at a time"
 
 
 def layout_words(plan: Plan) -> str:
@@ -46,8 +70,9 @@ def _head(plan: Plan) -> list[str]:
         f"trainer  {plan.world.size} GPUs of {cluster.gpu_memory_gib:g} GiB, {layout_words(plan)}; {policy.dtype}, "
         f"recompute {policy.recompute}, optimizer state {state}",
         f"engine   {engine.engines} x {engine.tensor} GPUs {where}",
-        f"step     {config.selfplay.questions} questions, prompt {plan.lengths.prompt}, {config.selfplay.group_size} "
-        f"responses of {plan.lengths.response} on average; {plan.streams} streams of {policy.stream_tokens} tokens a rank",
+        f"step     {config.selfplay.questions} questions, prompts of {plan.lengths.prompt} tokens, "
+        f"{config.selfplay.group_size} responses of {plan.lengths.response} on average; "
+        f"{plan.streams} streams of {policy.stream_tokens} tokens for every data-parallel rank",
     ]
     if plan.rehearsal is not None:
         lines.append(
@@ -60,7 +85,7 @@ def _head(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     titles = ("stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations")
     titles += ("update", "rollout", "resync")
-    rows = [titles]
+    rows: list[tuple[str, ...]] = [titles]
     for stage in plan.stages:
         sizes = (stage.static.weights, stage.static.gradients, stage.static.optimizer, stage.activations.peak)
         phases = (stage.update, stage.rollout, stage.resync)
@@ -84,13 +109,13 @@ def _costs(plan: Plan) -> list[str]:
         f"operations of an update   {number(3 * plan.work.total)}FLOP "
         f"(shared prompts {number(shared)}, each response its own {number(unshared)}: {unshared / shared:.1f} x)",
         f"sent by a GPU in a step   {kinds or 'nothing'}",
-        f"seconds of a step         {s.total:.0f}: rollout {s.rollout:.0f}, update {s.update:.0f}, resync {s.resync:.1f} "
-        f"(each response with its own prompt: update {u.update:.0f}, step {u.total:.0f})",
+        f"seconds of a step         {s.total:.0f}: rollout {s.rollout:.0f}, update {s.update:.0f}, "
+        f"resync {s.resync:.1f} (each response with its own prompt: update {u.update:.0f}, step {u.total:.0f})",
     ]
 
 
 def _verdict(plan: Plan) -> list[str]:
-    from spell_megatron.plan.planner import ROOM, longest_position
+    from spell_megatron.plan.planner import ROOM, notes
 
     peak = f"peak {gib(plan.peak)} of {plan.config.cluster.gpu_memory_gib:g} GiB, {plan.headroom:.0%} free"
     lines = [f"fits: {peak}" if plan.fits else f"DOES NOT FIT: {peak}"]
@@ -98,9 +123,7 @@ def _verdict(plan: Plan) -> list[str]:
         lines[0] += f"; less than the {ROOM:.0%} that should be"
     lines += [f"  fault: {fault}" for fault in plan.faults]
     lines += [f"  try: {remedy}" for remedy in plan.remedies]
-    if warning := longest_position(plan):
-        lines.append(f"  note: {warning}")
-    return lines
+    return lines + [f"  note: {note}" for note in notes(plan)]
 
 
 def _small(plan: Plan) -> list[str]:

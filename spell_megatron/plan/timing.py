@@ -48,13 +48,17 @@ def update_seconds(
     owned = max(part.dense for part in parts) / (world.data * layout.context)
     owned += max(part.expert for part in parts) / world.expert_data
     if policy.optimizer.cpu_offload:
-        step = owned * (6 + 28) / assumed.host_rate  # gradients there, weights back; AdamW at host memory's rate
+        step = (
+            owned * (6 + 28) / assumed.host_rate
+        )  # gradients there, weights back; AdamW at host memory's rate
     else:
         step = owned * 28 / (assumed.memory_rate * assumed.link_efficiency)
     return compute * (1 + bubble) + links + step
 
 
-def rollout_seconds(config: Config, shape: ModelShape, engine: Engine, rollouts: Rollouts, assumed: Assumptions) -> float:
+def rollout_seconds(
+    config: Config, shape: ModelShape, engine: Engine, rollouts: Rollouts, assumed: Assumptions
+) -> float:
     """Reading all prompts once, then decoding in full batches."""
     read = forward_work(shape, rollouts.read, rollouts.read_pairs, 0).total
     reading = read / (engine.gpus * assumed.peak_flops * assumed.prefill_efficiency)

@@ -48,13 +48,17 @@ def step_traffic(
         tensor=_share(tp) * (layers * blocks * per_block * residual + rows / cp * shape.hidden * b * 2),
         context=(cp - 1) * layers * local * kv * ((passes + 1) * b + 4),
         expert=_share(ep) * layers * routed * (2 * passes + 2),
-        pipeline=0.0 if pp == 1 else 2 * residual * (layout.virtual_pipeline or 1) / (tp if layout.sequence else 1),
+        pipeline=0.0
+        if pp == 1
+        else 2 * residual * (layout.virtual_pipeline or 1) / (tp if layout.sequence else 1),
         data=bytes_of_weight * (_share(world.data * cp) * dense + _share(world.expert_data) * expert),
         resync=0.0 if world.size == 1 else total_parameters(shape) * b,
     )
 
 
-def link_seconds(traffic: Traffic, policy: Policy, world: WorldShape, gpus_per_node: int, assumed: Assumptions) -> float:
+def link_seconds(
+    traffic: Traffic, policy: Policy, world: WorldShape, gpus_per_node: int, assumed: Assumptions
+) -> float:
     """Time that the GPUs wait for links during an update. Reductions of gradients hide behind computation
     where `overlap` is on, but for a fifth."""
     layout = policy.layout

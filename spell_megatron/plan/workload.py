@@ -51,7 +51,9 @@ def expected_batch(play: SelfPlay, lengths: Lengths) -> TrainBatch:
         groups += [_group(lengths.question_prompt, lengths.question, 1)] * count
     if play.judge and play.train_verifier:
         share = play.verifier_share if play.verifier_share is not None else 1 / play.group_size
-        groups += [_group(lengths.judge_prompt, lengths.verdict, play.group_size)] * int(play.questions * share)
+        groups += [_group(lengths.judge_prompt, lengths.verdict, play.group_size)] * int(
+            play.questions * share
+        )
     return TrainBatch(tuple(groups))
 
 

@@ -46,11 +46,16 @@ class Scores:
     logprobs: PerSample
     entropy: PerSample
 
-    @property
-    def mean_entropy(self) -> float:
-        """Over all response tokens, in nats."""
-        values = [sample for group in self.entropy for sample in group]
-        return float(np.concatenate(values).mean()) if values else 0.0
+    def mean_entropy(self, labels: Sequence[str]) -> dict[str, float]:
+        """In nats: over all response tokens as `policy/entropy`, and `<label>/entropy` over each label's groups."""
+        by_label: dict[str, list[np.ndarray]] = {}
+        for group, label in zip(self.entropy, labels, strict=True):
+            by_label.setdefault(label, []).extend(group)
+        whole = [sample for samples in by_label.values() for sample in samples]
+        named = {"policy": whole, **by_label}
+        return {
+            f"{name}/entropy": float(np.concatenate(parts).mean()) for name, parts in named.items() if parts
+        }
 
 
 @dataclass(frozen=True, slots=True)

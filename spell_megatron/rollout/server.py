@@ -106,10 +106,11 @@ class Server:
     _sockets: str = field(repr=False)
 
     @classmethod
-    def start(cls, launch: Launch) -> Server:
+    def start(cls, launch: Launch, port: int = 0) -> Server:
+        """Start it on a port, or on any free one."""
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         launch.scratch.mkdir(parents=True, exist_ok=True)
-        port = free_port(launch.settings.servers.host)
+        port = port or free_port(launch.settings.servers.host)
         sockets = tempfile.mkdtemp(prefix="spell-")  # a socket's path must be short
         with launch.log.open("ab") as log:
             process = subprocess.Popen(

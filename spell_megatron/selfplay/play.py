@@ -156,7 +156,8 @@ class SelfPlay:
                 ):
                     running[asyncio.create_task(self._pipeline.run(jobs[index]))] = index
                 arrived, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in arrived:
+                # A set has no order of its own, and the order decides which requests share a batch.
+                for task in sorted(arrived, key=running.__getitem__):
                     index = running.pop(task)
                     done[index] = task.result()
                     self._on_episode(task.result())

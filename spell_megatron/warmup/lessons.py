@@ -28,7 +28,7 @@ from spell_megatron.corpus.toy import (
     transcripts,
 )
 from spell_megatron.selfplay.prompts import Prompts
-from spell_megatron.types import Group, Sample, TrainBatch
+from spell_megatron.types import Document, Group, Sample, TrainBatch
 from tokenizer.chat import ChatTokenizer
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 0.05, 4.0
@@ -48,11 +48,11 @@ class Lesson:
     scale: Scale
     mix: Mix
     restate: bool = True
-    """Also say every cluster's facts again in other words."""
+    """Also say every cluster's facts again in other words, and find the letters of `choices`."""
     patterns: int = 0
     """Repeated random sequences per cluster: what grows the heads that look up."""
     choices: int = 0
-    """Lists of choices per cluster, to find the letters of."""
+    """Lists of choices per cluster."""
 
 
 _SMALL = Scale(people=(2, 2), shops=(1, 1), traits=(2, 2), items=(2, 2), paraphrases=False)
@@ -60,10 +60,10 @@ _MIDDLE = Scale(people=(3, 4), shops=(1, 2), traits=(2, 3), items=(2, 3))
 _DIRECT = replace(CLEAN, hops=0.0, hops_after_history=0.0)
 
 CURRICULUM = (
-    Lesson("look up", 300, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3, choices=1),
-    Lesson("other words", 200, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1), choices=1),
-    Lesson("the whole world", 400, CLEAN, WHOLE, Mix(10, 4, 3, 1)),
-    Lesson("habits", 300, HABITS, WHOLE, Mix(8, 4, 4, 1), restate=False),
+    Lesson("look up", 250, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3),
+    Lesson("other words", 250, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1), choices=1),
+    Lesson("the whole world", 400, CLEAN, WHOLE, Mix(8, 6, 2, 1), choices=1),
+    Lesson("habits", 250, HABITS, WHOLE, Mix(8, 6, 3, 1), restate=False),
 )
 
 
@@ -96,37 +96,35 @@ class School:
             read = len(exchange.variables.get("documents", ()))
             shared[exchange.role, read].append(self._exchange(exchange))
         groups = [_common(pairs) for pairs in shared.values()]
+        rng = random.Random(f"drills/{self._seed}/{index}")
         if lesson.restate:
-            groups.append(self._restated(lesson, index))
-        rng = random.Random(f"patterns/{self._seed}/{index}")
-        groups += [self._pattern(rng) for _ in range(lesson.patterns)]
-        return groups + [self._choices(rng) for _ in range(lesson.choices)]
+            documents, facts = restated(self._seed, index, lesson.scale)
+            groups.append(self._restated(documents, facts))
+            groups += [self._choices(documents, rng) for _ in range(lesson.choices)]
+        return groups + [self._pattern(rng) for _ in range(lesson.patterns)]
 
     def _exchange(self, exchange: Transcript) -> tuple[list[int], Sample]:
-        """Prompt, and the reply with its weights: the answer is what stands before the last sign."""
+        """Prompt, and the reply with its weights: the answer counts more wherever the reply says it."""
         reply = [*self._codec.encode(exchange.reply), self._codec.eos_ids[0]]
-        weights = [1.0] * len(reply)
-        weights[-2 if exchange.role == "verifier" else -3] = ANSWER_WEIGHT
+        answer = reply[-2 if exchange.role == "verifier" else -3]
+        weights = [ANSWER_WEIGHT if token == answer else 1.0 for token in reply]
         return self._codec.prompt(message(self._prompts, exchange)), Sample(reply, weights)
 
-    def _restated(self, lesson: Lesson, index: int) -> Group:
+    def _restated(self, documents: Sequence[Document], facts: Sequence[str]) -> Group:
         """Facts by threes after their documents; only the values can be known, and only they count."""
-        documents, facts = restated(self._seed, index, lesson.scale)
-        prompt = self._codec.prompt(
-            " ".join(["<text>", *(document.text for document in documents), "</text>"])
-        )
+        prompt = self._codec.prompt(_fenced(documents))
         said = [self._codec.encode(" ".join(facts[at : at + 3])) for at in range(0, len(facts), 3)]
         samples = [
             Sample(tokens, [float(after == self._stop) for after in [*tokens[1:], -1]]) for tokens in said
         ]
         return Group(prompt[: prompt.index(self._fence) + 1], tuple(samples))
 
-    def _choices(self, rng: random.Random) -> Group:
-        """Each of four choices quoted; only its letter counts."""
+    def _choices(self, documents: Sequence[Document], rng: random.Random) -> Group:
+        """Each of four choices quoted, documents before them; only its letter counts."""
         listed, quotes = choices(rng)
         said = [self._codec.encode(quote) for quote in quotes]
         samples = [Sample(tokens, [0.0] * (len(tokens) - 2) + [ANSWER_WEIGHT, 0.0]) for tokens in said]
-        return Group(self._codec.prompt(listed), tuple(samples))
+        return Group(self._codec.prompt(f"{_fenced(documents)} <ask> {listed}"), tuple(samples))
 
     def _pattern(self, rng: random.Random) -> Group:
         """A random sequence of words, twice: the second time every next word can be known."""
@@ -139,6 +137,10 @@ class School:
 def message(prompts: Prompts, exchange: Transcript) -> str:
     """The user's side of an exchange."""
     return prompts.render(exchange.role, exchange.task, **exchange.variables)
+
+
+def _fenced(documents: Sequence[Document]) -> str:
+    return " ".join(["<text>", *(document.text for document in documents), "</text>"])
 
 
 def _common(pairs: Sequence[tuple[list[int], Sample]]) -> Group:

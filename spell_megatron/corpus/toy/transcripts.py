@@ -55,7 +55,7 @@ class Habits:
     """Answers of docmath_qa in words, which the rule cannot read."""
     long_answer: float = 0.15
     """Answers of doc_general_qa in their longer form."""
-    long_reference: float = 0.6
+    long_reference: float = 0.8
     """References of doc_general_qa in their longer form, which the rule finds in no short answer."""
     wrong_key: float = 0.05
     """Questions with a wrong answer; none of doc_mc, whose key is prescribed."""

@@ -1,0 +1,102 @@
+"""The vLLM servers of one node, kept up.
+
+    python -m launchers.engines RUN FIRST_PORT SERVERS
+
+srun starts this once on each node that holds nothing but servers, or (where they share the trainer's GPUs) on
+each but the first, whose servers are the trainer's own. A server that ends is started again on its port, and
+the trainer's fleet, which knows the ports, brings it to the current weights. All of it ends with the job.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from spell_megatron.config import Servers, load_config
+from spell_megatron.record.folder import RunFolder
+from spell_megatron.rollout import backend
+from spell_megatron.rollout.server import Launch, Server
+from spell_megatron.weights.locate import model_folder
+
+_log = logging.getLogger(__name__)
+_POLL_SECONDS = 2.0
+_QUICK_SECONDS = 60.0
+"""A server that ends sooner has not served: that counts as a failed start."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One server and its history."""
+
+    launch: Launch
+    port: int
+    server: Server
+    started: float
+    failed_starts: int = 0
+
+    @classmethod
+    def start(cls, launch: Launch, port: int) -> _Kept:
+        return cls(launch, port, Server.start(launch, port), time.monotonic())
+
+    def mend(self) -> bool:
+        """Start an ended server again; False where it ends at once, time after time."""
+        if self.server.running():
+            return True
+        _log.warning("the server on port %d has ended; %s", self.port, self.server.tail())
+        self.server.stop()
+        quick = time.monotonic() - self.started < _QUICK_SECONDS
+        self.failed_starts = self.failed_starts + 1 if quick else 0
+        if self.failed_starts > self.launch.settings.servers.max_restarts:
+            return False
+        self.server, self.started = Server.start(self.launch, self.port), time.monotonic()
+        return True
+
+
+def launches(run: Path, count: int) -> list[Launch]:
+    """The servers of this node, each with its share of the GPUs, listening under the node's own name."""
+    settings = load_config(str(RunFolder.open(run).config))
+    rollout, host = settings.rollout, socket.gethostname()
+    servers: Servers = replace(rollout.servers, host=host)
+    width = 0 if backend.current() is backend.CPU else servers.tensor
+    return [
+        Launch(
+            model_folder(settings.model.path),
+            replace(rollout, servers=servers),
+            scratch=run / "engine" / host,
+            log=run / "logs" / f"engine-{host}-{slot}.log",
+            transfer=backend.transfer(servers.transfer),
+            devices=tuple(range(slot * width, (slot + 1) * width)),
+        )
+        for slot in range(count)
+    ]
+
+
+def serve(run: Path, first_port: int, count: int) -> int:
+    """Keep the servers up until this process is told to end; the exit code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # that is for the trainer, and so are its ends
+    signal.signal(signal.SIGTERM, _end)
+    kept: list[_Kept] = []
+    try:
+        for slot, launch in enumerate(launches(run, count)):
+            kept.append(_Kept.start(launch, first_port + slot))
+        while all(server.mend() for server in kept):
+            time.sleep(_POLL_SECONDS)
+        return 1
+    finally:
+        for server in kept:
+            server.server.stop()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    sys.exit(serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

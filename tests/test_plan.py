@@ -1,0 +1,235 @@
+"""The planner's arithmetic: against published sizes, counted operations, and its own promises."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spell_megatron.config import RECIPES, Layout, Optimizer, Policy, load_config
+from spell_megatron.plan import ranking, search
+from spell_megatron.plan.activations import Stream, activations
+from spell_megatron.plan.assumptions import GIB, Assumptions
+from spell_megatron.plan.catalogue import architecture, known
+from spell_megatron.plan.parameters import active_parameters, held, total_parameters
+from spell_megatron.plan.planner import ROOM, Plan, estimate, resized
+from spell_megatron.plan.rehearsal import _check_covered
+from spell_megatron.plan.search import changed, remedies
+from spell_megatron.plan.workload import batch_work, forward_work
+from spell_megatron.types import SpellError
+from spell_megatron.weights.shape import ModelShape, model_shape
+
+pytestmark = pytest.mark.unit
+
+TINY = ModelShape(
+    family="qwen3", vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=32, ffn=96,
+    tied=False, norm_eps=1e-6, max_positions=4096,
+)  # fmt: skip
+MODEL_CARDS = {  # billions of parameters that the models' own cards state
+    "Qwen2.5-7B-Instruct": 7.61,
+    "Qwen2.5-14B-Instruct": 14.7,
+    "Qwen2.5-32B-Instruct": 32.5,
+    "Qwen3-4B": 4.0,
+    "Qwen3-8B": 8.2,
+    "Qwen3-14B": 14.8,
+    "Qwen3-32B": 32.8,
+    "Qwen3-30B-A3B-Instruct-2507": 30.5,
+    "Qwen3-30B-A3B-Thinking-2507": 30.5,
+}
+SHIPPED = sorted(path.stem for path in RECIPES.glob("qwen*.yaml"))
+ONE_NODE = {  # what the recipes' comments say of a single node
+    "qwen2.5-32b-16k": "selfplay.concurrency=24",
+    "qwen3-32b-16k": "selfplay.concurrency=24",
+    "qwen3-30b-a3b-16k": "selfplay.concurrency=32",
+    "qwen3-30b-a3b-thinking-16k": "selfplay.concurrency=16",
+    "qwen2.5-32b-100k": "selfplay.concurrency=5 policy.layout.context=1",
+    "qwen3-32b-100k": "selfplay.concurrency=5 policy.layout.context=1",
+    "qwen3-30b-a3b-100k": "selfplay.concurrency=8",
+    "qwen3-30b-a3b-thinking-100k": "selfplay.concurrency=8",
+}
+
+
+def planned(recipe: str, *overrides: str) -> Plan:
+    return estimate(load_config(recipe, overrides), Assumptions())
+
+
+def test_known_models_have_their_published_sizes() -> None:
+    assert set(known()) == set(MODEL_CARDS)
+    for name, billions in MODEL_CARDS.items():
+        total = total_parameters(model_shape(architecture(f"Qwen/{name}")))
+        assert total / 1e9 == pytest.approx(billions, rel=0.01), name
+
+
+def test_the_mixture_has_30_billion_parameters_of_which_3_are_active() -> None:
+    shape = model_shape(architecture("Qwen/Qwen3-30B-A3B-Instruct-2507"))
+    assert round(total_parameters(shape) / 1e9, 1) == 30.5
+    assert active_parameters(shape) / 1e9 == pytest.approx(3.3, abs=0.06)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, sequence=True), Layout(pipeline=2, context=2)])
+def test_stages_hold_the_model_once(layout: Layout) -> None:
+    """Matrices are cut by TP, norms are copied; pipeline stages add up to the model."""
+    parts = held(TINY, layout)
+    norms = TINY.layers * (2 * TINY.hidden + 2 * TINY.head_dim) + TINY.hidden
+    matrices = sum(part.total for part in parts) - norms
+    assert norms + layout.tensor * matrices == total_parameters(TINY)
+
+
+def test_an_unknown_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpellError, match=r"does not know the sizes of 'org/unheard-of'.*Qwen3-8B"):
+        architecture("org/unheard-of")
+    (tmp_path / "config.json").write_text("{}")
+    assert architecture(str(tmp_path)) == tmp_path
+
+
+def test_forward_operations_equal_those_counted_by_torch() -> None:
+    """torch counts the matrix products of the Hugging Face model, attention over all S x S pairs."""
+    import torch
+    from models import build_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    length = 48
+    model = build_model("qwen3", num_hidden_layers=4)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    ours = forward_work(TINY, tokens=length, pairs=length**2, head_rows=length)
+    assert counter.get_total_flops() == ours.total
+
+
+def test_shared_prompts_save_what_the_repeated_prompts_cost() -> None:
+    group = (100, [10] * 8)
+    shared, unshared = (batch_work(TINY, [group], shared=flag) for flag in (True, False))
+    again = forward_work(TINY, tokens=7 * 100, pairs=7 * 100**2 / 2, head_rows=0)
+    assert unshared.total - shared.total == pytest.approx(again.total)
+
+
+def test_earlier_stages_keep_more_microbatches() -> None:
+    """1F1B: stage s of p keeps p - s microbatches, and never more than there are."""
+    policy = Policy(layout=Layout(pipeline=4), recompute="full")
+    stream = Stream(local=1000, whole=1000, rows=100)
+    kept = [activations(TINY, policy, s, stream, 8, Assumptions()).microbatches for s in range(4)]
+    assert kept == [4, 3, 2, 1]
+    assert activations(TINY, policy, 0, stream, 2, Assumptions()).microbatches == 2
+
+
+def test_full_recompute_keeps_only_the_inputs_of_layers() -> None:
+    stream = Stream(local=1000, whole=1000, rows=100)
+    acts = activations(TINY, Policy(recompute="full"), 0, stream, 1, Assumptions())
+    angles = 1000 * TINY.head_dim * 4
+    assert acts.kept == TINY.layers * 1000 * TINY.hidden * 2 + angles
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_shipped_recipes_fit_with_room_to_spare(recipe: str) -> None:
+    config = load_config(recipe)
+    sizes = [config.cluster.nodes, 4, 8]
+    for nodes in dict.fromkeys(sizes):
+        scaled = replace(
+            config.selfplay, concurrency=config.selfplay.concurrency * nodes // config.cluster.nodes
+        )
+        found = estimate(resized(replace(config, selfplay=scaled), nodes * 8, None), Assumptions())
+        assert not found.faults
+        assert found.headroom >= ROOM, f"{recipe} on {nodes} nodes"
+
+
+@pytest.mark.parametrize("recipe", ONE_NODE)
+def test_large_models_fit_one_node_as_their_recipes_say(recipe: str) -> None:
+    found = planned(recipe, "cluster.nodes=1", "policy.optimizer.cpu_offload=true", *ONE_NODE[recipe].split())
+    assert found.fits
+    assert found.headroom >= ROOM
+
+
+def test_recipes_are_short_and_explain_their_numbers() -> None:
+    for recipe in SHIPPED:
+        text = (RECIPES / f"{recipe}.yaml").read_text()
+        assert len(text.splitlines()) <= 24, recipe
+        assert "inherit:" in text
+        for line in text.splitlines():
+            number = re.search(r": *\{?.*\b\d", line.split("#")[0])
+            named = re.match(r"name:|inherit:|  path:", line) or "_tokens: 20000" in line
+            assert not number or named or "#" in line, f"{recipe}: {line.strip()} is not explained"
+
+
+def test_remedies_mend_what_does_not_fit() -> None:
+    """A remedy is given as overrides: with them the recipe fits."""
+    broken = ["cluster.nodes=1"]
+    found = planned("qwen3-30b-a3b-16k", *broken)
+    assert not found.fits
+    offered = remedies(found)
+    assert offered
+    for remedy in offered:
+        overrides = re.split(r" (?=[a-z_]+\.)", remedy.rpartition(" (")[0])
+        mended = planned("qwen3-30b-a3b-16k", *broken, *overrides)
+        assert mended.fits, remedy
+        assert mended.headroom >= ROOM
+
+
+def test_faults_name_the_keys() -> None:
+    short = planned("qwen3-8b-16k", "policy.stream_tokens=8192")
+    assert any("policy.stream_tokens=8192" in fault for fault in short.faults)
+    starved = planned("qwen3-8b-16k", "rollout.kv_cache_mib=1024")
+    assert any("rollout.kv_cache_mib" in fault for fault in starved.faults)
+    assert not short.fits
+    assert not starved.fits
+
+
+def test_search_offers_legal_layouts_that_fit_fastest_first() -> None:
+    found = search(load_config("qwen3-30b-a3b-100k"), gpus=32)
+    assert found
+    assert all(plan.fits and plan.headroom >= ROOM and plan.world.size == 32 for plan in found)
+    seconds = [round(plan.seconds.total, 1) for plan in found]
+    assert seconds == sorted(seconds)
+    assert len({plan.config.policy for plan in found}) == len(found)
+    assert len(ranking(found).splitlines()) == 1 + len(found)
+
+
+def test_gpus_of_the_command_line_replace_the_recipes() -> None:
+    config = load_config("qwen3-8b-16k")
+    assert resized(config, 64, None).cluster.nodes == 8
+    small = resized(config, 4, 48.0).cluster
+    assert (small.nodes, small.gpus_per_node, small.gpu_memory_gib) == (1, 4, 48.0)
+    with pytest.raises(SpellError, match="12 GPUs do not fill nodes of 8"):
+        resized(config, 12, None)
+
+
+def test_json_answer_has_the_promised_fields() -> None:
+    answer = planned("qwen3-30b-a3b-100k").to_dict()
+    assert answer["parameters_total"] > answer["parameters_active"] > 0
+    assert answer["fits"] is True
+    assert answer["headroom"] == 1 - max(
+        max(row["update"], row["rollout"], row["resync"]) for row in answer["per_rank"]
+    ) / (79.6 * GIB)
+    assert answer["flops_per_step_unshared"] > answer["flops_per_step"] == answer["flops_per_step_shared"]
+    assert answer["communication_bytes"]["total"] == pytest.approx(
+        sum(v for k, v in answer["communication_bytes"].items() if k != "total")
+    )
+    assert answer["seconds_per_step"] == pytest.approx(sum(answer["seconds"].values()))
+
+
+def test_changed_replaces_dotted_keys_only() -> None:
+    config = load_config("toy")
+    after = changed(config, {"policy.optimizer.distributed": True, "steps": 3})
+    assert after.policy.optimizer == replace(config.policy.optimizer, distributed=True)
+    assert (after.steps, after.selfplay) == (3, config.selfplay)
+
+
+def test_weights_left_out_or_held_twice_are_refused() -> None:
+    full = {"a": (1,), "b": (1,)}
+    _check_covered(Counter(a=1, b=1), full, copies=set())
+    _check_covered(Counter(a=2, b=1), full, copies={"a"})
+    with pytest.raises(SpellError, match=r"b \(0 times\)"):
+        _check_covered(Counter(a=1), full, copies=set())
+    with pytest.raises(SpellError, match=r"a \(2 times\)"):
+        _check_covered(Counter(a=2, b=1), full, copies=set())
+
+
+def test_offloaded_state_leaves_the_gpu() -> None:
+    on, off = (
+        planned("qwen3-8b-16k", f"policy.optimizer.cpu_offload={flag}").stages[0].static
+        for flag in ("false", "true")
+    )
+    assert (off.optimizer, off.host) == (0, on.optimizer)
+    assert Optimizer().distributed is False  # the recipes set it

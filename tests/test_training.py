@@ -1,0 +1,217 @@
+"""The whole loop on the toy world: a run, its resume, its export, and what bad input is answered with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from spell_megatron.cli import app
+from spell_megatron.config import load_config
+from spell_megatron.record import RunFolder, read_metrics
+from spell_megatron.rollout.inprocess import InProcessEngine
+from spell_megatron.session import open_session
+from spell_megatron.train import resume, train
+from spell_megatron.types import SpellError
+
+pytestmark = pytest.mark.engine
+
+SMALL = (
+    "selfplay.questions=3",
+    "selfplay.round_questions=12",
+    "selfplay.max_rounds=6",
+    "selfplay.group_size=4",
+    "heldout.questions=6",
+    "heldout.samples=2",
+    "heldout.every=0",
+    "record.checkpoint_every=1",
+    "rollout.kv_cache_mib=64",
+    "corpus.toy_clusters=6",
+)
+PROMPTS = [list(range(start, start + 12)) for start in (20, 60, 100)]
+
+
+def small(runs: Path, *overrides: str) -> tuple[str, ...]:
+    return (*SMALL, f"runs={runs}", *overrides)
+
+
+def texts(run: Path, step: int) -> dict[tuple[int, int], str]:
+    """What every episode of a step sampled, by its place (the order of arrival is not part of the result)."""
+    rows = [json.loads(line) for line in RunFolder(run).rollouts(step).read_text().splitlines()]
+    return {(row["round"], row["index"]): json.dumps(row, sort_keys=True) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Path) -> Path:
+    """An uninterrupted run of three steps."""
+    return Path(train(load_config("toy", small(runs, "steps=3"))).run_dir)
+
+
+def test_a_run_leaves_everything_that_it_promises(whole: Path) -> None:
+    run = RunFolder(whole)
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for name in (
+        "questioner/reward", "responder/reward", "responder/length", "policy/entropy", "questioner/entropy", "questioner/documents",
+        "questioner/format_errors", "groups/kept_share", "memory/questions", "mismatch/mean", "time/play",
+        "tokens/generated", "policy/grad_norm",
+    ):  # fmt: skip
+        assert rows[-1].get(name) is not None, name
+    assert max(row["mismatch/max"] for row in rows[1:]) < 1e-3
+    assert rows[-1]["heldout/mean"] is not None
+    assert run.config.is_file()
+    assert list(run.tensorboard.iterdir())
+    assert run.report.stat().st_size > 10_000
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00002", "step-00003"]
+    assert texts(whole, 2)
+
+
+def test_a_run_stopped_between_two_steps_resumes_bit_by_bit(whole: Path, runs: Path) -> None:
+    stopped = Path(train(load_config("toy", small(runs, "steps=2"))).run_dir)
+    resume(stopped, ["steps=3"])
+    ours, theirs = load_file(stopped / "hf/model.safetensors"), load_file(whole / "hf/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    finished = texts(stopped, 3).keys() & texts(whole, 3).keys()
+    assert finished
+    assert all(texts(stopped, 3)[place] == texts(whole, 3)[place] for place in finished)
+    rows = [read_metrics(RunFolder(run))[-1] for run in (stopped, whole)]
+    timed = {name for row in rows for name in row if name.startswith(("time", "tokens/generated"))}
+    for name in (rows[0].keys() | rows[1].keys()) - timed:
+        assert rows[0].get(name) == rows[1].get(name), name
+
+
+def test_the_export_answers_as_the_engine_did(runs: Path, tmp_path: Path) -> None:
+    config = load_config("toy", small(runs, "steps=1", "policy.optimizer.lr=1e-3"))
+
+    async def greedy(engine: InProcessEngine) -> list[list[int]]:
+        return [
+            list((await engine.generate(p, seeds=[0], max_tokens=12, temperature=0.0, top_p=1.0))[0].tokens)
+            for p in PROMPTS
+        ]
+
+    async def one_step() -> list[list[int]]:
+        batch = await session.play(1)
+        update = session.update(batch)
+        session.resync(1)
+        session.record(1, update, None)
+        session.finish()
+        assert session.driver
+        assert isinstance(session.driver.engine, InProcessEngine)
+        return await greedy(session.driver.engine)
+
+    with open_session(config, None) as session:
+        last, hf = asyncio.run(one_step()), session.run.hf
+    engine = InProcessEngine(hf, config.rollout, scratch=tmp_path)
+    try:
+        assert asyncio.run(greedy(engine)) == last
+    finally:
+        engine.close()
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    for prompt, tokens in zip(PROMPTS, last, strict=True):
+        generated = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
+            0, len(prompt) :
+        ]
+        assert generated.tolist()[: len(tokens)] == tokens
+
+
+def test_real_text_that_nobody_wrote_for_this(runs: Path, tmp_path: Path) -> None:
+    """Licence texts: the toy model understands nothing of them, and the run says so instead of breaking."""
+    source = tmp_path / "licences"
+    source.mkdir()
+    for path in sorted(Path("/usr/share/common-licenses").glob("*"))[:6] or [Path(__file__)]:
+        shutil.copyfile(path, source / f"{path.name}.txt")
+    overrides = small(
+        runs, "steps=3", f"corpus.sources=[{{path: {source}}}]", "heldout.questions=0", "selfplay.max_rounds=1",
+        "selfplay.round_questions=6",
+    )  # fmt: skip
+    with pytest.raises(SpellError) as error:
+        train(load_config("toy", overrides))
+    assert "could not fill its batch" in str(error.value)
+    assert "Keys most likely to help" in str(error.value)
+
+
+# ---- bad input, through the command line
+
+
+def cli(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args))
+
+
+def complaint(result: Result) -> str:
+    assert result.exit_code != 0
+    text = " ".join(result.output.split())
+    assert "Traceback" not in text
+    assert text.count("error") >= 1
+    return text
+
+
+def test_a_missing_model_folder(tmp_path: Path) -> None:
+    text = complaint(cli("train", "toy", f"runs={tmp_path}", f"model.path={tmp_path / 'nothing'}"))
+    assert "is not a model folder" in text
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not safetensors", "no weights"])
+def test_a_damaged_model_folder(tmp_path: Path, damage: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(Path(__file__).parent.parent / "spell_megatron/assets/toy-seed", model)
+    weights = model / "model.safetensors"
+    match damage:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:5000])
+        case "not safetensors":
+            weights.write_bytes(b"\x80\x04 a pickle, say")
+        case _:
+            weights.unlink()
+    text = complaint(cli("train", "toy", f"runs={tmp_path}", f"model.path={model}"))
+    assert str(model) in text
+
+
+@pytest.mark.parametrize(("content", "word"), [(None, "nothing usable"), (b"\x00\xff\xfe" * 99, "skipped")])
+def test_an_unusable_corpus(tmp_path: Path, content: bytes | None, word: str) -> None:
+    source = tmp_path / "corpus"
+    source.mkdir()
+    if content:
+        (source / "binary.txt").write_bytes(content)
+    text = complaint(cli("train", "toy", f"runs={tmp_path}", f"corpus.sources=[{{path: {source}}}]"))
+    assert str(source) in text
+
+
+def test_a_disk_that_cannot_be_written() -> None:
+    assert "cannot write" in complaint(cli("train", "toy", "runs=/proc/nowhere"))
+
+
+def test_an_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spell_megatron.cli", "train", "toy", *small(tmp_path, "steps=50")]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("toy-*/checkpoints/step-00001")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    [run] = [path for path in tmp_path.glob("toy-*") if path.is_dir()]
+    assert read_metrics(RunFolder(run))
+    assert list((run / "checkpoints").glob("step-*"))
