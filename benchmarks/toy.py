@@ -30,8 +30,12 @@ _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.36
 """97.5 % quantile of Student's t by number of runs."""
 
 
+_ASK = ("steps=1", "selfplay.questions=120", "selfplay.round_questions=240", "heldout.questions=0")
+"""One step that asks the untrained model many questions: its roles are measured on what came before the update."""
+
+
 def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """One run of the recipe; what `train --json` says, and the roles' truthfulness in its steps."""
+    """One run of the recipe: what `train --json` says, and the roles' truthfulness in the last step."""
     command = [
         sys.executable,
         "-m",
@@ -47,9 +51,7 @@ def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     folder = RunFolder.open(Path(result["run_dir"]))
     rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     result["heldout"] = {row["step"]: row["heldout/mean"] for row in rows if "heldout/mean" in row}
-    result["roles"] = {
-        when: roles(Journal(folder, step).read()) for when, step in (("first", 1), ("last", result["steps"]))
-    }
+    result["roles"] = roles(Journal(folder, result["steps"]).read())
     return result
 
 
@@ -104,10 +106,12 @@ def main(
     for step in results[0]["heldout"]:
         curve.add_row(str(step), *(f"{result['heldout'].get(step, math.nan):.3f}" for result in results))
     console.print(curve)
-    shares = Table("share", "first step", "last step")
-    for name in results[0]["roles"]["first"]:
+    start = run(0, [*(overrides or []), *_ASK])["roles"]
+    summary["roles"] = {"before": start, "after": [result["roles"] for result in results]}
+    shares = Table("share", "before", "last step")
+    for name, share in start.items():
         shares.add_row(
-            name, *(f"{fmean(r['roles'][w].get(name, 0.0) for r in results):.2f}" for w in ("first", "last"))
+            name, f"{share:.2f}", f"{fmean(result['roles'].get(name, 0.0) for result in results):.2f}"
         )
     console.print(shares)
     if as_json:

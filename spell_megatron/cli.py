@@ -189,13 +189,15 @@ def plan(
     from spell_megatron.config import load_config
 
     config = load_config(recipe, overrides or [])
-    one_or_more = planner.search if search else planner.plan
-    found = one_or_more(config, gpus, gpu_memory)
-    plans = found if isinstance(found, list) else [found]
-    for one in plans:
-        sys.stdout.write(one.table() + "\n")
+    if search:
+        plans = planner.search(config, gpus, gpu_memory)
+        text, found = planner.ranking(plans), {"plans": [one.to_dict() for one in plans]}
+    else:
+        one = planner.plan(config, gpus, gpu_memory)
+        text, found = one.table(), one.to_dict()
+    sys.stdout.write(text + "\n")
     if json:
-        _print_json({"plans": [one.to_dict() for one in plans]} if search else plans[0].to_dict())
+        _print_json(found)
 
 
 @command

@@ -151,7 +151,7 @@ def _cluster() -> list[Finding]:
             "ok" if nemo else "missing",
             nemo or "-",
             False,
-            "" if nemo else "`launch` cannot submit: pip install '.[launch]'",
+            "" if nemo else "`launch` cannot submit: pip install --no-deps -r requirements/launch.lock",
         ),
     ]
 

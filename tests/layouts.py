@@ -242,7 +242,7 @@ def launch(world: int, names: list[str]) -> list[Result]:
 
 def table(results: list[Result]) -> str:
     lines = [
-        "| layout | model | prompts | ranks | loss | log-probs | gradients | gradient norm | AdamW step | HF round trip |",
+        "| layout | model | prompts | ranks | loss | log-probs | gradients | norm | AdamW step | HF round trip |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:

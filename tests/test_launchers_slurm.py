@@ -175,7 +175,10 @@ def test_the_trainer_is_told_where_the_engine_nodes_serve(
     assert launch("toy", [f"runs={tmp_path}", "steps=2", HERE, *nodes], "slurm", "cpu") == 0
     (text,) = attempts(tmp_path)
     assert steps(text) == [1, 2]
-    assert """told ['rollout.servers.host=n1', 'rollout.servers.urls=["http://n2:8100"]']""" in text
+    assert (
+        """told ['rollout.servers.count=0', 'rollout.servers.host=n1', 'rollout.servers.urls=["http://n2:8100"]']"""
+        in text
+    )
     (engines,) = tmp_path.glob("*/logs/engines-*.log")
     (run,) = tmp_path.glob("toy-*")
     if cluster.own_names:

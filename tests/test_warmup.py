@@ -71,7 +71,9 @@ def test_every_exchange_is_there_with_its_weights(codec: ChatTokenizer) -> None:
     batch: TrainBatch = next(School(codec, 4).batches(LESSON, 20_000))
     found = {tuple(tokens): weights for tokens, weights in sequences(batch.groups)}
     prompts = Prompts("short")
-    for exchange in itertools.chain(*(transcripts(4, i, habits=LESSON.habits, mix=LESSON.mix) for i in range(5))):
+    for exchange in itertools.chain(
+        *(transcripts(4, i, habits=LESSON.habits, mix=LESSON.mix) for i in range(5))
+    ):
         prompt = codec.prompt(message(prompts, exchange))
         reply = [*codec.encode(exchange.reply), codec.eos_ids[0]]
         weights = found[(*prompt, *reply)]

@@ -27,7 +27,7 @@ def convert(model: bytes, model_max_length: int) -> PreTrainedTokenizerFast:
     Raises SpellError where the model is not unigram with identity normalization and byte fallback:
     other models have no exact counterpart here.
     """
-    proto = schema.ModelProto.FromString(model)
+    proto = schema.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at import
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.UNIGRAM or not trainer.byte_fallback or normalizer.name != "identity":
         raise SpellError(

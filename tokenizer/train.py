@@ -68,7 +68,7 @@ def train(texts: Iterable[str], keep: Sequence[str], vocab_size: int) -> bytes:
 
 def _as_ordinary(model: bytes) -> bytes:
     """Turn user defined symbols into ordinary pieces that always win."""
-    proto = schema.ModelProto.FromString(model)
+    proto = schema.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at import
     for piece in proto.pieces:
         if piece.type == piece.USER_DEFINED:
             piece.type, piece.score = piece.NORMAL, _KEPT_SCORE

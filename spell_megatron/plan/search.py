@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+import yaml
+
 from spell_megatron.config import Config, Layout
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.planner import ROOM, Plan, estimate, resized
@@ -120,11 +122,17 @@ def _estimate(config: Config, assumed: Assumptions) -> Plan | None:
 
 def _yaml(value: Any) -> str:
     """A value as one would write it after the equals sign; of a section, only what differs from its default."""
-    if isinstance(value, bool):
-        return str(value).lower()
     if is_dataclass(value) and not isinstance(value, type):
         default = type(value)()
-        pairs = [(f.name, getattr(value, f.name)) for f in fields(value)]
-        inner = ", ".join(f"{n}: {_yaml(v)}" for n, v in pairs if v != getattr(default, n))
-        return f"{{{inner}}}"
-    return str(value)
+        names = [f.name for f in fields(value)]
+        value = {n: getattr(value, n) for n in names if getattr(value, n) != getattr(default, n)}
+    plain = (
+        {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
+    return (
+        yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=1000)
+        .removesuffix("...\n")
+        .strip()
+    )

@@ -83,7 +83,15 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    titles = ("stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations")
+    titles: tuple[str, ...] = (
+        "stage",
+        "layers",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+    )
     titles += ("update", "rollout", "resync")
     rows: list[tuple[str, ...]] = [titles]
     for stage in plan.stages:

@@ -172,6 +172,28 @@ def undisturbed(scratch: Path) -> Iterator[None]:
         _restore_environment(environment)
 
 
+@contextmanager
+def process_group_kept() -> Iterator[None]:
+    """Let an engine stop without taking the process's default group along.
+
+    vLLM's core ends every group of its process, the trainer's too (v1/engine/core.py:839). Inside this block
+    it ends its own alone.
+    """
+    from vllm.distributed import parallel_state
+
+    def destroy_own_groups() -> None:
+        if parallel_state._WORLD:
+            parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+    original = parallel_state.destroy_distributed_environment
+    parallel_state.destroy_distributed_environment = destroy_own_groups
+    try:
+        yield
+    finally:
+        parallel_state.destroy_distributed_environment = original
+
+
 def _restore_environment(before: Mapping[str, str]) -> None:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]

@@ -259,14 +259,7 @@ class InProcessEngine:
         if self._fault == "it is closed":
             return
         self._fail("it is closed")
-        self._llm.engine_core.shutdown()
+        with contextlib.nullcontext() if self._owns_process_group else backend.process_group_kept():
+            self._llm.engine_core.shutdown()
         del self._llm
         gc.collect()
-        if self._owns_process_group:
-            from vllm.distributed.parallel_state import (
-                destroy_distributed_environment,
-                destroy_model_parallel,
-            )
-
-            destroy_model_parallel()
-            destroy_distributed_environment()

@@ -1,0 +1,39 @@
+# The GPU image of spell-megatron. The tests have no GPU and no CUDA toolkit, so this cannot be built there: they
+# compare the versions below with requirements/cpu.lock, and the build itself is untested.
+#
+#   docker build --tag spell-megatron:latest .
+#   enroot import --output spell-megatron.sqsh dockerd://spell-megatron:latest
+
+ARG CUDA=13.0.1
+FROM nvidia/cuda:${CUDA}-cudnn-devel-ubuntu24.04
+
+ARG TORCH=2.13.0
+ARG VLLM=0.32.0
+# Fused layers and FP8; the learner runs on plain torch without it. Empty leaves it out.
+ARG TRANSFORMER_ENGINE=2.20.2
+
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends python3.12 python3.12-dev python3.12-venv git ninja-build \
+ && rm -rf /var/lib/apt/lists/*
+
+RUN python3.12 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+
+WORKDIR /opt/spell-megatron
+COPY requirements requirements
+
+# vLLM brings the CUDA builds of torch's family. Everything that the lock names gets the lock's version.
+RUN grep --invert-match --extended-regexp '^(torch|vllm)' requirements/cpu.lock > /tmp/constraints.txt \
+ && pip install --no-cache-dir --constraint /tmp/constraints.txt "torch==${TORCH}" "vllm==${VLLM}" \
+      megatron-core transformers setuptools wheel
+
+RUN test -z "${TRANSFORMER_ENGINE}" \
+ || NVTE_FRAMEWORK=pytorch pip install --no-cache-dir --no-build-isolation --constraint /tmp/constraints.txt \
+      "transformer-engine[pytorch]==${TRANSFORMER_ENGINE}"
+
+COPY . .
+RUN pip install --no-cache-dir --constraint /tmp/constraints.txt --no-build-isolation .
+
+# A job's ranks start in a folder of the run, with this Python.
+WORKDIR /
+CMD ["spell-megatron", "doctor"]
