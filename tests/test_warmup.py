@@ -12,14 +12,14 @@ import torch
 from spell_megatron.corpus.toy import transcripts
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import Group, TrainBatch
-from spell_megatron.warmup.lessons import ANSWER_WEIGHT, CURRICULUM, PROMPT_WEIGHT, School, message
+from spell_megatron.warmup.lessons import ANSWER_WEIGHT, PRACTICE, PROMPT_WEIGHT, SCHOOL, School, message
 from spell_megatron.warmup.newborn import newborn
 from tokenizer.chat import ChatTokenizer
 
 pytestmark = pytest.mark.unit
 
 SHIPPED = Path(__file__).parents[1] / "spell_megatron" / "assets" / "toy-seed"
-LESSON = replace(CURRICULUM[-1], steps=3)
+LESSON = replace(PRACTICE[-1], steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_documents_are_computed_once_for_all_their_exchanges(codec: ChatTokenize
     assert shared < 0.5 * alone
 
 
-@pytest.mark.parametrize("lesson", CURRICULUM, ids=lambda lesson: lesson.name)
+@pytest.mark.parametrize("lesson", [*SCHOOL, *PRACTICE], ids=lambda lesson: lesson.name)
 def test_every_lesson_teaches_something_that_can_be_known(codec: ChatTokenizer, lesson) -> None:
     batch = next(School(codec, 4).batches(replace(lesson, steps=1), 2048))
     for group in batch.groups:

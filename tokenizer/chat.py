@@ -61,7 +61,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, nothing added."""
-        return list(self._hf.encode(text, add_special_tokens=False))
+        return list(self._hf.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, tokens: Tokens) -> str:
         return str(self._hf.decode(list(tokens), skip_special_tokens=True))

@@ -59,11 +59,14 @@ _SMALL = Scale(people=(2, 2), shops=(1, 1), traits=(2, 2), items=(2, 2), paraphr
 _MIDDLE = Scale(people=(3, 4), shops=(1, 2), traits=(2, 3), items=(2, 3))
 _DIRECT = replace(CLEAN, hops=0.0, hops_after_history=0.0)
 
-CURRICULUM = (
-    Lesson("look up", 250, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3),
-    Lesson("other words", 250, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1), choices=1),
-    Lesson("the whole world", 400, CLEAN, WHOLE, Mix(8, 6, 2, 1), choices=1),
-    Lesson("habits", 250, HABITS, WHOLE, Mix(8, 6, 3, 1), restate=False),
+SCHOOL = (
+    Lesson("look up", 300, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3),
+    Lesson("other words", 200, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1), choices=1),
+    Lesson("the whole world", 200, CLEAN, WHOLE, Mix(10, 4, 3, 1), choices=1),
+)
+PRACTICE = (
+    Lesson("all roles", 100, CLEAN, WHOLE, Mix(8, 6, 3, 1), choices=1),
+    Lesson("habits", 200, HABITS, WHOLE, Mix(8, 6, 3, 1), restate=False),
 )
 
 

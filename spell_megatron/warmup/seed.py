@@ -19,7 +19,7 @@ from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import TrainBatch
-from spell_megatron.warmup.lessons import CURRICULUM, Lesson, School, message
+from spell_megatron.warmup.lessons import PRACTICE, SCHOOL, Lesson, School, message
 from spell_megatron.warmup.newborn import newborn
 from tokenizer.chat import ChatTokenizer
 from tokenizer.convert import save
@@ -32,31 +32,28 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What the seed model is taught, and how; with a seed it settles every weight."""
+class Term:
+    """Lessons under one learning rate: linear warm-up, then cosine decay over `decay_steps`."""
 
-    lessons: tuple[Lesson, ...] = CURRICULUM
-    tokens: int = 4096
-    """Tokens of one update."""
-    lr: float = 3e-3
-    vocabulary: int = 1024
-    """Upper bound of the tokenizer's size."""
+    lessons: tuple[Lesson, ...]
+    lr: float
+    decay_steps: int
+    """May be more than the term has: it then ends at a rate still high."""
 
     @property
     def steps(self) -> int:
         return sum(lesson.steps for lesson in self.lessons)
 
-    @property
-    def policy(self) -> Policy:
-        optimizer = Optimizer(
-            lr=self.lr,
-            warmup_steps=min(100, self.steps // 4),
-            decay_steps=self.steps,
-            min_lr=self.lr / 30,
-            betas=(0.9, 0.95),
-            weight_decay=0.05,
-        )
-        return Policy(dtype="float32", stream_tokens=2 * self.tokens, optimizer=optimizer)
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the seed model is taught, and how; with a seed it settles every weight."""
+
+    terms: tuple[Term, ...] = (Term(SCHOOL, 3e-3, 1200), Term(PRACTICE, 1.5e-3, 300))
+    tokens: int = 4096
+    """Tokens of one update."""
+    vocabulary: int = 1024
+    """Upper bound of the tokenizer's size."""
 
 
 RECIPE = Recipe()
@@ -69,24 +66,41 @@ def make_seed_model(
 
     `report` is told how far it is, as text. About a quarter of an hour on two CPU cores.
     """
+    digest = hashlib.sha256()
     with TemporaryDirectory() as scratch:
-        birth = Path(scratch) / "newborn"
-        _be_born(birth, seed, recipe)
+        model = Path(scratch) / "newborn"
+        _be_born(model, seed, recipe)
+        school = School(ChatTokenizer.load(model), seed)
         world = start_world(Layout(), seed=seed, timeout_seconds=600)
         try:
-            learner = Learner(recipe.policy, birth, world)
-            digest = _teach(learner, School(ChatTokenizer.load(birth), seed), recipe, report)
-            learner.save_hf(folder)
+            for number, term in enumerate(recipe.terms, start=1):
+                learner = Learner(_policy(term, recipe), model, world)
+                _teach(learner, school, term, recipe, digest, report)
+                last = number == len(recipe.terms)
+                model = folder if last else Path(scratch) / f"term-{number}"
+                learner.save_hf(model)
         finally:
             stop_world()
     provenance = {
         "command": f"spell-megatron seed-model OUT --seed {seed}",
         "seed": seed,
-        "lessons_sha256": digest,
+        "lessons_sha256": digest.hexdigest(),
         "recipe": asdict(recipe),
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def _policy(term: Term, recipe: Recipe) -> Policy:
+    optimizer = Optimizer(
+        lr=term.lr,
+        warmup_steps=min(100, term.steps // 4),
+        decay_steps=term.decay_steps,
+        min_lr=term.lr / 30,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+    )
+    return Policy(dtype="float32", stream_tokens=2 * recipe.tokens, optimizer=optimizer)
 
 
 def _be_born(folder: Path, seed: int, recipe: Recipe) -> None:
@@ -97,18 +111,24 @@ def _be_born(folder: Path, seed: int, recipe: Recipe) -> None:
     GenerationConfig(eos_token_id=list(codec.eos_ids)).save_pretrained(folder)
 
 
-def _teach(learner: Learner, school: School, recipe: Recipe, report: Callable[[str], None]) -> str:
-    """All lessons; returns the SHA-256 of their tokens and weights."""
-    digest, step = hashlib.sha256(), 0
-    for lesson in recipe.lessons:
+def _teach(
+    learner: Learner,
+    school: School,
+    term: Term,
+    recipe: Recipe,
+    digest: hashlib._Hash,
+    report: Callable[[str], None],
+) -> None:
+    """The lessons of a term; `digest` takes in their tokens and weights."""
+    step = 0
+    for lesson in term.lessons:
         for batch in school.batches(lesson, recipe.tokens):
             digest.update(_bytes(batch))
             update = learner.update(batch)
             step += 1
             if step % _REPORT_EVERY == 0:
                 nats = _surprise(batch, update)
-                report(f"{lesson.name}: step {step} of {recipe.steps}, {nats:.3f} nats a token")
-    return digest.hexdigest()
+                report(f"{lesson.name}: step {step} of {term.steps}, {nats:.3f} nats a token")
 
 
 def _train_tokenizer(seed: int, size: int) -> bytes:

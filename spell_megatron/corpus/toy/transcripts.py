@@ -55,7 +55,7 @@ class Habits:
     """Answers of docmath_qa in words, which the rule cannot read."""
     long_answer: float = 0.15
     """Answers of doc_general_qa in their longer form."""
-    long_reference: float = 0.8
+    long_reference: float = 0.6
     """References of doc_general_qa in their longer form, which the rule finds in no short answer."""
     wrong_key: float = 0.05
     """Questions with a wrong answer; none of doc_mc, whose key is prescribed."""
@@ -66,7 +66,7 @@ class Habits:
     """The same where earlier questions are remembered: a harder question is asked for."""
 
 
-HABITS = Habits()
+HABITS = Habits(long_reference=0.8)
 """What the seed model leaves school with."""
 CLEAN = Habits(hasty=0.0, slip=0.0, wrong_key=0.0, wrong_verdict=0.0)
 """Careful and right: what the first part of the lessons shows."""
