@@ -12,7 +12,16 @@ import torch
 from spell_megatron.corpus.toy import transcripts
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import Group, TrainBatch
-from spell_megatron.warmup.lessons import ANSWER_WEIGHT, PRACTICE, PROMPT_WEIGHT, SCHOOL, School, message
+from spell_megatron.warmup.lessons import (
+    ANSWER_WEIGHT,
+    LAST,
+    POLISH,
+    PRACTICE,
+    PROMPT_WEIGHT,
+    SCHOOL,
+    School,
+    message,
+)
 from spell_megatron.warmup.newborn import newborn
 from tokenizer.chat import ChatTokenizer
 
@@ -90,7 +99,7 @@ def test_documents_are_computed_once_for_all_their_exchanges(codec: ChatTokenize
     assert shared < 0.5 * alone
 
 
-@pytest.mark.parametrize("lesson", [*SCHOOL, *PRACTICE], ids=lambda lesson: lesson.name)
+@pytest.mark.parametrize("lesson", [*SCHOOL, *PRACTICE, *LAST, *POLISH], ids=lambda lesson: lesson.name)
 def test_every_lesson_teaches_something_that_can_be_known(codec: ChatTokenizer, lesson) -> None:
     batch = next(School(codec, 4).batches(replace(lesson, steps=1), 2048))
     for group in batch.groups:

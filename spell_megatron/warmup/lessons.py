@@ -49,6 +49,8 @@ class Lesson:
     mix: Mix
     restate: bool = True
     """Also say every cluster's facts again in other words, and find the letters of `choices`."""
+    verbatim: bool = False
+    """Also copy every document: a questioner has to note what is there, not what could be."""
     patterns: int = 0
     """Repeated random sequences per cluster: what grows the heads that look up."""
     choices: int = 0
@@ -65,8 +67,15 @@ SCHOOL = (
     Lesson("the whole world", 200, CLEAN, WHOLE, Mix(10, 4, 3, 1), choices=1),
 )
 PRACTICE = (
-    Lesson("all roles", 100, CLEAN, WHOLE, Mix(8, 6, 3, 1), choices=1),
-    Lesson("habits", 200, HABITS, WHOLE, Mix(8, 6, 3, 1), restate=False),
+    Lesson("all roles", 350, CLEAN, WHOLE, Mix(6, 6, 3, 1, 3), choices=1),
+    Lesson("habits", 250, HABITS, WHOLE, Mix(6, 6, 3, 1, 3), restate=False),
+)
+LAST = (
+    Lesson("copying", 150, CLEAN, WHOLE, Mix(4, 8, 2, 1, 4), verbatim=True),
+    Lesson("habits again", 150, HABITS, WHOLE, Mix(6, 8, 3, 1, 4), verbatim=True),
+)
+POLISH = (
+    Lesson("true keys", 200, replace(HABITS, wrong_key=0.0), WHOLE, Mix(4, 10, 2, 1, 3), verbatim=True),
 )
 
 
@@ -104,6 +113,8 @@ class School:
             documents, facts = restated(self._seed, index, lesson.scale)
             groups.append(self._restated(documents, facts))
             groups += [self._choices(documents, rng) for _ in range(lesson.choices)]
+            if lesson.verbatim:
+                groups.append(self._verbatim(documents))
         return groups + [self._pattern(rng) for _ in range(lesson.patterns)]
 
     def _exchange(self, exchange: Transcript) -> tuple[list[int], Sample]:
@@ -120,6 +131,13 @@ class School:
         samples = [
             Sample(tokens, [float(after == self._stop) for after in [*tokens[1:], -1]]) for tokens in said
         ]
+        return Group(prompt[: prompt.index(self._fence) + 1], tuple(samples))
+
+    def _verbatim(self, documents: Sequence[Document]) -> Group:
+        """Each document once more, after all of them; its first token cannot be known."""
+        prompt = self._codec.prompt(_fenced(documents))
+        copies = [self._codec.encode(document.text) for document in documents]
+        samples = [Sample(tokens, [0.0] + [1.0] * (len(tokens) - 1)) for tokens in copies]
         return Group(prompt[: prompt.index(self._fence) + 1], tuple(samples))
 
     def _choices(self, documents: Sequence[Document], rng: random.Random) -> Group:

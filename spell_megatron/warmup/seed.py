@@ -19,7 +19,7 @@ from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import TrainBatch
-from spell_megatron.warmup.lessons import PRACTICE, SCHOOL, Lesson, School, message
+from spell_megatron.warmup.lessons import LAST, POLISH, PRACTICE, SCHOOL, Lesson, School, message
 from spell_megatron.warmup.newborn import newborn
 from tokenizer.chat import ChatTokenizer
 from tokenizer.convert import save
@@ -49,7 +49,12 @@ class Term:
 class Recipe:
     """What the seed model is taught, and how; with a seed it settles every weight."""
 
-    terms: tuple[Term, ...] = (Term(SCHOOL, 3e-3, 1200), Term(PRACTICE, 1.5e-3, 300))
+    terms: tuple[Term, ...] = (
+        Term(SCHOOL, 3e-3, 1200),
+        Term(PRACTICE, 2e-3, 600),
+        Term(LAST, 2e-3, 300),
+        Term(POLISH, 2e-3, 200),
+    )
     tokens: int = 4096
     """Tokens of one update."""
     vocabulary: int = 1024

@@ -201,6 +201,8 @@ class Mix:
     verifier: int = 4
     empty: int = 1
     """Responder exchanges without documents."""
+    choosers: int = 0
+    """Further questioner exchanges, of doc_mc, whose slots are the hardest to fill."""
 
 
 MIX = Mix()
@@ -219,24 +221,31 @@ def transcripts(
     ]
     lessons += _questions(cluster.documents, mix.questioner, rng, habits)
     lessons += [_verdict(cluster.documents, rng, habits) for _ in range(mix.verifier)]
+    lessons += _questions(cluster.documents, mix.choosers, rng, habits, ("doc_mc",))
     return lessons
 
 
-def _ask(documents: Sequence[Document], rng: random.Random, hops: float) -> Derived:
-    while (derived := ask(documents, rng.choice(TASKS), rng, hops=hops)) is None:
+def _ask(
+    documents: Sequence[Document], rng: random.Random, hops: float, tasks: Sequence[str] = TASKS
+) -> Derived:
+    while (derived := ask(documents, rng.choice(tasks), rng, hops=hops)) is None:
         pass
     return derived
 
 
 def _questions(
-    documents: Sequence[Document], count: int, rng: random.Random, habits: Habits
+    documents: Sequence[Document],
+    count: int,
+    rng: random.Random,
+    habits: Habits,
+    tasks: Sequence[str] = TASKS,
 ) -> Iterator[Transcript]:
     """Questions on some documents: few without history, more where earlier questions widened the view."""
     remembered = rng.choice((0, 0, 1, 2, 3))
     read = min(len(documents), rng.randint(2, 3) + 2 * remembered)
     chosen = [documents[i] for i in sorted(rng.sample(range(len(documents)), read))]
     for _ in range(count):
-        derived = _ask(chosen, rng, habits.hops_after_history if remembered else habits.hops)
+        derived = _ask(chosen, rng, habits.hops_after_history if remembered else habits.hops, tasks)
         history: list[Question] = []
         while len(history) < remembered:
             earlier = ask(chosen, derived.question.task, rng, hops=habits.hops)
