@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from tokenizer.chat import ChatTokenizer
 class Driver:
     """Plays, measures and records one run in its folder. A context manager through `stack`."""
 
-    def __init__(self, settings: config.Config, run: RunFolder, model: Path, stack: ExitStack) -> None:
+    def __init__(
+        self, settings: config.Config, run: RunFolder, model: Path, stack: ExitStack, *, alone: bool
+    ) -> None:
         self.settings, self.run = settings, run
         console = stack.enter_context(Console(settings.steps))
         stack.enter_context(logging_to(run, console.terminal))
@@ -40,7 +43,7 @@ class Driver:
         self.prompts = Prompts(settings.model.prompts)
         self._questions = load_heldout(settings.heldout)
         clusters = ClusterSampler(settings.corpus, self.codec.count, settings.seed, run.corpus)
-        self.engine = _engine(settings, run, model, self.codec.eos_ids)
+        self.engine = _engine(settings, run, model, self.codec.eos_ids, alone)
         stack.callback(self.engine.close)
         self.selfplay = SelfPlay(
             settings.selfplay,
@@ -158,13 +161,22 @@ class Driver:
     _finished: list[Episode]
 
 
-def _engine(settings: config.Config, run: RunFolder, model: Path, stop: tuple[int, ...]) -> Engine:
-    """In this process, or a fleet of servers where the configuration has any."""
+def _engine(
+    settings: config.Config, run: RunFolder, model: Path, stop: tuple[int, ...], alone: bool
+) -> Engine:
+    """In this process if it is the only one and no servers are configured; else a fleet, of one at least.
+
+    An engine inside one rank of many would wait for the others: vLLM makes its groups over the whole world.
+    """
+    rollout = settings.rollout
     scratch = run.path.parent / ".engine"  # vLLM caches there what it learns of a model; runs share it
     common: dict[str, Any] = {"scratch": scratch, "stop": stop}
-    if settings.rollout.servers.count or settings.rollout.servers.urls:
-        return Fleet(model, settings.rollout, logs=run.path / "engines", **common)
-    return InProcessEngine(model, settings.rollout, seed=settings.seed, **common)
+    wanted = bool(rollout.servers.count or rollout.servers.urls)
+    if alone and not wanted:
+        return InProcessEngine(model, rollout, seed=settings.seed, **common)
+    if not wanted:
+        rollout = replace(rollout, servers=replace(rollout.servers, count=1))
+    return Fleet(model, rollout, logs=run.path / "engines", **common)
 
 
 def _score_metrics(score: HeldOutScore | None) -> dict[str, float]:

@@ -49,7 +49,7 @@ class Session:
         self.learner = Learner(
             config.policy, model, world, sampled=Sampled(sampling.temperature, sampling.top_p)
         )
-        self.driver = Driver(config, run, model, stack) if world.is_main else None
+        self.driver = Driver(config, run, model, stack, alone=world.size == 1) if world.is_main else None
         self._checkpoints = Checkpoints(run.checkpoints, config.record.keep_last)
         self._play: Play | None = None
         self.step = self._resume()

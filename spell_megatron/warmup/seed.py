@@ -69,7 +69,7 @@ def make_seed_model(
 ) -> Path:
     """Make the seed model in `folder`, a complete Hugging Face model with `provenance.json`; returns it.
 
-    `report` is told how far it is, as text. About a quarter of an hour on two CPU cores.
+    `report` is told how far it is, as text. About twenty minutes on two CPU cores.
     """
     digest = hashlib.sha256()
     with TemporaryDirectory() as scratch:
