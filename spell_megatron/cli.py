@@ -108,6 +108,8 @@ def resume(run: Path, overrides: Overrides = None, json: Json = False, debug: De
 
 
 def _show(summary: Any, as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     before, after = summary.heldout_before, summary.heldout_after
     if before and after:
         for task in sorted(before["by_task"]):

@@ -6,6 +6,7 @@ announced bucket by bucket, while the trainer gathers the next ones; every broad
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -61,12 +62,17 @@ class GlooTrainerInit(TrainerInitInfo):
 
 
 def _join(address: str, port: int, rank: int, world_size: int, seconds: float) -> dist.ProcessGroup:
-    return cast(
-        dist.ProcessGroup,
-        stateless_init_torch_distributed_process_group(
+    # Under torchrun torch takes every store for the agent's and would only connect to ours, which nobody
+    # then serves (torch/distributed/rendezvous.py:188).
+    agent = os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    try:
+        group = stateless_init_torch_distributed_process_group(
             address, port, rank, world_size, backend="gloo", timeout=timedelta(seconds=seconds)
-        ),
-    )
+        )
+    finally:
+        if agent is not None:
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = agent
+    return cast(dist.ProcessGroup, group)
 
 
 def _broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> None:
