@@ -111,26 +111,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def save_learner(learner: Learner, folder: Path) -> None:
     """Write weights, optimizer, schedule and random state of all ranks into an empty folder."""
     learner.settle()
-    dist_checkpointing.save(_sharded_state(learner, loading=False), str(folder))
+    fresh = learner.schedule.num_steps == 0
+    dist_checkpointing.save(_sharded_state(learner, loading=False, fresh=fresh), str(folder))
 
 
 def load_learner(learner: Learner, checkpoint: Checkpoint) -> None:
     """Take over the state that `save_learner` wrote, in this learner's own layout."""
     folder = str(checkpoint.path / _LEARNER)
     try:
-        state = dist_checkpointing.load(_sharded_state(learner, loading=True), folder)
+        fresh = dist_checkpointing.load_common_state_dict(folder)["schedule"]["num_steps"] == 0
+        state = dist_checkpointing.load(_sharded_state(learner, loading=True, fresh=fresh), folder)
     except Exception as error:
         raise SpellError(
             f"the checkpoint {checkpoint.path} does not fit the configured model: {error}"
         ) from error
     for index, chunk in enumerate(learner.chunks):
         chunk.load_state_dict(state[_chunk_key(learner, index)], strict=False)
-    learner.optimizer.load_state_dict(state["optimizer"])
+    if not fresh:
+        learner.optimizer.load_state_dict(state["optimizer"])
     learner.schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])
 
 
-def _sharded_state(learner: Learner, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(learner: Learner, *, loading: bool, fresh: bool) -> dict[str, Any]:
+    """Before its first step an optimizer has no state: a `fresh` one is left out."""
     metadata = {
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",  # the one that survives a change of layout
@@ -139,10 +143,13 @@ def _sharded_state(learner: Learner, *, loading: bool) -> dict[str, Any]:
         _chunk_key(learner, index): chunk.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(learner.chunks)
     }
-    optimizer = learner.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    optimizer: dict[str, Any] = {}
+    if not fresh:
+        state = learner.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        optimizer = {"optimizer": state}
     return {
         **models,
-        "optimizer": optimizer,
+        **optimizer,
         "schedule": learner.schedule.state_dict(),
         "rng": torch.get_rng_state(),
     }

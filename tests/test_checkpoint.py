@@ -65,6 +65,21 @@ def test_a_resumed_learner_goes_on_bit_by_bit(
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_learner_that_never_stepped_can_be_saved(
+    world: World, folder: Path, tmp_path: Path, distributed: bool
+) -> None:
+    learner = Learner(policy(distributed), folder, world)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(0, learner, {})
+    found = checkpoints.newest()
+    assert found is not None
+    other = Learner(policy(distributed), folder, world)
+    load_learner(other, found)
+    batch = random_batch(256)
+    assert other.update(batch).grad_norm == learner.update(batch).grad_norm
+
+
 def test_damage_and_half_written_folders_are_skipped(
     world: World, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
