@@ -68,7 +68,7 @@ class Driver:
         """One step of self-play; its finished episodes are on disk, whatever ends it."""
         self.live.begin(step, self.settings.selfplay.questions)
         self._journal = Journal(self.run, step)
-        self._finished: list[Episode] = []
+        self._kept = self._asked = self._rollouts = 0
         self._before = self.engine.stats()
         try:
             with self.phase("play"):
@@ -137,11 +137,13 @@ class Driver:
 
     def _on_episode(self, episode: Episode) -> None:
         self._journal.append(episode)
-        self._finished.append(episode)
+        self._kept += episode.kept
+        self._asked += 1
+        self._rollouts += sum(1 for _ in episode.rollouts())
         self.live.progress(
-            kept=sum(e.kept for e in self._finished),
-            asked=len(self._finished),
-            rollouts=sum(1 for e in self._finished for _ in e.rollouts()),
+            kept=self._kept,
+            asked=self._asked,
+            rollouts=self._rollouts,
             tokens=self.engine.stats().generated_tokens - self._before.generated_tokens,
         )
 
@@ -158,7 +160,9 @@ class Driver:
     metrics: Metrics
     _before: EngineStats
     _journal: Journal
-    _finished: list[Episode]
+    _kept: int
+    _asked: int
+    _rollouts: int
 
 
 def _engine(
