@@ -8,8 +8,6 @@ head runs on every token on both sides, so that neither padding, packing nor sha
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,60 +16,26 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
-from transformers import (
-    AutoModelForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Layout, Policy
+from benchmarks.common import EXPERTS, SMALL, save_model, show
+from spell_megatron.config import Layout, Optimizer, Policy
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import Group, Sample, TrainBatch
 
 SEQUENCES, LENGTH, LR = 4, 1024, 1e-4
-SHAPE: dict[str, Any] = {
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-}
-EXPERTS: dict[str, Any] = {
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 320,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
 
 
-def measure(kind: str, folder: Path, rounds: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    if kind == "moe":
-        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
-    model.save_pretrained(folder)
-    learner = Learner(
-        Policy(dtype="float32", stream_tokens=SEQUENCES * LENGTH),
-        folder,
-        start_world(Layout(), seed=0, timeout_seconds=600),
-    )
+def measure(name: str, shape: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
+    save_model(folder, **shape)
+    policy = Policy(dtype="float32", stream_tokens=LENGTH, optimizer=Optimizer(lr=LR))
+    learner = Learner(policy, folder, start_world(Layout(), seed=0, timeout_seconds=600))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=LR)
-    ids = torch.randint(SHAPE["vocab_size"], (SEQUENCES, LENGTH))
-    batch = TrainBatch(
-        tuple(Group(row[:1], (Sample(row[1:], [1.0] * (LENGTH - 1)),)) for row in ids.tolist())
-    )
+    ids = torch.randint(SMALL["vocab_size"], (SEQUENCES, LENGTH))
+    ones = [1.0] * (LENGTH - 1)
+    batch = TrainBatch(tuple(Group(row[:1], (Sample(row[1:], ones),)) for row in ids.tolist()))
 
     def hugging_face() -> None:
         optimizer.zero_grad()
@@ -84,34 +48,29 @@ def measure(kind: str, folder: Path, rounds: int) -> dict[str, Any]:
         learner.update(batch)
 
     seconds: dict[str, list[float]] = {"hf": [], "ours": []}
-    for round_ in range(rounds + 1):
-        for name, step in (("hf", hugging_face), ("ours", ours)):
+    for _ in range(rounds + 1):
+        for who, step in (("hf", hugging_face), ("ours", ours)):
             began = time.perf_counter()
             step()
-            if round_:  # the first one warms up
-                seconds[name].append(time.perf_counter() - began)
+            seconds[who].append(time.perf_counter() - began)
     stop_world()
-    tokens = SEQUENCES * LENGTH
-    speed = {name: tokens / median(values) for name, values in seconds.items()}
-    return {
-        "model": kind,
-        "ratio": speed["ours"] / speed["hf"],
-        **{f"{n}_tokens_per_second": s for n, s in speed.items()},
-    }
+    # The first round warms up.
+    speed = {who: SEQUENCES * LENGTH / median(times[1:]) for who, times in seconds.items()}
+    rates = {f"{who}_tokens_per_second": value for who, value in speed.items()}
+    return {"model": name, "ratio": speed["ours"] / speed["hf"], **rates}
 
 
-def main(rounds: int = 5, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Print the table; with --json the same as the last line."""
-    cases = []
-    for kind in ("dense", "moe"):
-        with tempfile.TemporaryDirectory() as scratch:
-            cases.append(measure(kind, Path(scratch), rounds))
-    table = Table(*cases[0], title="training step: ours over Hugging Face")
-    for row in cases:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(stderr=True).print(table)
-    if as_json:
-        sys.stdout.write(json.dumps({"cases": cases}) + "\n")
+def main(
+    rounds: Annotated[int, typer.Option(help="Rounds to take the median of.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
+) -> None:
+    """Measure both kinds of model and print the table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = [
+            measure(name, shape, Path(scratch) / name, rounds)
+            for name, shape in (("dense", {}), ("moe", EXPERTS))
+        ]
+    show("training step: ours over Hugging Face", cases, as_json)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
 
 from eval.benchmark import Completion
+from eval.benchmarks import find
 from eval.endpoint import Unanswered
+from eval.measure import load, measure, plan
 from eval.prompting import Codec
+from eval.runner import Settings
+from spell_megatron.config import Config
 from spell_megatron.rollout.engine import Engine, EngineError
 
 
@@ -16,7 +24,7 @@ class LiveSource:
     def __init__(self, engine: Engine, codec: Codec, run: str, max_model_len: int | None = None) -> None:
         self._engine = engine
         self._codec = codec
-        self.identity = (run, f"version {engine.version}")
+        self.identity: Sequence[str] = (run, f"version {engine.version}")
         self.max_model_len = max_model_len
 
     async def complete(
@@ -32,3 +40,38 @@ class LiveSource:
 
     async def alive(self) -> bool:
         return self._engine.healthy()
+
+
+class LiveBenchmarks:
+    """The benchmarks of `heldout.benchmarks` during a run: what `spell-megatron eval` says of the same weights.
+
+    Their data are read when the run starts, so that a missing file is found then.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        settings, sampling = config.heldout, config.selfplay.sampling
+        self._settings = Settings(
+            samples=settings.samples,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            thinking=config.model.thinking,
+            concurrency=config.selfplay.concurrency,
+            limit=settings.limit,
+        )
+        self._console = Console(quiet=True)  # the run's own live view is on
+        data = Path(settings.data).expanduser() if settings.data else None
+        self._loaded = load(find(settings.benchmarks), data, self._console)
+
+    async def __call__(self, engine: Engine, codec: Codec, home: Path) -> dict[str, float]:
+        """Scores under `eval/<benchmark>`; answers and tables go to `home`."""
+        source = LiveSource(engine, codec, home.name, self._config.rollout.max_model_len)
+        plans = plan(self._loaded, [self._config.heldout.max_input], codec, self._settings.limit)
+        report = await measure(source, codec, plans, self._settings, home, home.name, console=self._console)
+        scores = {part.label: result.mean.value for part, result in zip(plans, report.results, strict=True)}
+        return {f"eval/{label}": value for label, value in scores.items() if not math.isnan(value)}
+
+
+def live_benchmarks(config: Config) -> LiveBenchmarks | None:
+    """For `train` and `resume`: None where the recipe names no benchmark."""
+    return LiveBenchmarks(config) if config.heldout.benchmarks else None

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from eval.benchmark import Benchmark, Item
 from eval.benchmarks import find
+from eval.data import Data
 from eval.endpoint import EndpointDied, Source
 from eval.journal import Journal
 from eval.judge import Judge
@@ -22,6 +23,7 @@ from eval.report import Report
 from eval.results import overall, summarise
 from eval.runner import Plan, Runner, Settings, progress_bar
 from eval.scoring import collect, score
+from spell_megatron.types import SpellError
 
 Loaded = tuple[Benchmark, list[Item], Counter[str]]
 """A benchmark, its items, and the rows that could not be used."""
@@ -57,6 +59,40 @@ async def measure(
     if died is not None:
         raise EndpointDied(f"{died}; the tables in {home} hold what is done")
     return report
+
+
+def load(benchmarks: Sequence[Benchmark], root: Path | None, console: Console) -> list[Loaded]:
+    """The items of some benchmarks, from the folder of their data; without one they are downloaded.
+
+    Raises SpellError where there is no usable row.
+    """
+    loaded = []
+    for benchmark in benchmarks:
+        data = Data(root, alone=len(benchmarks) == 1)
+        items = _unique(benchmark.load(data))
+        if not items:
+            raise SpellError(
+                f"{benchmark.name}: no usable row; {_reasons(data.bad) or 'the files are empty'}"
+            )
+        if data.bad:
+            say(console, f"{benchmark.name}: {data.bad.total()} rows not used: {_reasons(data.bad)}")
+        loaded.append((benchmark, items, data.bad))
+    return loaded
+
+
+def _unique(items: list[Item]) -> list[Item]:
+    """Ids that occur twice get a number, so that every row is a question of its own."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for item in items:
+        seen[item.id] += 1
+        again = seen[item.id]
+        unique.append(item if again == 1 else replace(item, id=f"{item.id}#{again}"))
+    return unique
+
+
+def _reasons(bad: Counter[str]) -> str:
+    return ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
 
 
 def plan(

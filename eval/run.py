@@ -6,23 +6,21 @@ import asyncio
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from eval.benchmark import Benchmark, Item
+from eval.benchmark import Benchmark
 from eval.benchmarks import find
 from eval.comparison import Comparison, compare
-from eval.data import Data
 from eval.endpoint import Endpoint, Limits
 from eval.journal import Journal
 from eval.judge import Judge
-from eval.measure import Loaded, measure, plan, say
+from eval.measure import Loaded, load, measure, plan, say
 from eval.plot import plot
 from eval.report import Report
 from eval.runner import Settings
@@ -102,7 +100,7 @@ def evaluate(
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise SpellError(f"{folder} is no Hugging Face model folder: it has no config.json")
-    work = _Work(_load(find(benchmarks), data, console), max_input, settings, judge, out, console)
+    work = _Work(load(find(benchmarks), data, console), max_input, settings, judge, out, console)
     if endpoint:
         source = Endpoint(endpoint, model=endpoint_model, api_key=api_key, limits=limits)
         return Evaluation([asyncio.run(work.report(source, tokenizer, endpoint_model))], None)
@@ -185,36 +183,6 @@ class _Work:
     def _output(self, benchmark: Benchmark) -> int:
         reasoning = benchmark.reasoning_tokens if self.settings.thinking else 0
         return self.settings.max_tokens or benchmark.max_tokens + reasoning
-
-
-def _load(benchmarks: Sequence[Benchmark], root: Path | None, console: Console) -> list[Loaded]:
-    loaded = []
-    for benchmark in benchmarks:
-        data = Data(root, alone=len(benchmarks) == 1)
-        items = _unique(benchmark.load(data))
-        if not items:
-            raise SpellError(
-                f"{benchmark.name}: no usable row; {_reasons(data.bad) or 'the files are empty'}"
-            )
-        if data.bad:
-            say(console, f"{benchmark.name}: {data.bad.total()} rows not used: {_reasons(data.bad)}")
-        loaded.append((benchmark, items, data.bad))
-    return loaded
-
-
-def _unique(items: list[Item]) -> list[Item]:
-    """Ids that occur twice get a number, so that every row is a question of its own."""
-    seen: Counter[str] = Counter()
-    unique = []
-    for item in items:
-        seen[item.id] += 1
-        again = seen[item.id]
-        unique.append(item if again == 1 else replace(item, id=f"{item.id}#{again}"))
-    return unique
-
-
-def _reasons(bad: Counter[str]) -> str:
-    return ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
 
 
 def _served_folder(endpoint: Endpoint) -> Path:

@@ -17,6 +17,8 @@ from spell_megatron.record.folder import RunFolder
 
 TRAINER = ("-m", "spell_megatron.cli", "resume")
 ENGINES = ("-m", "launchers.engines")
+REQUEUED = "requeued-"
+"""Begins the name of an empty file in `logs`, one for each attempt that sent itself back to the queue."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 
-from launchers.job import Job
+from launchers.job import REQUEUED, Job
 from spell_megatron.preemption import REQUEUE
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that kernels take short-lived ports from
@@ -22,21 +22,26 @@ _ENDING = Template(
     """\
 # Every attempt ends here. A run that saved itself on request goes back to the queue. A crashed one does, as
 # long as `crashes` holds at most $retries lines for the same checkpoint. What SLURM ends (scancel) does not.
+# Whoever follows the job knows by $requeued* that an attempt's end is not the job's.
 run=$run
+requeue() {
+    touch "$$run/logs/$requeued$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
+    scontrol requeue "$$SLURM_JOB_ID" || rm "$$run/logs/$requeued$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
+}
 ended() {
     code=$$?
     set +e
     case "$$(scontrol show job "$$SLURM_JOB_ID")" in *JobState=RUNNING*) ;; *) exit "$$code" ;; esac
     if [ -e "$$run/$flag" ]; then
         echo "the run is saved and goes back to the queue"
-        scontrol requeue "$$SLURM_JOB_ID"
+        requeue
     elif [ "$$code" -ge $crash ] || [ "$$code" -eq 1 ]; then
         last=$$(ls "$$run/checkpoints" | grep -v partial | tail -n 1)
         last="after $${last:-the start}"
         echo "$$last" >>"$$run/crashes"
         if [ "$$(grep -cxF "$$last" "$$run/crashes")" -le $retries ]; then
             echo "exit code $$code $$last: one more attempt"
-            scontrol requeue "$$SLURM_JOB_ID"
+            requeue
         fi
     fi
     exit "$$code"
@@ -63,7 +68,11 @@ def setup_lines(job: Job) -> str:
     lines = [
         "{ set +vx; } 2>/dev/null  # from here on nothing is echoed: the environment may hold secrets",
         _ENDING.substitute(
-            run=shlex.quote(str(job.run)), flag=REQUEUE, retries=profile.crash_retries, crash=_CRASH
+            run=shlex.quote(str(job.run)),
+            flag=REQUEUE,
+            requeued=REQUEUED,
+            retries=profile.crash_retries,
+            crash=_CRASH,
         ),
         f'export MASTER_ADDR="$head_node" MASTER_PORT=$(({_FIRST_PORT} + ({attempt}) % {_PORTS}))',
         *exports(profile.env),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from launchers.job import Job
+from launchers.job import REQUEUED, Job
 from spell_megatron.types import SpellError
 
 _COMMAND_SECONDS = 120.0
@@ -63,10 +63,11 @@ _REMEDIES = (
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Of a job: SLURM's word for it, and the exit code it stands for (None while the job goes on)."""
+    """Of a job: SLURM's word for it, the exit code it stands for (None while the job goes on), its restarts."""
 
     name: str
     code: int | None = None
+    attempt: int = 0
 
 
 def require() -> None:
@@ -104,7 +105,8 @@ def job_state(job_id: str) -> State | None:
     """A job's state now; None where nobody knows it any more, or SLURM does not answer."""
     done = _slurm("scontrol", "show", "job", "--oneliner", job_id)
     if done.returncode == 0:
-        return _state(_field(done.stdout, "JobState"), _field(done.stdout, "ExitCode"))
+        attempt = int(_field(done.stdout, "Restarts") or 0)
+        return _state(_field(done.stdout, "JobState"), _field(done.stdout, "ExitCode"), attempt)
     if shutil.which("sacct"):
         rows = _slurm("sacct", "-nPX", "-j", job_id, "-o", "State,ExitCode").stdout.splitlines()
         if rows:
@@ -133,8 +135,8 @@ def follow(job: Job, job_id: str, out: TextIO, note: Callable[[str], None]) -> S
                 last_known = now
                 if shown is None or state.name != shown.name:
                     note(f"job {job_id} is {state.name.lower()}")
-                elif state.code is not None:  # seen twice: a requeued job looks ended for a moment
-                    logs.copy(out)
+                elif state.code is not None and not _requeued(job, job_id, state):
+                    logs.copy(out)  # seen twice: a job that SLURM requeues looks ended for a moment
                     return state
                 shown = state
             time.sleep(min(_SLOWEST_POLL, 1 + (now - began) / 60))
@@ -180,12 +182,18 @@ class _Logs:
 _FIRST_RANK = re.compile(r"^ *0: ")  # srun labels every line with its rank; the first one's goes without
 
 
-def _state(name: str, code: str) -> State:
+def _state(name: str, code: str, attempt: int = 0) -> State:
     if name not in _ENDED:
-        return State(name)
+        return State(name, attempt=attempt)
     exit_code, _, number = code.partition(":")
     value = int(exit_code or 0) or (128 + int(number) if number.isdigit() and int(number) else 0)
-    return State(name, 0 if name == "COMPLETED" else value or _ENDED[name])
+    return State(name, 0 if name == "COMPLETED" else value or _ENDED[name], attempt)
+
+
+def _requeued(job: Job, job_id: str, state: State) -> bool:
+    """Whether the attempt sent itself back to the queue: its batch script is killed meanwhile, and the job
+    looks as if it had ended by a signal until SLURM has counted the restart."""
+    return (job.logs / f"{REQUEUED}{job_id}-{state.attempt}").exists()
 
 
 def _field(text: str, key: str) -> str:

@@ -252,6 +252,14 @@ class HeldOut:
     """`toy` (the generated world's own), or a JSONL file of task, question, answer, options, documents."""
     samples: int = Field(default=8, gt=0)
     seed: int = 12345
+    benchmarks: tuple[str, ...] = ()
+    """Benchmarks of `spell-megatron eval` to measure besides, on the live engines, as often."""
+    data: str = ""
+    """Folder of the benchmarks' data sets; downloaded where empty."""
+    max_input: int = Field(default=16_384, ge=16)
+    """Tokens to which long-context benchmarks are truncated."""
+    limit: int | None = None
+    """The first items of each benchmark alone."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -172,6 +173,7 @@ class Attempt:
     def __init__(self, tmp_path: Path, **profile: Any) -> None:
         self.run = tmp_path / "run"
         (self.run / "checkpoints").mkdir(parents=True)
+        (self.run / "logs").mkdir()
         self.asked = tmp_path / "asked"
         self._bin = tmp_path / "bin"
         self._bin.mkdir()
@@ -483,6 +485,22 @@ def test_a_state_stands_for_an_exit_code(
     found = slurm.job_state("5")
     assert found is not None
     assert (found.name, found.code) == (state, expected)
+
+
+def test_an_attempt_that_goes_back_to_the_queue_does_not_end_the_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its batch script is killed by the requeue, and SLURM may call that a failure for some seconds."""
+    attempt = Attempt(tmp_path, crash_retries=1)
+    assert attempt.end("exit 134") == (134, True)
+    killed = [slurm.State("FAILED", 143, attempt=0)] * 4
+    again = [slurm.State(name, attempt=1) for name in ("PENDING", "RUNNING")]
+    failed = [slurm.State("FAILED", 7, attempt=1)] * 2
+    states = iter([*killed, *again, *failed])
+    monkeypatch.setattr(slurm, "job_state", lambda job_id: next(states))
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    job = Job(attempt.run, Profile(), ONE)
+    assert slurm.follow(job, "40001", io.StringIO(), lambda note: None).code == 7
 
 
 # This machine

@@ -1,0 +1,118 @@
+"""What the measurements of the policy share: a small model, a group of tokens, ranks, peak memory, the table."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from spell_megatron.types import Group, Sample
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 131072,
+}
+"""5.2 million parameters."""
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 320,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+"""Added to `SMALL`: eight experts of half its width, two to a token."""
+
+
+def save_model(folder: Path, **shape: Any) -> Path:
+    """Write a random Qwen3 (with `num_experts`, Qwen3-MoE) of `SMALL` with `shape`'s changes."""
+    shape = {**SMALL, **shape}
+    torch.manual_seed(0)
+    if "num_experts" in shape:
+        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_group(prompt: int, replies: int, reply: int, vocab: int = SMALL["vocab_size"]) -> Group:
+    """A prompt of `prompt` tokens with `replies` responses of `reply` tokens, always the same."""
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(vocab, (n,), generator=draw).tolist()
+
+    weights = torch.randn(replies, generator=draw).tolist()
+    return Group(tokens(prompt), tuple(Sample(tokens(reply), [w] * reply) for w in weights))
+
+
+def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """`work(*args)` in `size` fresh processes that find each other as under torchrun; what each returned.
+
+    The machine's cores are shared out. Raises `BrokenProcessPool` where one was killed (for memory, say).
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) as pool:
+        ranks = [pool.submit(_as_rank, rank, size, port, work, args) for rank in range(size)]
+        return [rank.result() for rank in ranks]
+
+
+def _as_rank(rank: int, size: int, port: int, work: Callable[..., Any], args: Sequence[Any]) -> Any:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    return work(*args)
+
+
+class PeakMemory:
+    """Bytes by which this process's resident memory rises inside the block, at the highest (Linux)."""
+
+    bytes = 0
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+        self._base = _resident("VmRSS")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bytes = _resident("VmHWM") - self._base
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def show(title: str, cases: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """A table with a row for each case; with `as_json` also `{"cases": …}` as the last line of the output."""
+    table = Table(*cases[0], title=title)
+    for case in cases:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in case.values()))
+    Console(stderr=True, width=160).print(table)
+    if as_json:
+        sys.stdout.write(json.dumps({"cases": list(cases)}) + "\n")
