@@ -9,8 +9,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/*.lock | cksum | cut -d' ' -f1)
 PYTEST := $(BIN)/python -m pytest
 
-# Against a real SLURM on this machine, apart from `make test`: see docs/clusters.md.
-.PHONY: demo test test-slurm setup lint clean
+.PHONY: demo test setup lint clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -19,8 +18,6 @@ test: setup lint
 	$(PYTEST) -m unit
 	$(PYTEST) -m engine
 	$(PYTEST) -m distributed
-
-test-slurm: setup   # needs SLURM's packages; as root two nodes with names of their own
 	$(PYTEST) -m slurm
 
 lint: setup

@@ -6,8 +6,8 @@ import gc
 import json
 import multiprocessing
 import os
-import socket
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,11 +15,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
+from torch.distributed import TCPStore
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from spell_megatron.types import Group, Sample
+
+warnings.filterwarnings("ignore")  # megatron-core announces at length what is not installed
+transformers.logging.disable_progress_bar()
 
 SMALL: dict[str, Any] = {
     "vocab_size": 2048,
@@ -71,17 +76,16 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
 
     The machine's cores are shared out. Raises `BrokenProcessPool` where one was killed (for memory, say).
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) as pool:
-        ranks = [pool.submit(_as_rank, rank, size, port, work, args) for rank in range(size)]
+        ranks = [pool.submit(_as_rank, rank, size, store.port, work, args) for rank in range(size)]
         return [rank.result() for rank in ranks]
 
 
 def _as_rank(rank: int, size: int, port: int, work: Callable[..., Any], args: Sequence[Any]) -> Any:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    # The last one tells torch that the store is served by the parent, as torchrun's agent does.
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     return work(*args)
 

@@ -35,7 +35,7 @@ _ASK = ("steps=1", "selfplay.questions=120", "selfplay.round_questions=240", "he
 
 
 def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """One run of the recipe: what `train --json` says, and the roles' truthfulness in the last step."""
+    """One run of the recipe: what `train --json` says, tokens generated, the roles' truthfulness in the last step."""
     command = [
         sys.executable,
         "-m",
@@ -51,6 +51,7 @@ def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     folder = RunFolder.open(Path(result["run_dir"]))
     rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     result["heldout"] = {row["step"]: row["heldout/mean"] for row in rows if "heldout/mean" in row}
+    result["generated"] = sum(row.get("tokens/generated", 0) for row in rows)
     result["roles"] = roles(Journal(folder, result["steps"]).read())
     return result
 
@@ -96,8 +97,8 @@ def main(
     table = Table("held-out", "before", "after", "difference", "95 %")
     summary: dict[str, Any] = {"seeds": seeds, "runs": results, "difference": {}}
     for name in (*TASKS, "mean"):
-        before = [_score(result["heldout_before"], name) for result in results]
-        after = [_score(result["heldout_after"], name) for result in results]
+        before = [score(result["heldout_before"], name) for result in results]
+        after = [score(result["heldout_after"], name) for result in results]
         mean, half = interval([b - a for a, b in zip(before, after, strict=True)])
         table.add_row(name, f"{fmean(before):.3f}", f"{fmean(after):.3f}", f"{mean:+.3f}", f"± {half:.3f}")
         summary["difference"][name] = {"mean": mean, "half_width": half}
@@ -118,7 +119,8 @@ def main(
         sys.stdout.write(json.dumps(summary) + "\n")
 
 
-def _score(heldout: dict[str, Any], name: str) -> float:
+def score(heldout: dict[str, Any], name: str) -> float:
+    """Of one task, or the `mean`."""
     return float(heldout["mean"] if name == "mean" else heldout["by_task"][name])
 
 

@@ -6,6 +6,7 @@ evaluate(["docmath"], models=["out/step-200/hf"], data=Path("data"), max_input=[
 from eval.benchmarks import list_benchmarks
 from eval.comparison import Comparison, compare
 from eval.endpoint import EndpointDied, Limits
+from eval.live import live_benchmarks
 from eval.report import Report, read_report
 from eval.run import Evaluation, JudgeSettings, evaluate
 from eval.runner import Settings
@@ -21,5 +22,6 @@ __all__ = [
     "compare",
     "evaluate",
     "list_benchmarks",
+    "live_benchmarks",
     "read_report",
 ]

@@ -15,6 +15,10 @@ _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that kernels take short-
 ENGINE_PORT = 8100
 """Of the first vLLM server on an engine node; the next ones follow."""
 
+_FAILED = "failed-"
+"""Begins the name of a file in `logs` with the exit code of the rank that failed first. srun would return the highest:
+that of a rank which it killed itself."""
+
 # Codes below the first are a finished run and a fault of the user's: another attempt would end alike.
 _CRASH = 3
 
@@ -31,6 +35,8 @@ requeue() {
 ended() {
     code=$$?
     set +e
+    first="$$run/logs/$failed$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
+    if [ "$$code" -ne 0 ] && [ -s "$$first" ]; then code=$$(cat "$$first"); fi
     case "$$(scontrol show job "$$SLURM_JOB_ID")" in *JobState=RUNNING*) ;; *) exit "$$code" ;; esac
     if [ -e "$$run/$flag" ]; then
         echo "the run is saved and goes back to the queue"
@@ -48,6 +54,13 @@ ended() {
 }
 trap ended EXIT
 rm -f "$$run/$flag\""""
+)
+
+# The shell stays, to say how its rank ended; signals are for the rank alone.
+_RANK = Template(
+    "export RANK=$$SLURM_PROCID WORLD_SIZE=$$SLURM_NTASKS LOCAL_RANK=$$SLURM_LOCALID; trap : TERM USR1; $command;"
+    ' code=$$?; first=$failed"$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}";'
+    ' [ $$code -eq 0 ] || (set -C; echo $$code >"$$first") 2>&-; exit $$code'
 )
 
 _ENGINES = Template(
@@ -71,6 +84,7 @@ def setup_lines(job: Job) -> str:
             run=shlex.quote(str(job.run)),
             flag=REQUEUE,
             requeued=REQUEUED,
+            failed=_FAILED,
             retries=profile.crash_retries,
             crash=_CRASH,
         ),
@@ -94,8 +108,7 @@ def rank_command(job: Job) -> str:
         words.append("rollout.servers.count=0")
     if job.machines.serving:
         words += ['"rollout.servers.host=$MASTER_ADDR"', '"rollout.servers.urls=$ENGINES"']
-    ranks = "RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID"
-    return f"export {ranks}; exec {' '.join(words)}"
+    return _RANK.substitute(command=" ".join(words), failed=shlex.quote(str(job.logs / _FAILED)))
 
 
 def engine_command(job: Job) -> str:

@@ -21,9 +21,13 @@ def _module() -> Any:
     return filesystem_async
 
 
+def _queue_maker() -> str:
+    """Its name has lost an underscore since 0.16."""
+    return next(n for n in ("_get_write_results_queue", "get_write_results_queue") if hasattr(_module(), n))
+
+
 def _needed() -> bool:
-    writer = _module().FileSystemWriterAsync
-    return 'get_context("fork")' in inspect.getsource(writer.write_preloaded_data_multiproc)
+    return ".Manager()" in inspect.getsource(getattr(_module(), _queue_maker()))
 
 
 def _write_here(
@@ -47,8 +51,10 @@ def _write_here(
 
 def _apply() -> None:
     module = _module()
-    module._get_write_results_queue = queue.Queue
-    module.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_here)
+    setattr(module, _queue_maker(), queue.Queue)
+    writer = module.FileSystemWriterAsync
+    if hasattr(writer, "write_preloaded_data_multiproc"):  # 0.19 writes by threads and does not fork
+        writer.write_preloaded_data_multiproc = staticmethod(_write_here)
 
 
 PATCH = Patch(

@@ -1,4 +1,4 @@
-"""Three names of torch that megatron-core calls without asking whether there is CUDA.
+"""Names of torch that megatron-core calls without asking whether there is CUDA.
 
 `torch.cuda.current_device()` is what megatron-core passes as `device=` everywhere (for instance
 tensor_parallel/layers.py:261), so on a CPU it answers the CPU device.
@@ -32,6 +32,7 @@ def _apply() -> None:
         return self
 
     torch.cuda.current_device = current_device
+    torch.cuda.current_stream = torch.cpu.current_stream
     torch.cuda.synchronize = synchronize
     torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
 

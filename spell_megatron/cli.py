@@ -93,18 +93,20 @@ def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug
     from spell_megatron.config import load_config
 
     config = load_config(recipe, overrides or [])
+    from eval import live_benchmarks
     from spell_megatron.train import train as run
 
-    _show(run(config), json)
+    _show(run(config, live_benchmarks), json)
 
 
 @command
 def resume(run: Path, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
     """Go on with a run after its newest whole checkpoint."""
     listen()
+    from eval import live_benchmarks
     from spell_megatron.train import resume as go_on
 
-    _show(go_on(run, overrides or []), json)
+    _show(go_on(run, overrides or [], live_benchmarks), json)
 
 
 def _show(summary: Any, as_json: bool) -> None:

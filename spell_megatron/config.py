@@ -128,6 +128,11 @@ class SelfPlay:
     """Train on the corpus' own fixed questions (static RLVR) instead of the questioner's."""
     concurrency: int = Field(default=64, gt=0)
     """Questions in flight at once; changes speed and memory, never what is sampled."""
+    max_staleness: int = Field(default=0, ge=0)
+    """k: while a step trains, the next k may be played; no sample is older than k updates. 0 is on-policy."""
+    leftovers: Literal["abort", "carry"] = "abort"
+    """Episodes under way when the batch is full: `abort` asks their questions anew in the next step, `carry`
+    lets the next step go on with them."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -135,7 +140,8 @@ class Servers:
     """A fleet of vLLM servers instead of the engine inside the trainer's process."""
 
     count: int = Field(default=0, ge=0)
-    """Servers started on this node; 0 (and no `urls`) keeps the engine in the trainer's process."""
+    """Servers started on this node; 0 (and no `urls`) keeps the engine in the trainer's process, or starts one
+    where that cannot be: with several ranks, or `selfplay.max_staleness` above 0."""
     urls: tuple[str, ...] = ()
     """Servers that somebody else started, besides."""
     tensor: int = Field(default=1, gt=0)
@@ -154,6 +160,8 @@ class Servers:
     """A completion that takes longer is replayed elsewhere."""
     sync_seconds: float = Field(default=300.0, gt=0)
     """A tensor (or a call of the weight-update API) that takes longer fails the transfer."""
+    verify: Literal["version", "checksum"] = "version"
+    """After a resync every engine must name its version; `checksum` compares each tensor that it was given, too."""
     max_restarts: int = Field(default=5, ge=0)
     """Restarts in a row, without a healthy moment between, after which a server is given up."""
 
@@ -168,6 +176,9 @@ class Rollout:
     """KV cache in MiB; where not given, the share of GPU memory below."""
     gpu_memory: float = Field(default=0.85, gt=0, le=1)
     eager: bool = False
+    placement: Literal["auto", "colocated", "disaggregated"] = "auto"
+    """`colocated`: trainer and engine take turns in the memory of the same GPUs. `auto`: so on CUDA, unless servers
+    run elsewhere (`urls`) or rollouts overlap with training (`selfplay.max_staleness`)."""
     servers: Servers = Servers()
 
 
@@ -269,8 +280,15 @@ class Record:
     checkpoint_every: int = Field(default=1, ge=0)
     """Steps between checkpoints; 0 writes only the last."""
     keep_last: int = Field(default=2, gt=0)
+    keep_every: int = Field(default=0, ge=0)
+    """Besides the last ones, checkpoints of every n-th step are kept for good; 0 keeps none."""
+    async_save: bool = True
+    """Write checkpoints while the next step goes on; a rank's state is then in host memory once more."""
     mismatch_bound: float = Field(default=0.1, gt=0)
-    """Mean engine-learner log-prob difference beyond which the run stops."""
+    """Mean engine-learner log-prob difference that is too much: in nats, over samples of the newest weights."""
+    mismatch_action: Literal["stop", "drop"] = "stop"
+    """Beyond the bound, `stop` ends the run; `drop` leaves the groups that are beyond it out of the update,
+    for which the batch is computed once more (a forward pass)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -346,6 +364,20 @@ def _contradictions(config: Config, where: str) -> None:
         )
     if not play.judge and play.train_verifier:
         faults.append("selfplay.train_verifier needs selfplay.judge: set train_verifier=false or judge=true")
+    if play.max_staleness and config.policy.loss.importance_cap is None:
+        faults.append(
+            f"selfplay.max_staleness={play.max_staleness} trains on samples of older weights, which have to be"
+            " weighed: set policy.loss.importance_cap (2.0 is usual)"
+        )
+    if play.leftovers == "carry" and not play.max_staleness:
+        faults.append(
+            "selfplay.leftovers=carry trains on samples of the step before: set selfplay.max_staleness=1 or more"
+        )
+    if config.rollout.placement == "colocated" and play.max_staleness:
+        faults.append(
+            "rollout.placement=colocated leaves no memory for rollouts during an update: set it to disaggregated,"
+            " or selfplay.max_staleness=0"
+        )
     if config.policy.optimizer.overlap and not config.policy.optimizer.distributed:
         faults.append("policy.optimizer.overlap needs policy.optimizer.distributed=true")
     if config.policy.layout.sequence and config.policy.layout.tensor == 1:

@@ -1,39 +1,64 @@
 """What rank 0 alone does: engine, self-play, measurements, records. The other ranks hold a part of the learner.
 
-Its parts are built in the order that they need each other and taken down in reverse.
+Its parts are built in the order that they need each other and taken down in reverse. Self-play and measuring
+run on a thread of their own (`ahead`); everything else is called, and runs, on the main thread.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from spell_megatron import config
+from spell_megatron.ahead import Ahead
 from spell_megatron.corpus import ClusterSampler, StaticQuestions, load_heldout
 from spell_megatron.policy.learner import Update
 from spell_megatron.policy.mismatch import mismatch
+from spell_megatron.policy.staleness import importance, staleness
+from spell_megatron.preemption import Stop
 from spell_megatron.record import Console, Journal, Live, Metrics, RunFolder, logging_to, write_report
 from spell_megatron.rollout.engine import Engine, EngineStats
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.selfplay import Episode, HeldOutScore, Play, Prompts, SelfPlay, accuracy, step_metrics
+from spell_megatron.selfplay import Episode, Play, Prompts, SelfPlay, accuracy, step_metrics
 from tokenizer.chat import ChatTokenizer
+
+Measurement = Callable[[Engine, ChatTokenizer, Path], Coroutine[Any, Any, dict[str, float]]]
+"""Scores of what an engine holds; answers and tables go to the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A step of self-play, and what was so when it ended: the next one may have begun since."""
+
+    play: Play
+    state: dict[str, Any]
+    """Of self-play: where the next step begins."""
+    metrics: dict[str, float]
 
 
 class Driver:
-    """Plays, measures and records one run in its folder. A context manager through `stack`."""
+    """Plays, measures and records one run in its folder. `stack` takes it down; `stop` ends a play at once."""
 
     def __init__(
-        self, settings: config.Config, run: RunFolder, model: Path, stack: ExitStack, *, alone: bool
+        self,
+        settings: config.Config,
+        run: RunFolder,
+        model: Path,
+        stack: ExitStack,
+        *,
+        alone: bool,
+        stop: Stop,
+        benchmarks: Measurement | None = None,
     ) -> None:
-        self.settings, self.run = settings, run
+        self.settings, self.run, self._benchmarks = settings, run, benchmarks
         console = stack.enter_context(Console(settings.steps))
         stack.enter_context(logging_to(run, console.terminal))
         self.live: Live = console
@@ -55,72 +80,114 @@ class Driver:
             max_model_len=settings.rollout.max_model_len,
             on_episode=self._on_episode,
         )
+        self._ahead = Ahead(
+            lambda step: stop.race(self._play(step)),
+            ahead=settings.selfplay.max_staleness,
+            last=settings.steps,
+        )
+        stack.callback(self._ahead.close)
         self._stack = stack
 
     def begin(self, step: int) -> None:
         """Start the records after `step`, forgetting rows of steps that will be made again."""
-        self.metrics = Metrics(self.run, self.settings.record.wandb, after=step)
+        after = step or -1  # before the first step, its measurement is made again, too
+        self.metrics = Metrics(self.run, self.settings.record.wandb, after=after)
         self._stack.callback(self.metrics.close)
         if step:
             self.live.note(f"resumed after step {step}")
 
-    async def play(self, step: int) -> Play:
-        """One step of self-play; its finished episodes are on disk, whatever ends it."""
+    def play(self, step: int) -> Played | None:
+        """One step of self-play, begun now or earlier; later ones begin as far as they may run ahead.
+
+        None where the run was asked to stop first. Whatever ends a play, its finished episodes are on disk.
+        """
         self.live.begin(step, self.settings.selfplay.questions)
-        self._journal = Journal(self.run, step)
+        with self.phase("play"):
+            return self._ahead.play(step)
+
+    async def _play(self, step: int) -> Played:
+        began, before = time.monotonic(), self.engine.stats()
+        self._journal, self._before = Journal(self.run, step), before
         self._kept = self._asked = self._rollouts = 0
-        self._before = self.engine.stats()
         try:
-            with self.phase("play"):
-                return await self.selfplay.play(step, finished=self._journal.read())
+            play = await self.selfplay.play(step, finished=self._journal.read())
         finally:
             self._journal.close()
+        seconds = time.monotonic() - began
+        metrics = {"time/rollout": seconds, **_token_metrics(before, self.engine.stats())}
+        return Played(play, self.selfplay.state(), metrics)
 
     def resync(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
         self.engine.update_weights(weights, version=step)
 
-    async def measure(self) -> HeldOutScore | None:
-        """Held-out accuracy of the present weights; None where there are no held-out questions."""
-        if not self._questions:
-            return None
+    def measure(self, step: int) -> dict[str, float]:
+        """Scores of the present weights, those after `step`: on held-out questions, and on benchmarks."""
         with self.phase("measure"):
-            return await accuracy(
-                self.engine,
-                self.codec,
-                self.prompts,
-                self._questions,
-                samples=self.settings.heldout.samples,
-                sampling=self.settings.selfplay.sampling,
-                seed=self.settings.heldout.seed,
-                max_model_len=self.settings.rollout.max_model_len,
-            )
+            return self._ahead.run(self._measure(step))
 
-    def record_start(self, score: HeldOutScore | None) -> None:
+    async def _measure(self, step: int) -> dict[str, float]:
+        scores = await self._accuracy() if self._questions else {}
+        if self._benchmarks:
+            folder = self.run.path / "eval" / f"step-{step:05d}"
+            scores |= await self._benchmarks(self.engine, self.codec, folder)
+        return scores
+
+    async def _accuracy(self) -> dict[str, float]:
+        score = await accuracy(
+            self.engine,
+            self.codec,
+            self.prompts,
+            self._questions,
+            samples=self.settings.heldout.samples,
+            sampling=self.settings.selfplay.sampling,
+            seed=self.settings.heldout.seed,
+            max_model_len=self.settings.rollout.max_model_len,
+        )
+        by_task = {f"heldout/{task}": value for task, value in score.by_task.items()}
+        return {"heldout/mean": score.mean, **by_task}
+
+    def record_start(self, scores: Mapping[str, float]) -> None:
         """The row of step 0: what was measured before training."""
-        self.metrics.log(0, _score_metrics(score))
-        if score is not None:
-            self.live.note(f"held-out before training: {score.mean:.3f}")
+        self.metrics.log(0, scores)
+        if "heldout/mean" in scores:
+            self.live.note(f"held-out before training: {scores['heldout/mean']:.3f}")
 
-    def record(self, step: int, play: Play, update: Update, score: HeldOutScore | None) -> float:
-        """Write the step's metrics. Returns the mean gap of engine and learner log-probs."""
+    def record(
+        self,
+        step: int,
+        played: Played,
+        dropped: Collection[int],
+        update: Update,
+        scores: Mapping[str, float],
+    ) -> float:
+        """Write the step's metrics; `dropped` groups of its batch were left out of the update.
+
+        Returns the mean gap between engine and learner on the samples of the newest weights.
+        """
         with self.phase("record"):
-            gap = mismatch(play.batch.train, update.scores, play.batch.roles)
+            batch, cap = played.play.batch.without(dropped), self.settings.policy.loss.importance_cap
+            gap = mismatch(batch.train, update.scores, batch.roles)
             values = {
-                **step_metrics(play),
+                **step_metrics(played.play),
                 **gap,
+                "mismatch/dropped": len(dropped),
+                **staleness(batch.train, step - 1),
+                **importance(batch.train, update.scores, cap),
                 "policy/loss": update.loss,
                 "policy/grad_norm": update.grad_norm,
                 "policy/lr": update.lr,
                 "policy/clipped": update.clipped,
-                **update.scores.mean_entropy(play.batch.roles),
-                **self._token_metrics(update),
+                **update.load_metrics(),
+                **update.scores.mean_entropy(batch.roles),
+                "tokens/trained": update.tokens,
+                **played.metrics,
                 **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
-                **_score_metrics(score),
+                **scores,
             }
             self._seconds.clear()  # what this phase takes shows in the next row
             self.metrics.log(step, values)
         self.live.done(step, values)
-        return gap.get("mismatch/mean", 0.0)
+        return gap.get("mismatch/newest", 0.0)
 
     def report(self) -> None:
         write_report(self.run.path)
@@ -147,16 +214,6 @@ class Driver:
             tokens=self.engine.stats().generated_tokens - self._before.generated_tokens,
         )
 
-    def _token_metrics(self, update: Update) -> dict[str, float]:
-        now, before = self.engine.stats(), self._before
-        prompts = now.prompt_tokens - before.prompt_tokens
-        return {
-            "tokens/generated": now.generated_tokens - before.generated_tokens,
-            "tokens/prompt": prompts,
-            "tokens/prefix_hits": (now.cached_tokens - before.cached_tokens) / max(prompts, 1),
-            "tokens/trained": update.tokens,
-        }
-
     metrics: Metrics
     _before: EngineStats
     _journal: Journal
@@ -168,22 +225,28 @@ class Driver:
 def _engine(
     settings: config.Config, run: RunFolder, model: Path, stop: tuple[int, ...], alone: bool
 ) -> Engine:
-    """In this process if it is the only one and no servers are configured; else a fleet, of one at least.
+    """In this process where that can be and no servers are configured; else a fleet, of one at least.
 
     An engine inside one rank of many would wait for the others: vLLM makes its groups over the whole world.
+    One that shares the learner's process cannot play while that trains.
     """
     rollout = settings.rollout
     scratch = run.path.parent / ".engine"  # vLLM caches there what it learns of a model; runs share it
     common: dict[str, Any] = {"scratch": scratch, "stop": stop}
-    wanted = bool(rollout.servers.count or rollout.servers.urls)
-    if alone and not wanted:
-        return InProcessEngine(model, rollout, seed=settings.seed, **common)
-    if not wanted:
+    if not rollout.servers.count and not rollout.servers.urls:
+        if alone and not settings.selfplay.max_staleness:
+            return InProcessEngine(model, rollout, seed=settings.seed, **common)
         rollout = replace(rollout, servers=replace(rollout.servers, count=1))
-    return Fleet(model, rollout, logs=run.path / "engines", **common)
+    # Of servers that somebody else started nobody knows which weights they hold, until they are given some.
+    version = -1 if rollout.servers.urls else 0
+    return Fleet(model, rollout, logs=run.path / "engines", version=version, **common)
 
 
-def _score_metrics(score: HeldOutScore | None) -> dict[str, float]:
-    if score is None:
-        return {}
-    return {"heldout/mean": score.mean, **{f"heldout/{task}": value for task, value in score.by_task.items()}}
+def _token_metrics(before: EngineStats, now: EngineStats) -> dict[str, float]:
+    """What the engine did between the two; the work of a play that was under way meanwhile is in it."""
+    prompts = now.prompt_tokens - before.prompt_tokens
+    return {
+        "tokens/generated": now.generated_tokens - before.generated_tokens,
+        "tokens/prompt": prompts,
+        "tokens/prefix_hits": (now.cached_tokens - before.cached_tokens) / max(prompts, 1),
+    }

@@ -2,12 +2,12 @@
 
 Self-play fills a batch (its advantages are token weights by then), the learner makes one update of it, the
 engine gets the new weights, and the step is recorded. The same loop runs on every rank; what only rank 0
-does is behind the session.
+does is behind the session. With `selfplay.max_staleness` above 0 the next plays go on meanwhile, on a
+thread behind it: the loop is the same.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from spell_megatron.config import Config
 from spell_megatron.record import RunFolder, read_metrics
-from spell_megatron.session import Session, open_session, read_run_config
+from spell_megatron.session import Benchmarks, Session, open_session, read_run_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,33 +32,33 @@ class Summary:
         return asdict(self)
 
 
-def train(config: Config) -> Summary:
-    """Make a new run of a configuration."""
-    return _run(config, None)
+def train(config: Config, benchmarks: Benchmarks | None = None) -> Summary:
+    """Make a new run of a configuration. `benchmarks`: `eval.live_benchmarks`, for `heldout.benchmarks`."""
+    return _run(config, None, benchmarks)
 
 
-def resume(run: Path, overrides: Iterable[str] = ()) -> Summary:
+def resume(run: Path, overrides: Iterable[str] = (), benchmarks: Benchmarks | None = None) -> Summary:
     """Go on with a run after its newest whole checkpoint; overrides may lengthen it or change its layout."""
-    return _run(read_run_config(run, tuple(overrides)), run)
+    return _run(read_run_config(run, tuple(overrides)), run, benchmarks)
 
 
-def _run(config: Config, run: Path | None) -> Summary:
-    with open_session(config, run) as session:
-        asyncio.run(_loop(session))
+def _run(config: Config, run: Path | None, benchmarks: Benchmarks | None) -> Summary:
+    with open_session(config, run, benchmarks) as session:
+        _loop(session)
         return _summary(session.run, session.step)
 
 
-async def _loop(session: Session) -> None:
+def _loop(session: Session) -> None:
     if session.step == 0:
-        score = await session.measure(0)
+        scores = session.measure(0)
         if session.driver:
-            session.driver.record_start(score)
+            session.driver.record_start(scores)
     for step in range(session.step + 1, session.config.steps + 1):
-        batch = await session.play(step)
+        batch = session.play(step)
         update = session.update(batch)
         session.resync(step)
-        score = await session.measure(step)
-        session.record(step, update, score)
+        scores = session.measure(step)
+        session.record(step, update, scores)
     session.finish()
 
 

@@ -8,7 +8,7 @@ decoded only to be parsed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,13 +64,14 @@ class Sample:
     """One completion as the learner sees it: tokens, and what each of them is worth.
 
     `weights[i]` multiplies the policy-gradient term of `tokens[i]`: an advantage in reinforcement
-    learning, 1.0 in supervised warm-up. `logprobs` are the engine's (empty where no engine made
-    the tokens).
+    learning, 1.0 in supervised warm-up. `logprobs` are the engine's, and `version` is the number of
+    the weights that they are of (empty and None where no engine made the tokens).
     """
 
     tokens: Tokens
     weights: Sequence[float]
     logprobs: Sequence[float] = ()
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,10 @@ class TrainBatch:
     def response_tokens(self) -> int:
         """The denominator of the token mean, over every role and every rank."""
         return sum(group.response_tokens for group in self.groups)
+
+    def without(self, dropped: Collection[int]) -> TrainBatch:
+        """The batch without some groups, by their places."""
+        return TrainBatch(tuple(group for place, group in enumerate(self.groups) if place not in dropped))
 
 
 @dataclass(frozen=True, slots=True)

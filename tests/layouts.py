@@ -1,9 +1,9 @@
 """The layout matrix: every parallel layout against plain Hugging Face transformers, in float32.
 
-    torchrun --nproc-per-node 4 tests/layouts.py --out results.json [CASE …]
+    torchrun --nproc-per-node 4 tests/layouts.py --out results.json CASE …
 
-runs the cases of that world size one after another in one set of processes. `python tests/layouts.py --table`
-runs all of them and prints the table that stands in docs/layouts.md.
+runs cases of that world size one after another in one set of processes. `python tests/layouts.py --table [CASE …]`
+runs them (all, where none is named) and prints the table that stands in docs/layouts.md.
 """
 
 from __future__ import annotations
@@ -262,9 +262,10 @@ def main() -> None:
     if not args.table:
         run_cases(args.names, args.out)
         return
+    chosen = [case for case in CASES if not args.names or case.name in args.names]
     results: list[Result] = []
-    for world in sorted({case.world for case in CASES}):
-        results += launch(world, [case.name for case in CASES if case.world == world])
+    for world in sorted({case.world for case in chosen}):
+        results += launch(world, [case.name for case in chosen if case.world == world])
     sys.stdout.write(table(results) + "\n")
 
 

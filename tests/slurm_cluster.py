@@ -104,9 +104,11 @@ def require_programs() -> None:
     if not _missing():
         return
     if os.geteuid() == 0 and shutil.which("apt-get"):
-        command = ["apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES]
+        install = ("install", "--yes", "--no-install-recommends", *PACKAGES)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, env=_APT, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+            for task in (["update"], install):
+                command = ["apt-get", *task]
+                subprocess.run(command, env=_APT, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
     if missing := _missing():
         raise Unavailable(f"no {', '.join(missing)}: apt-get install {' '.join(PACKAGES)}")
 

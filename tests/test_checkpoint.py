@@ -1,10 +1,15 @@
-"""Checkpoints: bit-equal resume, layouts that change between save and load, damage that is skipped."""
+"""Checkpoints: bit-equal resume, layouts that change between save and load, damage, full disks, retention."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,23 +17,20 @@ import pytest
 import torch
 from models import make_model
 from reference import random_batch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
-from spell_megatron.config import Layout, Optimizer, Policy
+from spell_megatron.checkpoint.files import digests
+from spell_megatron.checkpoint.write import Staged
+from spell_megatron.config import Optimizer, Policy
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.world import World, start_world, stop_world
+from spell_megatron.policy.world import World
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield start_world(Layout(), seed=0, timeout_seconds=60)
-    stop_world()
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +47,23 @@ def policy(distributed: bool = False) -> Policy:
 
 
 @pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("background", [False, True])
 def test_a_resumed_learner_goes_on_bit_by_bit(
-    world: World, folder: Path, tmp_path: Path, distributed: bool
+    world: World, folder: Path, tmp_path: Path, distributed: bool, background: bool
 ) -> None:
+    """In the background, too: what is written is the state at `save`, though the weights change meanwhile."""
     batch = random_batch(256)
     learner = Learner(policy(distributed), folder, world)
     learner.update(batch)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, background=background)
     checkpoints.save(1, learner, {"memory": [1, 2]})
     expected = [learner.update(batch) for _ in range(2)]
-    found = checkpoints.newest()
-    assert found is not None
-    assert (found.step, found.run) == (1, {"memory": [1, 2]})
+    checkpoints.wait()
     other = Learner(policy(distributed), folder, world)
-    load_learner(other, found)
+    again = Checkpoints(tmp_path)
+    found = again.restore(other)
+    assert found is not None
+    assert (found.step, found.run, again.saved) == (1, {"memory": [1, 2]}, 1)
     resumed = [other.update(batch) for _ in range(2)]
     assert [(u.loss, u.grad_norm, u.lr) for u in resumed] == [(u.loss, u.grad_norm, u.lr) for u in expected]
     pairs = zip(learner.weights(), other.weights(), strict=True)
@@ -80,34 +85,152 @@ def test_a_learner_that_never_stepped_can_be_saved(
     assert other.update(batch).grad_norm == learner.update(batch).grad_norm
 
 
+class Slow:
+    """A learner's files that take as long as the test wants."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        write = Staged.write
+
+        def slowly(staged: Staged) -> object:
+            self.begun.set()
+            assert self.go.wait(30)
+            return write(staged)
+
+        monkeypatch.setattr(Staged, "write", slowly)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    world: World, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, checkpoints = Learner(policy(), folder, world), Checkpoints(tmp_path, background=True)
+    slow = Slow(monkeypatch)
+    checkpoints.save(1, learner, {})
+    assert slow.begun.wait(30)
+    learner.update(random_batch(256))
+    assert checkpoints.newest() is None
+    assert names(tmp_path) == ["step-00001.partial"]
+    slow.go.set()
+    checkpoints.save(2, learner, {})  # waits for the first
+    assert names(tmp_path)[0] == "step-00001"
+    checkpoints.close()
+    assert names(tmp_path) == ["step-00001", "step-00002"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_damage_and_half_written_folders_are_skipped(
     world: World, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     learner = Learner(policy(), folder, world)
     checkpoints = Checkpoints(tmp_path, keep_last=5)
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 3, 4, 5):
         checkpoints.save(step, learner, {})
-    flipped = max((tmp_path / "step-00004").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    flipped = max((tmp_path / "step-00005").rglob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
-    (tmp_path / "step-00003" / "run.json").write_text('{"step"', encoding="utf-8")
-    (tmp_path / "step-00005.partial").mkdir()
+    (tmp_path / "step-00004" / "run.json").write_text('{"step"', encoding="utf-8")
+    (tmp_path / "step-00003" / "learner" / "common.pt").unlink()
+    (tmp_path / "step-00006.partial").mkdir()
     found = checkpoints.newest()
     assert found is not None
     assert found.step == 2
-    assert "step-00004 is not whole" in caplog.text
-    assert "step-00003 is not whole" in caplog.text
+    for step, fault in ((5, "damaged"), (4, "run.json is damaged"), (3, "common.pt is missing")):
+        assert re.search(f"step-0000{step} is not whole: .*{fault}", caplog.text)
     with pytest.raises(SpellError, match="damaged"):
-        open_checkpoint(tmp_path / "step-00004")
+        open_checkpoint(tmp_path / "step-00005")
+    checkpoints.save(3, learner, {})
+    assert names(tmp_path) == ["step-00001", "step-00002", "step-00003"]
 
 
-def test_only_the_last_are_kept(world: World, folder: Path, tmp_path: Path) -> None:
+def test_the_last_and_every_nth_are_kept(world: World, folder: Path, tmp_path: Path) -> None:
     learner = Learner(policy(), folder, world)
-    checkpoints = Checkpoints(tmp_path, keep_last=2)
-    for step in range(1, 5):
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=3)
+    for step in range(1, 9):
         checkpoints.save(step, learner, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00003", "step-00004"]
+    assert names(tmp_path) == [f"step-0000{step}" for step in (3, 6, 7, 8)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of four megabytes."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"this user cannot mount a small file system: {mount.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("left", [0, 8, 256], ids=lambda kib: f"{kib} KiB left")
+def test_a_full_disk_keeps_the_last_good_state(
+    world: World, folder: Path, small_disk: Path, background: bool, left: int
+) -> None:
+    """Full at once, full after the first small files, full in the middle of the weights."""
+    learner = Learner(policy(), folder, world)
+    learner.update(random_batch(256))
+    checkpoints = Checkpoints(small_disk / "checkpoints", background=background)
+    checkpoints.save(1, learner, {"good": True})
+    checkpoints.wait()
+    ballast = small_disk / "ballast"
+    free = shutil.disk_usage(small_disk).free
+    ballast.write_bytes(bytes(free - left * 1024))
+
+    def save() -> None:
+        checkpoints.save(2, learner, {})
+        checkpoints.wait()
+
+    with pytest.raises(SpellError, match=r"cannot write the checkpoint .*step-00002: the disk is full"):
+        save()
+    assert names(checkpoints.folder) == ["step-00001"]
+    ballast.unlink()
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.run == {"good": True}
+    checkpoints.save(3, learner, {})
+    checkpoints.close()
+    assert names(checkpoints.folder) == ["step-00001", "step-00003"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(
+    world: World, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("a file stands in the way")
+    with pytest.raises(SpellError, match=r"cannot write the checkpoint .*step-00001"):
+        Checkpoints(tmp_path / "checkpoints").save(1, Learner(policy(), folder, world), {})
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch /tmp/evil",)
+
+
+@pytest.mark.parametrize(
+    "index", [Evil(), Metadata({"weight": BytesStorageMetadata()})], ids=["call", "bytes"]
+)
+def test_an_index_that_could_run_code_is_refused(
+    world: World, folder: Path, tmp_path: Path, index: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can forge a checkpoint can forge its digests, too."""
+    learner, checkpoints = Learner(policy(), folder, world), Checkpoints(tmp_path)
+    checkpoints.save(1, learner, {})
+    (tmp_path / "step-00001" / "learner" / ".metadata").write_bytes(pickle.dumps(index))
+    files = json.loads((tmp_path / "step-00001" / "files.json").read_text())
+    (tmp_path / "step-00001" / "files.json").write_text(json.dumps(digests(tmp_path / "step-00001", files)))
+    found = checkpoints.newest()
+    assert found is not None
+    ran: list[str] = []
+    monkeypatch.setattr(os, "system", ran.append)
+    with pytest.raises(SpellError, match=r"\.metadata"):
+        load_learner(learner, found)
+    assert ran == []
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,11 @@ NASTY = 'it\'s; rm -rf $HOME `id` "x"\nsecond line'
 
 def bash(text: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True, env={"PATH": os.environ["PATH"], **env}
+        ["bash", "-c", text],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], **env},
+        start_new_session=True,
     )
 
 
@@ -165,6 +169,24 @@ def test_each_rank_gets_its_numbers_and_the_run(tmp_path: Path, monkeypatch: pyt
     job = Job(tmp_path / "a b", Profile(), ONE, trainer=("-c", program))
     slurm_says = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
     assert bash(script.rank_command(job), **slurm_says).stdout.strip() == f"5 16 1 {tmp_path / 'a b'}"
+
+
+def test_the_job_ends_as_its_first_failing_rank_did(tmp_path: Path) -> None:
+    """srun itself returns the highest code: that of a rank which it ended because another one had failed."""
+    attempt = Attempt(tmp_path)
+    for code in (7, 1):
+        job = Job(attempt.run, Profile(), ONE, trainer=("-c", f"raise SystemExit({code})"))
+        assert bash(script.rank_command(job), SLURM_JOB_ID="40001").returncode == code
+    assert attempt.end("exit 143")[0] == 7
+    assert Attempt(tmp_path / "other").end("exit 143")[0] == 143
+
+
+def test_a_signal_is_for_the_rank_and_not_for_its_shell(tmp_path: Path) -> None:
+    """As SLURM sends it, to all processes of the task at once."""
+    program = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); os.killpg(0, signal.SIGTERM)"
+    (tmp_path / "logs").mkdir()
+    job = Job(tmp_path, Profile(), ONE, trainer=("-c", program))
+    assert bash(script.rank_command(job), SLURM_JOB_ID="1").returncode == 75
 
 
 class Attempt:
@@ -303,7 +325,7 @@ class TestSbatch:
         (srun,) = (line for line in self.written(job).splitlines() if line.startswith("srun "))
         words = shlex.split(srun)
         assert words[-3:-1] == ["bash", "-c"]
-        assert words[-1].endswith(f"exec {sys.executable} -m spell_megatron.cli resume {job.run}")
+        assert f"; {sys.executable} -m spell_megatron.cli resume {job.run};" in words[-1]
         assert "--container-image" not in words
         assert Path(words[words.index("--chdir") + 1]).is_dir()
         assert "torchrun" not in srun
@@ -330,7 +352,7 @@ class TestSbatch:
     def test_a_virtual_environment_is_activated(self, job: Job) -> None:
         text = self.written(replace(job, profile=Profile(venv="/shared/my venv")))
         assert "source '/shared/my venv/bin/activate'" in text
-        assert "exec python -m spell_megatron.cli" in text
+        assert "; python -m spell_megatron.cli" in text
 
     def test_engine_nodes_hold_servers_and_the_trainer_is_told_where(self, job: Job) -> None:
         text = self.written(replace(job, machines=replace(job.machines, engine_nodes=2, servers=4)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,25 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spell_megatron.config import Layout, Loss
-from spell_megatron.policy import kernels
-from spell_megatron.policy.attention import _MergedPieces
+from spell_megatron.policy import attention, kernels
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.layout import LayoutError, check_layout
 from spell_megatron.policy.learner import Scores
 from spell_megatron.policy.loss import TokenTerms, token_losses
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.spans import plan_spans
-from spell_megatron.policy.world import World, start_world, stop_world
+from spell_megatron.policy.world import World
 from spell_megatron.types import Group, Sample, TrainBatch
 from spell_megatron.weights.shape import ModelShape
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield start_world(Layout(), seed=0, timeout_seconds=60)
-    stop_world()
 
 
 # ---- span attention
@@ -46,7 +38,10 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_pieces_equal_masked_attention_with_gradients(world: World, dtype: torch.dtype) -> None:
+def test_merged_pieces_equal_masked_attention_with_gradients(
+    world: World, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_KEY_BLOCK", 16)  # the prompt's keys in three blocks
     prompts_and_replies = [(list(range(40)), [[1] * 7, [2] * 1, [3] * 20]), ([5] * 9, [[6] * 4])]
     plan = plan_spans(prompts_and_replies)
     tokens = plan.ids.shape[1]
@@ -59,7 +54,7 @@ def test_merged_pieces_equal_masked_attention_with_gradients(world: World, dtype
     kv = torch.randn(tokens, 2, 2, 32, generator=draw).to(dtype)
 
     ours_q, ours_kv = q.clone().requires_grad_(), kv.clone().requires_grad_()
-    out = _MergedPieces.apply(ours_q, ours_kv, plan, None, 0.17)
+    out = attention._MergedPieces.apply(ours_q, ours_kv, plan, None, 0.17)
     out.backward(grad)
     true_q, true_kv = q.double().requires_grad_(), kv.double().requires_grad_()
     true = naive_attention(true_q, true_kv[:, 0], true_kv[:, 1], mask, 0.17)

@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import pytest
@@ -22,14 +23,16 @@ from hypothesis import strategies as st
 from rich.console import Console as Terminal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spell_megatron.config import Config, dump_config
+from spell_megatron.config import Config, dump_config, load_config
 from spell_megatron.record import (
     Console,
     Journal,
     Metrics,
     RunFolder,
+    forget_episodes,
     logging_to,
     read_metrics,
+    same_episodes,
     step_line,
     write_report,
 )
@@ -244,6 +247,34 @@ def test_weights_and_biases_is_asked_for_or_absent(run: RunFolder, monkeypatch: 
     Metrics(run).close()
 
 
+def test_weights_and_biases_gets_every_row(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package: one run under the folder's name, which a resumed run goes on with."""
+    begun: list[dict[str, object]] = []
+    logged_: list[tuple[int, dict[str, float]]] = []
+    finished: list[bool] = []
+    account = SimpleNamespace(
+        log=lambda values, step: logged_.append((step, values)), finish=lambda: finished.append(True)
+    )
+    wandb = SimpleNamespace(
+        init=lambda **options: begun.append(options) or account, errors=SimpleNamespace(Error=ValueError)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    metrics = Metrics(run, wandb_project="papers")
+    metrics.log(1, {"policy/loss": 0.5, "policy/grad_norm": math.nan})
+    metrics.close()
+    assert begun == [
+        {
+            "project": "papers",
+            "name": run.path.name,
+            "id": run.path.name,
+            "dir": str(run.path),
+            "resume": "allow",
+        }
+    ]
+    assert logged_ == [(1, {"policy/loss": 0.5})]
+    assert finished == [True]
+
+
 # ---- journal
 
 
@@ -275,6 +306,32 @@ def test_a_journal_cut_by_a_crash_goes_on(run: RunFolder, caplog: pytest.LogCapt
     resumed = Journal(run, 1)
     resumed.append(episode(1, 7))
     assert [one.index for one in resumed.read()] == [0, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("selfplay.max_rounds=20", True),
+        ("selfplay.questions=7", True),
+        ("steps=3", True),
+        ("policy.layout.tensor=2", True),
+        ("selfplay.sampling.temperature=1.0", False),
+        ("selfplay.grounding=false", False),
+        ("model.prompts=full", False),
+        ("corpus.cluster_tokens=99", False),
+    ],
+)
+def test_episodes_of_another_configuration_are_asked_for_again(
+    run: RunFolder, override: str, same: bool
+) -> None:
+    before, after = load_config("toy"), load_config("toy", [override])
+    assert same_episodes(before, after) == same
+    for step in (1, 2, 3):
+        journal = Journal(run, step)
+        journal.append(episode(step))
+        journal.close()
+    forget_episodes(run, after=1)
+    assert run.recorded_steps == [1]
 
 
 # ---- console

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from models import make_model
 from reference import reference
 
-from spell_megatron.config import Layout, Optimizer, Policy, Rollout
+from spell_megatron.config import Optimizer, Policy, Rollout
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
-from spell_megatron.policy.world import World, start_world, stop_world
+from spell_megatron.policy.world import World
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.types import Group, Sample, TrainBatch
 
 pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield start_world(Layout(), seed=0, timeout_seconds=60)
-    stop_world()
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
 
 
 def sampled_batch(
@@ -50,9 +45,13 @@ def sampled_batch(
     return TrainBatch(tuple(asyncio.run(sample())))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_tied", "moe"])
-def test_three_steps_stay_in_step(kind: str, world: World, tmp_path: Path) -> None:
-    folder = make_model(kind, tmp_path / "model", seed=3)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [("qwen3", {"rope_parameters": YARN}), ("qwen3_tied", {}), ("moe", {})],
+    ids=["qwen3 with yarn", "qwen3_tied", "moe"],
+)
+def test_three_steps_stay_in_step(kind: Any, overrides: dict[str, Any], world: World, tmp_path: Path) -> None:
+    folder = make_model(kind, tmp_path / "model", seed=3, **overrides)
     # A rate so large that stale weights would show at once.
     policy = Policy(dtype="float32", stream_tokens=512, optimizer=Optimizer(lr=1e-2))
     learner = Learner(policy, folder, world)

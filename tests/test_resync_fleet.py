@@ -37,7 +37,9 @@ def rows(scratch: Path) -> list[dict[str, Any]]:
 def test_both_servers_follow_every_step_of_every_layout(rows: list[dict[str, Any]]) -> None:
     places = [(row["kind"], row["layout"], row["step"]) for row in rows]
     steps = range(resync_fleet.STEPS + 1)
-    assert places == [(kind, layout, step) for kind in KINDS for layout in resync_fleet.LAYOUTS for step in steps]
+    assert places == [
+        (kind, layout, step) for kind in KINDS for layout in resync_fleet.LAYOUTS for step in steps
+    ]
     for row in rows:
         assert row["held"] == [row["version"]] * 2, row
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from models import make_model
 
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.config import Servers
-from spell_megatron.rollout import fleet as fleet_module
+from spell_megatron.rollout import member as member_module
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State
@@ -26,6 +27,7 @@ from spell_megatron.types import Rollout
 pytestmark = pytest.mark.unit
 
 Fault = Callable[["Handler"], None]
+PATIENT = Servers(probe_seconds=0.3)
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -38,7 +40,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.label = "default"
         self.faults: list[Fault] = []
-        self.silent = False
+        self.silent = self.dead = False
         self.served: list[list[int]] = []
         self.most_at_once = self.at_once = 0
         self.lock = threading.Lock()
@@ -53,12 +55,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.server.dead:
+            return reset(self)
         if self.server.silent:
             time.sleep(0.6)
         self.reply({"weight_version": self.server.label, "world_size": 1})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.server.dead:
+            return reset(self)
         if self.path == "/update_weight_version":
             self.server.label = body["new_version"]
             return self.reply({})
@@ -120,6 +126,11 @@ def mixed(handler: Handler) -> None:
     handler.complete(1, versions=("0", "1"))
 
 
+def gone(handler: Handler) -> None:
+    handler.server.dead = True
+    reset(handler)
+
+
 def refused(handler: Handler) -> None:
     handler.reply({"error": "token out of vocabulary"}, status=400)
 
@@ -131,15 +142,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def fleet_of(
-    folder: Path, count: int, monkeypatch: pytest.MonkeyPatch, **settings: Any
+    folder: Path,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Servers = PATIENT,
+    **rollout: Any,
 ) -> Iterator[tuple[Fleet, list[FakeServer]]]:
-    monkeypatch.setattr(fleet_module, "_PROBE_EVERY", 0.05)
-    monkeypatch.setattr(fleet_module, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(member_module, "_PROBE_EVERY", 0.05)
+    monkeypatch.setattr(member_module, "_POLL_SECONDS", 0.05)
     servers = [FakeServer() for _ in range(count)]
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     urls = tuple(server.url for server in servers)
-    config = Settings(max_model_len=64, servers=Servers(urls=urls, probe_seconds=0.3), **settings)
+    config = Settings(max_model_len=64, servers=replace(settings, urls=urls), **rollout)
     fleet = Fleet(folder, config, scratch=folder / "scratch", logs=folder / "logs")
     try:
         yield fleet, servers
@@ -259,11 +274,28 @@ def test_a_fleet_without_servers_is_refused(folder: Path) -> None:
 
 
 def test_a_fleet_whose_servers_never_come_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(member_module, "_POLL_SECONDS", 0.01)
     url = "http://127.0.0.1:9"
     servers = Servers(urls=(url,), start_seconds=0.05, max_restarts=2)
     with pytest.raises(EngineError, match=f"1 engines are lost\nremote-0: .*{url}"):
         Fleet(folder, Settings(servers=servers), scratch=folder, logs=folder)
+
+
+def test_a_request_that_every_server_fails_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fleet_of(folder, 2, monkeypatch) as (fleet, servers):
+        for server in servers:
+            server.faults = [error_500] * 1000
+        with pytest.raises(EngineError, match=r"failed 20 times, at last on remote-\d: .*out of memory"):
+            sample(fleet, seeds=1)
+
+
+def test_who_waits_when_the_last_server_dies_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = Servers(probe_seconds=0.3, start_seconds=0.2, max_restarts=1)
+    with fleet_of(folder, 1, monkeypatch, servers) as (fleet, (server,)):
+        server.faults = [gone]
+        with pytest.raises(EngineError, match="all 1 engines are lost"):
+            sample(fleet)
+        assert fleet.states()["remote-0"].state is State.LOST
 
 
 def test_a_closed_fleet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from spell_megatron.rollout.engine import EngineError, check_version, room_for
 from spell_megatron.rollout.model_files import stop_tokens
+from spell_megatron.rollout.transfer import checksum as checksums
+from spell_megatron.rollout.transfer.checksum import checksum
 from spell_megatron.rollout.transfer.manifest import Manifest, buckets
 
 pytestmark = pytest.mark.unit
@@ -69,3 +71,32 @@ def test_versions_grow() -> None:
     check_version(3, 4)
     with pytest.raises(EngineError, match="version 3"):
         check_version(3, 3)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(2, 40))
+def test_a_checksum_notices_values_and_places(seed: int, dtype: torch.dtype, size: int) -> None:
+    tensor = torch.randn(size, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    assert checksum(tensor) == checksum(tensor.clone()) == checksum(tensor.T.contiguous().T)
+    assert checksum(tensor) != checksum(tensor.flip(0))
+    changed = tensor.clone()
+    changed[-1, -1] = -changed[-1, -1] - 1
+    assert checksum(tensor) != checksum(changed)
+
+
+def test_a_checksum_reaches_over_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "_CHUNK", 4)
+    tensor = torch.arange(12.0)
+    pieces = [tensor[4:8], tensor[:4], tensor[8:]]
+    assert checksum(tensor) != checksum(torch.cat(pieces))
+
+
+def test_kept_weights_come_with_their_checksums() -> None:
+    from spell_megatron.rollout.transfer.store import WeightStore
+
+    store = WeightStore(Manifest(dict.fromkeys("ab", (2, 3))), torch.device("cpu"), summed=True)
+    weights = {name: torch.randn(2, 3) for name in "ab"}
+    store.offer(weights.items())
+    list(store)
+    store.keep(1)
+    assert store.sums == {name: checksum(tensor) for name, tensor in weights.items()}
+    assert store.reached == "b"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
+from eval import live_benchmarks
 from spell_megatron.cli import app
 from spell_megatron.config import load_config
 from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.session import open_session
+from spell_megatron.session import MismatchError, open_session
 from spell_megatron.train import resume, train
-from spell_megatron.types import SpellError
+from spell_megatron.types import Group, SpellError, TrainBatch
 
 pytestmark = pytest.mark.engine
 
@@ -36,6 +38,8 @@ SMALL = (
     "heldout.questions=6",
     "heldout.samples=2",
     "heldout.every=0",
+    "heldout.benchmarks=[toy]",
+    "heldout.limit=6",
     "record.checkpoint_every=1",
     "rollout.kv_cache_mib=64",
     "corpus.toy_clusters=6",
@@ -61,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(runs: Path) -> Path:
     """An uninterrupted run of three steps."""
-    return Path(train(load_config("toy", small(runs, "steps=3"))).run_dir)
+    return Path(train(load_config("toy", small(runs, "steps=3")), live_benchmarks).run_dir)
 
 
 def test_a_run_leaves_everything_that_it_promises(whole: Path) -> None:
@@ -77,6 +81,9 @@ def test_a_run_leaves_everything_that_it_promises(whole: Path) -> None:
         assert rows[-1].get(name) is not None, name
     assert max(row["mismatch/max"] for row in rows[1:]) < 1e-3
     assert rows[-1]["heldout/mean"] is not None
+    for row in (rows[0], rows[-1]):  # the same questions, asked and graded by the evaluation's own runner
+        assert row["eval/toy"] == row["heldout/mean"]
+        assert (run.path / f"eval/step-{row['step']:05d}/report.md").is_file()
     assert run.config.is_file()
     assert list(run.tensorboard.iterdir())
     assert run.report.stat().st_size > 10_000
@@ -85,8 +92,8 @@ def test_a_run_leaves_everything_that_it_promises(whole: Path) -> None:
 
 
 def test_a_run_stopped_between_two_steps_resumes_bit_by_bit(whole: Path, runs: Path) -> None:
-    stopped = Path(train(load_config("toy", small(runs, "steps=2"))).run_dir)
-    resume(stopped, ["steps=3"])
+    stopped = Path(train(load_config("toy", small(runs, "steps=2")), live_benchmarks).run_dir)
+    resume(stopped, ["steps=3"], live_benchmarks)
     ours, theirs = load_file(stopped / "hf/model.safetensors"), load_file(whole / "hf/model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -99,6 +106,13 @@ def test_a_run_stopped_between_two_steps_resumes_bit_by_bit(whole: Path, runs: P
         assert rows[0].get(name) == rows[1].get(name), name
 
 
+def test_taking_turns_in_memory_changes_nothing(whole: Path, runs: Path) -> None:
+    turns = Path(train(load_config("toy", small(runs, "steps=3", "rollout.placement=colocated"))).run_dir)
+    ours, theirs = load_file(turns / "hf/model.safetensors"), load_file(whole / "hf/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_the_export_answers_as_the_engine_did(runs: Path, tmp_path: Path) -> None:
     config = load_config("toy", small(runs, "steps=1", "policy.optimizer.lr=1e-3"))
 
@@ -108,18 +122,14 @@ def test_the_export_answers_as_the_engine_did(runs: Path, tmp_path: Path) -> Non
             for p in PROMPTS
         ]
 
-    async def one_step() -> list[list[int]]:
-        batch = await session.play(1)
-        update = session.update(batch)
+    with open_session(config, None, live_benchmarks) as session:
+        update = session.update(session.play(1))
         session.resync(1)
-        session.record(1, update, None)
+        session.record(1, update, {})
         session.finish()
         assert session.driver
         assert isinstance(session.driver.engine, InProcessEngine)
-        return await greedy(session.driver.engine)
-
-    with open_session(config, None) as session:
-        last, hf = asyncio.run(one_step()), session.run.hf
+        last, hf = asyncio.run(greedy(session.driver.engine)), session.run.hf
     engine = InProcessEngine(hf, config.rollout, scratch=tmp_path)
     try:
         assert asyncio.run(greedy(engine)) == last
@@ -133,6 +143,28 @@ def test_the_export_answers_as_the_engine_did(runs: Path, tmp_path: Path) -> Non
         assert generated.tolist()[: len(tokens)] == tokens
 
 
+def test_groups_on_which_engine_and_learner_differ_are_left_out_of_the_update(runs: Path) -> None:
+    def elsewhere(group: Group) -> Group:
+        return replace(
+            group, samples=tuple(replace(s, logprobs=[x - 0.5 for x in s.logprobs]) for s in group.samples)
+        )
+
+    config = load_config("toy", small(runs, "steps=1", "record.mismatch_action=drop", "heldout.questions=0"))
+    with open_session(config, None) as session:
+        batch = session.play(1)
+        first, *rest = batch.groups
+        with pytest.raises(MismatchError, match="in every group"):
+            session.update(TrainBatch(tuple(map(elsewhere, batch.groups))))
+        update = session.update(TrainBatch((elsewhere(first), *rest)))
+        session.record(1, update, {})
+        run = session.run
+    assert [len(group) for group in update.scores.logprobs] == [len(group.samples) for group in rest]
+    weights = [weight for group in rest for sample in group.samples for weight in sample.weights]
+    assert update.loss == pytest.approx(-sum(weights) / len(weights), abs=1e-6)
+    assert read_metrics(run)[-1]["mismatch/dropped"] == 1
+    assert (run.checkpoints / "step-00000").is_dir()  # saved before it stopped
+
+
 def test_real_text_that_nobody_wrote_for_this(runs: Path, tmp_path: Path) -> None:
     """Licence texts: the toy model understands nothing of them, and the run says so instead of breaking."""
     source = tmp_path / "licences"
@@ -144,7 +176,7 @@ def test_real_text_that_nobody_wrote_for_this(runs: Path, tmp_path: Path) -> Non
         "selfplay.round_questions=6",
     )  # fmt: skip
     with pytest.raises(SpellError) as error:
-        train(load_config("toy", overrides))
+        train(load_config("toy", overrides), live_benchmarks)
     assert "could not fill its batch" in str(error.value)
     assert "Keys most likely to help" in str(error.value)
 

@@ -164,7 +164,7 @@ def _inspect(
         dense=sum(p.numel() for p in parameters.values()) - expert,
         expert=expert,
         weights=_storage_bytes(parameters.values()),
-        gradients=_storage_bytes(p.main_grad for p in parameters.values()),
+        gradients=_storage_bytes(p.main_grad for p in parameters.values() if p.requires_grad),
         optimizer=_optimizer_bytes(policy, models, parameters.values()),
         shapes={name: list(p.shape) for name, p in parameters.items()},
     )
@@ -258,7 +258,7 @@ def _optimizer_bytes(policy: Policy, models: Sequence[Any], parameters: Iterable
         return 0
     state = 8 if policy.dtype == "float32" else 12
     if not policy.optimizer.distributed:
-        return state * sum(p.numel() for p in parameters)
+        return state * sum(p.numel() for p in parameters if p.requires_grad)
     owned = 0
     for model in models:
         for buffer in model.buffers + model.expert_parallel_buffers:

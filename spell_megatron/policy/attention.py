@@ -13,6 +13,7 @@ backward pass (so that a rank keeps only its own between the two), and their gra
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from spell_megatron.policy import kernels
-from spell_megatron.policy.spans import SpanPlan
+from spell_megatron.policy.spans import Piece, SpanPlan
+
+_KEY_BLOCK = 16_384
+"""Keys of one backward call: with grouped queries its kernel makes a gradient of the keys for every query head
+before it sums them, which over a whole stream would outweigh all else that a context-parallel rank holds."""
 
 
 class SpanAttention(MegatronModule):
@@ -96,7 +101,7 @@ class _MergedPieces(torch.autograd.Function):
         dkv = torch.zeros(keys.shape[1], *kv.shape[1:], dtype=wide, device=kv.device)
         d_queries, d_keys, d_values = dq.transpose(0, 1), *(dkv[:, i].transpose(0, 1) for i in range(2))
         queries, outs, grads = q.transpose(0, 1), out.transpose(0, 1), grad.transpose(0, 1)
-        for q0, q1, k0, k1, causal in ctx.plan.pieces:
+        for q0, q1, k0, k1, causal in _key_blocks(ctx.plan.pieces):
             part_q, part_k, part_v = kernels.backward(
                 grads[:, q0:q1],
                 queries[:, q0:q1],
@@ -110,7 +115,16 @@ class _MergedPieces(torch.autograd.Function):
             d_queries[:, q0:q1] += part_q
             d_keys[:, k0:k1] += part_k
             d_values[:, k0:k1] += part_v
+        del keys, values  # before the gradients are exchanged
         return dq.to(q.dtype), _local_kv_grad(dkv, ctx.plan, ctx.cp_group).to(kv.dtype), None, None, None
+
+
+def _key_blocks(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Full pieces in blocks of keys: their gradients are sums over keys, whatever the cut."""
+    for q0, q1, first, end, causal in pieces:
+        size = end - first if causal else _KEY_BLOCK
+        for k0 in range(first, end, size):
+            yield q0, q1, k0, min(k0 + size, end), causal
 
 
 def _stream_kv(kv: Tensor, plan: SpanPlan, cp_group: Any) -> tuple[Tensor, Tensor]:

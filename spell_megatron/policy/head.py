@@ -1,8 +1,8 @@
 """Log-probabilities and entropies of response tokens, from hidden states, without keeping logits.
 
 The head runs only on rows that predict a response token, in chunks; the backward pass recomputes a chunk's
-logits. So its peak memory is one chunk, whatever the prompt's length or the number of responses. The
-vocabulary is split over the TP ranks; sums are float32.
+logits, but for the last chunk's, which it begins with. So its peak memory is one chunk, whatever the prompt's
+length or the number of responses. The vocabulary is split over the TP ranks; sums are float32.
 
 The distribution is the one that the engine samples from: logits divided by the temperature, then cut to the
 nucleus of mass `top_p`. Training on any other would make the first ratio differ from one.
@@ -47,18 +47,22 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = hidden.shape[0]
         lse, entropy, logprobs, floor = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(4))
+        ctx.last = None
         for part in _chunks(rows, chunk):
             logits, own, column = _logits(hidden[part], weight, targets[part], sampled, tp_group)
             peak = _reduce(logits.amax(-1), dist.ReduceOp.MAX, tp_group)
-            floor[part] = _nucleus_floor(logits, peak, sampled.top_p, tp_group)
             target = logits.gather(-1, column).squeeze(-1).masked_fill(~own, 0.0)
-            logits = _cut(logits, floor[part], own, column)
-            mass = _reduce(torch.exp(logits - peak[:, None]).sum(-1), dist.ReduceOp.SUM, tp_group)
+            if sampled.top_p < 1.0:
+                floor[part] = _nucleus_floor(logits, peak, sampled.top_p, tp_group)
+                logits = _cut(logits, floor[part], own, column)
+            weights = torch.exp(logits - peak[:, None])
+            mass = _reduce(weights.sum(-1), dist.ReduceOp.SUM, tp_group)
             lse[part] = peak + mass.log()
-            probabilities = torch.exp(logits - lse[part][:, None])
-            mean = (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(-1)
-            entropy[part] = lse[part] - _reduce(mean, dist.ReduceOp.SUM, tp_group)
+            total = (weights * _finite(logits, sampled)).sum(-1)
+            entropy[part] = lse[part] - _reduce(total, dist.ReduceOp.SUM, tp_group) / mass
             logprobs[part] = _reduce(target, dist.ReduceOp.SUM, tp_group) - lse[part]
+        if rows:
+            ctx.last = (logits, own, column)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy, floor)
         ctx.sampled, ctx.chunk, ctx.tp_group = sampled, chunk, tp_group
         return logprobs, entropy
@@ -68,17 +72,24 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, lse, entropy, floor = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         with_entropy = bool(d_entropy.any())
-        for part in _chunks(hidden.shape[0], ctx.chunk):
-            logits, own, column = _logits(hidden[part], weight, targets[part], ctx.sampled, ctx.tp_group)
-            logits = _cut(logits, floor[part], own, column)
+        # The logits were divided by the temperature.
+        d_logprobs, d_entropy = d_logprobs / ctx.sampled.temperature, d_entropy / ctx.sampled.temperature
+        last, ctx.last = ctx.last, None
+        for part in reversed(_chunks(hidden.shape[0], ctx.chunk)):
+            if last is not None:
+                (logits, own, column), last = last, None
+            else:
+                logits, own, column = _logits(hidden[part], weight, targets[part], ctx.sampled, ctx.tp_group)
+                if ctx.sampled.top_p < 1.0:
+                    logits = _cut(logits, floor[part], own, column)
             log_p = logits.sub_(lse[part][:, None])
             p = log_p.exp()
             grad = p * -d_logprobs[part][:, None]
             if with_entropy:  # dH / dlogit = -p (log p + H)
-                surprise = log_p.masked_fill(p == 0, 0.0) + entropy[part][:, None]
+                surprise = _finite(log_p, ctx.sampled) + entropy[part][:, None]
                 grad -= p * surprise * d_entropy[part][:, None]
             grad.scatter_add_(-1, column, (d_logprobs[part] * own)[:, None])
-            grad = grad.div_(ctx.sampled.temperature).to(weight.dtype)
+            grad = grad.to(weight.dtype)
             d_hidden[part] = grad @ weight
             d_weight += grad.t() @ hidden[part]
         if dist.get_world_size(ctx.tp_group) > 1:
@@ -105,8 +116,6 @@ def _nucleus_floor(logits: Tensor, peak: Tensor, top_p: float, tp_group: Any) ->
 
     The floor is found by bisection on the mass above it, which works on a split vocabulary without a sort.
     """
-    if top_p >= 1.0:
-        return torch.full_like(peak, -torch.inf)
     probabilities = torch.exp(logits - peak[:, None])
     wanted = _reduce(probabilities.sum(-1), dist.ReduceOp.SUM, tp_group) * top_p
     low, high = peak - _NEGLIGIBLE, peak
@@ -123,6 +132,11 @@ def _cut(logits: Tensor, floor: Tensor, own: Tensor, column: Tensor) -> Tensor:
     outside = logits <= floor[:, None]
     outside.scatter_(-1, column, outside.gather(-1, column) & ~own[:, None])
     return logits.masked_fill_(outside, -torch.inf)
+
+
+def _finite(logits: Tensor, sampled: Sampled) -> Tensor:
+    """Zero for what was cut: its weight is zero too, and their product must be."""
+    return logits.masked_fill(logits.isneginf(), 0.0) if sampled.top_p < 1.0 else logits
 
 
 def _reduce(value: Tensor, op: Any, tp_group: Any) -> Tensor:

@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from spell_megatron.config import Policy
+from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.loss import TokenTerms, token_losses
@@ -71,6 +72,15 @@ class Update:
     """Tokens computed on this rank, prompts included."""
     scores: Scores
     """Before the (first) update: of the weights that the batch was sampled from."""
+    expert_load: tuple[float, ...] = ()
+    """For each layer, tokens of the busiest expert over the mean of all; empty without experts."""
+
+    def load_metrics(self) -> dict[str, float]:
+        """The most and the mean uneven layer: with expert parallelism the busiest expert sets the pace."""
+        load = self.expert_load
+        if not load:
+            return {}
+        return {"policy/expert_load_max": max(load), "policy/expert_load_mean": float(np.mean(load))}
 
 
 class Learner:
@@ -84,6 +94,7 @@ class Learner:
         self.chunks = build_chunks(policy, self.shape, folder)
         self.sampled = sampled or Sampled()
         load_weights(self.chunks, self.shape, ModelFolder(folder))
+        self.expert_load = ExpertLoad(self.chunks, self.shape, world.device)
         self.reference = self._build_reference() if policy.loss.kl > 0 else None
         self.models = wrap_data_parallel(self.chunks, policy.optimizer)
         self.optimizer, self.schedule = build_optimizer(self.models, policy.optimizer, self.dtype)
@@ -93,10 +104,6 @@ class Learner:
             config.no_sync_func = (
                 [m.no_sync for m in self.models] if len(self.models) > 1 else self.models[0].no_sync
             )
-        if policy.freeze_router:
-            for name, parameter in self.named_parameters():
-                if name.endswith("mlp.router.weight"):
-                    parameter.requires_grad_(False)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for chunk in self.chunks:
@@ -107,6 +114,7 @@ class Learner:
         old = self.score(batch).logprobs if self.policy.minibatches > 1 else None
         reference = self._score(batch, self.reference).logprobs if self.reference else None
         parts = _minibatches(batch, self.policy.minibatches)
+        self.expert_load.clear()
         total, clipped, tokens, norms, scores = 0.0, 0.0, 0, [], []
         for part, offset in parts:
             self._zero_grad()
@@ -131,6 +139,7 @@ class Learner:
             clipped=clipped / max(batch.response_tokens, 1),
             tokens=tokens,
             scores=Scores(old, merged.entropy) if old is not None else merged,
+            expert_load=self.expert_load.per_layer(),
         )
 
     def gradients(self, batch: TrainBatch) -> float:

@@ -88,6 +88,10 @@ def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanMo
             )
         )
     _mark_split_parameters(chunks, shape)
+    if policy.freeze_router:  # before gradient buffers and optimizer are made of what needs gradients
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_(not name.endswith("mlp.router.weight"))
     return [cast(SpanModel, chunk.to(torch.cuda.current_device())) for chunk in chunks]
 
 

@@ -7,8 +7,11 @@ the collectives of a step must match. What a batch's loss and gradients are does
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from spell_megatron.types import Group, Sample, SpellError, Tokens, TrainBatch
 
@@ -74,9 +77,12 @@ def plan_streams(
             " raise it, or lower the prompt and response limits"
         )
     step = data_size * multiple
-    count = max(step, _round_up(-(-sum(load.tokens for load in loads) // budget), step))
-    while (bins := _fill(loads, count, budget)) is None:
-        count += step
+    fewest = max(1, -(-sum(load.tokens for load in loads) // budget))
+    counts = range(_round_up(fewest, step), _round_up(max(fewest, len(loads)), step) + 1, step)
+    # The fewest streams that hold all: with one for every load they do.
+    count = counts[bisect_left(counts, True, key=lambda n: _fill(loads, n, budget) is not None)]
+    bins = _fill(loads, count, budget)
+    assert bins is not None  # the search ended on it
     bins.sort(key=lambda loads: -sum(load.work for load in loads))
     ranks: list[list[Stream]] = [[] for _ in range(data_size)]
     for start in range(0, count, data_size):
@@ -113,12 +119,12 @@ def _load(index: int, group: Group, chosen: Sequence[int], token_work: float) ->
 def _fill(loads: Sequence[_Load], count: int, budget: int) -> list[list[_Load]] | None:
     """Heaviest first, each to the least loaded stream with room; None where some load finds none."""
     bins: list[list[_Load]] = [[] for _ in range(count)]
-    tokens, work = [0] * count, [0.0] * count
+    tokens, work = np.zeros(count, np.int64), np.zeros(count)
     for load in sorted(loads, key=lambda load: -load.work):
-        room = [i for i in range(count) if tokens[i] + load.tokens <= budget]
-        if not room:
+        has_room = tokens + load.tokens <= budget
+        if not has_room.any():
             return None
-        best = min(room, key=work.__getitem__)
+        best = int(np.where(has_room, work, np.inf).argmin())
         bins[best].append(load)
         tokens[best] += load.tokens
         work[best] += load.work

@@ -2,7 +2,7 @@
 
 from spell_megatron.record.console import Console, Live, step_line
 from spell_megatron.record.folder import RunFolder
-from spell_megatron.record.journal import Journal
+from spell_megatron.record.journal import Journal, forget_episodes, same_episodes
 from spell_megatron.record.logs import logging_to
 from spell_megatron.record.metrics import Metrics, read_metrics
 from spell_megatron.record.report import write_report
@@ -13,8 +13,10 @@ __all__ = [
     "Live",
     "Metrics",
     "RunFolder",
+    "forget_episodes",
     "logging_to",
     "read_metrics",
+    "same_episodes",
     "step_line",
     "write_report",
 ]

@@ -159,6 +159,16 @@ _HEALTH: list[tuple[str, str, Draw]] = [
         ),
     ),
     (
+        "Age of the samples",
+        "Updates between the weights that sampled and those that are trained.",
+        lines({"staleness/mean": ("mean", TEAL), "staleness/max": ("max", RED)}, zero=True),
+    ),
+    (
+        "Importance weights",
+        "Mean of the truncated probability ratio, learner over engine, and the share of tokens at the cap.",
+        lines({"importance/weight": ("mean", TEAL), "importance/truncated": ("truncated", RED)}, zero=True),
+    ),
+    (
         "Gradient norm",
         "Before clipping.",
         one("policy/grad_norm", AMBER),
@@ -167,6 +177,11 @@ _HEALTH: list[tuple[str, str, Draw]] = [
         "Loss",
         "Token mean of the clipped surrogate. Near zero by construction when on-policy.",
         one("policy/loss", zero=False),
+    ),
+    (
+        "Load of experts",
+        "Tokens of a layer's busiest expert over the mean of its experts: the most uneven layer, and all layers' mean.",
+        lines({"policy/expert_load_max": ("worst layer", RED), "policy/expert_load_mean": ("mean", TEAL)}),
     ),
     (
         "Time of a step",

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from spell_megatron.config import Rollout
+from spell_megatron.config import Config, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Backend:
 # request's random generator by an offset that CPU generators do not have, and dies.
 CPU = Backend("cpu", eager=True, block_size=32, kv_cache_mib=512, cuts_prompts=False, sleeps=False)
 CUDA = Backend("cuda", eager=False, block_size=None, kv_cache_mib=None, cuts_prompts=True, sleeps=True)
+SLEEP_TAGS = {"weights": "weights", "cache": "kv_cache"}
+"""vLLM's names for what an engine takes back when it wakes."""
 
 
 @cache
@@ -60,6 +62,14 @@ def transfer(name: Literal["auto", "gloo", "nccl", "ipc"]) -> Literal["gloo", "n
     if name != "auto":
         return name
     return "gloo" if current() is CPU else "nccl"
+
+
+def colocated(config: Config) -> bool:
+    """Whether trainer and engine take turns in the memory of the same devices (`rollout.placement`)."""
+    rollout = config.rollout
+    if rollout.placement != "auto":
+        return rollout.placement == "colocated"
+    return current() is CUDA and not rollout.servers.urls and not config.selfplay.max_staleness
 
 
 def engine_arguments(settings: Rollout, backend: Backend) -> dict[str, Any]:

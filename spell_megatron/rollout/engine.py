@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from spell_megatron.types import Rollout, SpellError, Tokens
 
 if TYPE_CHECKING:
     import torch
+
+
+Memory = Literal["weights", "cache"]
 
 
 class EngineError(SpellError):
@@ -66,8 +69,8 @@ class Engine(Protocol):
         """Free the device memory of weights and KV cache. Without effect where there is no device."""
         ...
 
-    def wake(self) -> None:
-        """Take the memory back."""
+    def wake(self, memory: Memory) -> None:
+        """Take a part of the memory back; it can be given weights with the first, and prompts with both."""
         ...
 
     def healthy(self) -> bool:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,26 +23,22 @@ import torch
 
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
-from spell_megatron.rollout.client import Aborted, Client, Unavailable
+from spell_megatron.rollout.client import Aborted, Unavailable
 from spell_megatron.rollout.dispatch import Dispatcher
-from spell_megatron.rollout.engine import EngineError, EngineStats, check_version, room_for
+from spell_megatron.rollout.engine import EngineError, EngineStats, Memory, check_version, room_for
 from spell_megatron.rollout.health import (
-    Answered,
-    Event,
     Exited,
     Failed,
     Health,
     Limits,
     NewVersion,
-    Ready,
-    Restarted,
     State,
     Synced,
     SyncFailed,
-    after,
 )
+from spell_megatron.rollout.member import Member, Surroundings
 from spell_megatron.rollout.model_files import stop_tokens
-from spell_megatron.rollout.server import Launch, Server
+from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.types import Rollout, Tokens
 
@@ -51,28 +46,9 @@ if TYPE_CHECKING:
     from spell_megatron.rollout.transfer.session import Sender
 
 _log = logging.getLogger(__name__)
-_POLL_SECONDS = 0.5
-"""Between two looks at a server that starts."""
-_PROBE_EVERY = 5.0
-"""Seconds between two probes of a server that serves."""
+_ATTEMPTS = 20
+"""Servers may fail a request so often; one that every server fails would otherwise be asked for ever."""
 Result = TypeVar("Result")
-
-
-@dataclass(eq=False)
-class _Member:
-    """One engine of the fleet: a server of ours (`launch`), or one that somebody else started."""
-
-    name: str
-    client: Client
-    health: Health
-    launch: Launch | None = None
-    server: Server | None = None
-    world_size: int = 1
-    incarnation: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def fault(self) -> str:
-        return self.server.tail() if self.server else f"it answers at {self.client.url}, or should"
 
 
 class Fleet:
@@ -99,7 +75,6 @@ class Fleet:
         self._servers = servers
         self._stop = list(stop if stop is not None else stop_tokens(folder))
         self._version = self._first_version = version
-        self._limits = Limits(restarts=servers.max_restarts)
         self._dispatcher = Dispatcher(settings.max_num_seqs)
         self._counted = EngineStats()
         self._waiting = 0
@@ -111,7 +86,7 @@ class Fleet:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
         self._transfers, self._serving = asyncio.Lock(), asyncio.Condition()
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._tending: list[asyncio.Task[None]] = []
         try:
             self._run(self._open(launch))
@@ -159,7 +134,7 @@ class Fleet:
             self._sender.store.keep(version)
             self._run(self._conclude(members, version, outcome))
         except BaseException:
-            self._fault = f"the update to version {version} did not finish"
+            self._run(self._serve_nothing(f"the update to version {version} did not finish"))
             raise
         finally:
             self._loop.call_soon_threadsafe(self._transfers.release)
@@ -181,9 +156,9 @@ class Fleet:
         if backend.current().sleeps:
             self._run(self._everywhere("/sleep?level=1"))
 
-    def wake(self) -> None:
+    def wake(self, memory: Memory) -> None:
         if backend.current().sleeps:
-            self._run(self._everywhere("/wake_up"))
+            self._run(self._everywhere(f"/wake_up?tags={backend.SLEEP_TAGS[memory]}"))
 
     def healthy(self) -> bool:
         return not self._fault and any(member.health.serves for member in self._members)
@@ -191,7 +166,7 @@ class Fleet:
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        self._fault = "the fleet is closed"
+        self._run(self._serve_nothing("the fleet is closed"))
         self._run(self._shut_down())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -217,84 +192,22 @@ class Fleet:
     async def _open(self, launch: Launch) -> None:
         count, tensor = self._servers.count, self._servers.tensor
         on_cpu = backend.current() is backend.CPU
+        surroundings = Surroundings(
+            self._servers, Limits(restarts=self._servers.max_restarts), self._bring_up_to_date, self._notify
+        )
         for index in range(count):
             devices = () if on_cpu else tuple(range(index * tensor, (index + 1) * tensor))
             threads = max(1, len(os.sched_getaffinity(0)) // (count * tensor)) if on_cpu else None
-            log = launch.log / f"engine-{index}.log"
-            own = replace(launch, log=log, devices=devices, threads=threads)
-            self._members.append(self._member(f"engine-{index}", "", own))
-            await self._launch(self._members[-1])
+            own = replace(launch, log=launch.log / f"engine-{index}.log", devices=devices, threads=threads)
+            member = Member(f"engine-{index}", Health(self._version), surroundings, launch=own)
+            self._members.append(member)
+            await member.start()
         for index, url in enumerate(self._servers.urls):
-            self._members.append(self._member(f"remote-{index}", url.rstrip("/"), None))
-        self._tending = [asyncio.create_task(self._tend(member)) for member in self._members]
+            member = Member(f"remote-{index}", Health(self._version), surroundings, url=url.rstrip("/"))
+            self._members.append(member)
+        self._tending = [asyncio.create_task(member.tend()) for member in self._members]
 
-    def _member(self, name: str, url: str, launch: Launch | None) -> _Member:
-        return _Member(name, Client(url, self._servers.request_seconds), Health(self._version), launch)
-
-    async def _tend(self, member: _Member) -> None:
-        """Do what the member's state asks for, for ever."""
-        steps: dict[State, Callable[[_Member], Awaitable[None]]] = {
-            State.DEAD: self._restart,
-            State.STARTING: self._await_ready,
-            State.SYNCING: self._bring_up_to_date,
-            State.HEALTHY: self._probe,
-            State.SUSPECT: self._probe,
-        }
-        while member.health.state is not State.LOST:
-            try:
-                await steps[member.health.state](member)
-            except Exception:
-                _log.exception("%s: looking after it failed", member.name)
-                await self._happened(member, Exited())
-                await asyncio.sleep(_POLL_SECONDS)
-
-    async def _happened(self, member: _Member, event: Event) -> None:
-        before, member.health = member.health, after(member.health, event, self._limits)
-        if member.health.state is before.state:
-            return
-        level = (
-            logging.WARNING
-            if member.health.state in (State.DEAD, State.SUSPECT, State.LOST)
-            else logging.INFO
-        )
-        _log.log(level, "%s: %s -> %s", member.name, before.state.value, member.health.state.value)
-        member.changed.set()
-        async with self._serving:
-            self._serving.notify_all()
-
-    async def _restart(self, member: _Member) -> None:
-        if member.server is not None:
-            await asyncio.to_thread(member.server.stop)
-            member.server = None
-        await self._happened(member, Restarted())
-        if member.health.state is State.STARTING:
-            await self._launch(member)
-
-    async def _launch(self, member: _Member) -> None:
-        """Start a new process; there is none to start for a server that is somebody else's."""
-        member.incarnation += 1
-        if member.launch is not None:
-            member.server = await asyncio.to_thread(Server.start, member.launch)
-            await member.client.close()
-            member.client = Client(member.server.url, self._servers.request_seconds)
-
-    async def _await_ready(self, member: _Member) -> None:
-        try:
-            async with asyncio.timeout(self._servers.start_seconds):
-                while True:
-                    if member.server is not None and not member.server.running():
-                        _log.warning("%s ended before it was ready; %s", member.name, member.server.tail())
-                        break
-                    with contextlib.suppress(Unavailable):
-                        await member.client.version(self._servers.probe_seconds)
-                        member.world_size = await member.client.world_size(self._servers.probe_seconds)
-                        return await self._happened(member, Ready())
-                    await asyncio.sleep(_POLL_SECONDS)
-        except TimeoutError:
-            _log.warning("%s was not ready in %.0f s", member.name, self._servers.start_seconds)
-        await self._happened(member, Exited())
-
-    async def _bring_up_to_date(self, member: _Member) -> None:
+    async def _bring_up_to_date(self, member: Member) -> None:
         async with self._transfers:
             if member.health.state is not State.SYNCING:
                 return
@@ -306,18 +219,19 @@ class Fleet:
                     await member.client.post(
                         "/update_weight_version", self._servers.sync_seconds, new_version=str(version)
                     )
-                    return await self._happened(member, Synced(version))
+                    return await member.happened(Synced(version))
                 except Unavailable as error:
                     _log.warning("%s: %s", member.name, error)
-                    return await self._happened(member, SyncFailed())
+                    return await member.happened(SyncFailed())
             if self._sender.store.version == version:
                 outcome = await asyncio.to_thread(self._send, [member])
                 return await self._conclude([member], version, outcome)
-        await self._wait_for_change(member, _POLL_SECONDS)  # an update that failed: another will come
+        await member.wait_for_change()  # an update that failed: another will come
 
-    def _send(self, members: Sequence[_Member]) -> EngineError | None:
+    def _send(self, members: Sequence[Member]) -> EngineError | None:
         """Transfer to `members`; the error, if any, is for `_conclude`. Runs outside the fleet's loop."""
-        from spell_megatron.rollout.transfer.session import Peer, TransferError
+        from spell_megatron.rollout.transfer.fanout import Peer
+        from spell_megatron.rollout.transfer.session import TransferError
 
         if not members:
             return None
@@ -329,52 +243,29 @@ class Fleet:
             return error
         return None
 
-    async def _retarget(self, version: int) -> list[_Member]:
+    async def _retarget(self, version: int) -> list[Member]:
         """Announce a version; returns the members that can receive it."""
         self._dispatcher.forget()
         for member in self._members:
-            await self._happened(member, NewVersion(version))
+            await member.happened(NewVersion(version))
         return [member for member in self._members if member.health.state is State.SYNCING]
 
-    async def _conclude(self, members: Sequence[_Member], version: int, error: EngineError | None) -> None:
+    async def _conclude(self, members: Sequence[Member], version: int, error: EngineError | None) -> None:
         culprits: frozenset[str] = getattr(error, "culprits", frozenset())
         if error is not None:
             _log.warning("%s", error)
         for member in members:
             if error is None:
-                await self._happened(member, Synced(version))
+                await member.happened(Synced(version))
             else:
-                await self._happened(member, Exited() if member.name in culprits else SyncFailed())
-
-    async def _probe(self, member: _Member) -> None:
-        await self._wait_for_change(member, _PROBE_EVERY)
-        if member.health.state not in (State.HEALTHY, State.SUSPECT):
-            return
-        if member.server is not None and not member.server.running():
-            return await self._happened(member, Exited())
-        held = member.health.held
-        try:
-            answer = await member.client.version(self._servers.probe_seconds)
-        except EngineError as error:
-            _log.warning("%s: %s", member.name, error)
-            return await self._happened(member, Failed())
-        if member.health.held == held and answer != str(held):
-            _log.warning("%s holds version %s instead of %s", member.name, answer, held)
-            return await self._happened(member, Exited())
-        await self._happened(member, Answered())
-
-    @staticmethod
-    async def _wait_for_change(member: _Member, seconds: float) -> None:
-        member.changed.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await member.changed.wait()
+                await member.happened(Exited() if member.name in culprits else SyncFailed())
 
     async def _complete(
         self, prompt: Tokens, seed: int, max_tokens: int, temperature: float, top_p: float
     ) -> Rollout:
-        """One completion, asked again elsewhere for as long as servers fail it."""
-        for attempt in itertools.count():
+        """One completion, asked again elsewhere when a server fails it."""
+        faults: list[str] = []
+        while len(faults) < _ATTEMPTS:
             async with self._assigned(prompt) as member:
                 incarnation = member.incarnation
                 try:
@@ -386,14 +277,15 @@ class Fleet:
                         top_p=top_p,
                         stop=self._stop,
                     )
-                except Aborted:
+                except Aborted as error:
+                    faults.append(f"{member.name}: {error}")
                     continue
                 except Unavailable as error:
-                    _log.debug("%s: attempt %d failed: %s", member.name, attempt + 1, error)
+                    faults.append(f"{member.name}: {error}")
                     # Of many requests that fail at once only the first counts; probes decide the rest.
                     if member.incarnation == incarnation and member.health.serves:
-                        _log.warning("%s", error)
-                        await self._happened(member, Failed())
+                        _log.warning("%s", faults[-1])
+                        await member.happened(Failed())
                     continue
             rollout = completion.rollout
             self._counted = replace(
@@ -403,10 +295,13 @@ class Fleet:
                 generated_tokens=self._counted.generated_tokens + len(rollout.tokens),
             )
             return rollout
-        raise AssertionError("unreachable")
+        raise EngineError(
+            f"a request of {len(prompt)} tokens failed {_ATTEMPTS} times, at last on {faults[-1]}; the engines'"
+            " logs say more"
+        )
 
     @contextlib.asynccontextmanager
-    async def _assigned(self, prompt: Tokens) -> AsyncIterator[_Member]:
+    async def _assigned(self, prompt: Tokens) -> AsyncIterator[Member]:
         """An engine for a request, as soon as one has room."""
         self._waiting += 1
         try:
@@ -417,8 +312,7 @@ class Fleet:
             yield next(member for member in self._members if member.name == name)
         finally:
             self._dispatcher.finished(name)
-            async with self._serving:
-                self._serving.notify_all()
+            await self._notify()
 
     async def _free_engine(self, prompt: Tokens) -> str:
         async with self._serving:
@@ -429,6 +323,16 @@ class Fleet:
                 if name is not None:
                     return name
                 await self._serving.wait()
+
+    async def _notify(self) -> None:
+        """Wake those who wait for an engine."""
+        async with self._serving:
+            self._serving.notify_all()
+
+    async def _serve_nothing(self, fault: str) -> None:
+        """Tell everybody who waits, or asks from now on, why there is nothing to wait for."""
+        self._fault = fault
+        await self._notify()
 
     def _check_alive(self) -> None:
         """Raise where waiting is in vain."""
@@ -458,12 +362,7 @@ class Fleet:
         await asyncio.gather(*(member.client.post(path, self._servers.sync_seconds) for member in members))
 
     async def _shut_down(self) -> None:
-        async with self._serving:
-            self._serving.notify_all()
         for task in self._tending:
             task.cancel()
         await asyncio.gather(*self._tending, return_exceptions=True)
-        servers = [member.server for member in self._members if member.server is not None]
-        await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
-        for member in self._members:
-            await member.client.close()
+        await asyncio.gather(*(member.close() for member in self._members))

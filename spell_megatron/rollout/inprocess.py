@@ -24,7 +24,7 @@ import torch.distributed
 
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
-from spell_megatron.rollout.engine import EngineError, EngineStats, check_version, room_for
+from spell_megatron.rollout.engine import EngineError, EngineStats, Memory, check_version, room_for
 from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.transfer.manifest import Manifest, buckets
 from spell_megatron.types import Rollout, Tokens
@@ -79,7 +79,7 @@ class InProcessEngine:
         self._ids = itertools.count()
         self._pump_task: asyncio.Task[None] | None = None
         self._fault = ""
-        self._asleep = False
+        self._asleep: set[Memory] = set()
         self._counted = EngineStats()
         self._owns_process_group = not torch.distributed.is_initialized()
         self._llm = self._start(settings, seed)
@@ -243,14 +243,14 @@ class InProcessEngine:
         )
 
     def sleep(self) -> None:
-        if backend.current().sleeps and not self._asleep:
+        if backend.current().sleeps:
             self._llm.sleep()
-            self._asleep = True
+            self._asleep = {"weights", "cache"}
 
-    def wake(self) -> None:
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
+    def wake(self, memory: Memory) -> None:
+        if memory in self._asleep:
+            self._llm.wake_up(tags=[backend.SLEEP_TAGS[memory]])
+            self._asleep.remove(memory)
 
     def healthy(self) -> bool:
         return not self._fault and not self._asleep

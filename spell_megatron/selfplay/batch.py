@@ -9,8 +9,8 @@ become token weights here: behind this file there are no roles.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from spell_megatron import config
@@ -41,6 +41,16 @@ class Batch:
     def samples(self, role: str) -> int:
         """Samples of one role in the batch."""
         return sum(len(g.samples) for g, r in zip(self.train.groups, self.roles, strict=True) if r == role)
+
+    def without(self, dropped: Collection[int]) -> Batch:
+        """The batch without some groups, by their places."""
+        kept = [place for place in range(len(self.roles)) if place not in dropped]
+        return replace(
+            self,
+            train=self.train.without(dropped),
+            roles=tuple(self.roles[place] for place in kept),
+            tasks=tuple(self.tasks[place] for place in kept),
+        )
 
 
 def compose(episodes: Sequence[Episode], settings: config.SelfPlay, random: Random) -> Batch:
@@ -124,7 +134,7 @@ def _group(rollouts: Sequence[Rollout | None], advantages: Sequence[float]) -> G
     """Rollouts of one prompt; every token of a response carries the response's advantage."""
     present = [rollout for rollout in rollouts if rollout is not None]
     samples = tuple(
-        Sample(rollout.tokens, [advantage] * len(rollout.tokens), rollout.logprobs)
+        Sample(rollout.tokens, [advantage] * len(rollout.tokens), rollout.logprobs, rollout.version)
         for rollout, advantage in zip(present, advantages, strict=True)
     )
     return Group(present[0].prompt, samples)

@@ -54,7 +54,8 @@ class Episode:
     `documents` are the indices in the cluster of what the questioner read, of `cluster_documents` in
     all; `asked` is its rollout (None for a static question), `reward` what it earned (None where it
     is neither rewarded nor penalised). `probe` is the response without documents. `cut_tokens` counts
-    document tokens that did not fit into the prompts of questioner and responder.
+    document tokens that did not fit into the prompts of questioner and responder. `begun` is the step that
+    began it, where that was not `step` (leftovers that are carried over).
     """
 
     step: int
@@ -75,6 +76,7 @@ class Episode:
     outcome: str = ""
     reward: float | None = None
     cut_tokens: int = 0
+    begun: int | None = None
 
     @property
     def kept(self) -> bool:
@@ -93,6 +95,11 @@ class Episode:
             yield "responder", response.rollout
             for judgement in response.judgements:
                 yield "verifier", judgement.rollout
+
+    @property
+    def versions(self) -> set[int]:
+        """Numbers of the weights that made it; more than one if they were replaced meanwhile."""
+        return {rollout.version for _, rollout in self.rollouts()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of everything; `from_dict` gives an equal episode."""
@@ -130,7 +137,7 @@ class Episode:
 
 _PLAIN = (
     *("step", "round", "index", "cluster", "domain", "task", "cluster_documents"),
-    *("key", "asked_text", "outcome", "reward", "cut_tokens"),
+    *("key", "asked_text", "outcome", "reward", "cut_tokens", "begun"),
 )
 """Fields of an episode that are JSON as they are."""
 

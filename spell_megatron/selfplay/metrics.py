@@ -6,6 +6,7 @@ A mean over nothing has no entry: a step without verdicts has no `verifier/rewar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from statistics import fmean
 
 from spell_megatron.selfplay import rewards, voting
@@ -24,6 +25,7 @@ def step_metrics(play: Play) -> dict[str, float]:
         **_responder(episodes),
         **_verifier(episodes),
         **_outcomes(play),
+        **{f"episodes/{name}": count for name, count in asdict(play.tally).items()},
         **_difficulty(episodes),
         "memory/questions": play.remembered,
         "memory/rings": play.rings,

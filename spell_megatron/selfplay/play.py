@@ -2,8 +2,8 @@
 
 Within a round many episodes run at once and finish in any order. What counts is their own order: the
 step ends at the first episode, counted from the round's start, with which N questions are kept.
-Everything before it belongs to the step; episodes behind it that were already running are cancelled
-and the corpus is wound back to it, so that a step is the same however fast its parts were. Memory is
+Everything before it belongs to the step, and the corpus is wound back to it, so that a step is the same
+however fast its parts were; what was begun behind it is dropped or carried over (`leftovers`). Memory is
 read as it stood when the round began and written when the round has ended.
 """
 
@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from spell_megatron import config
 from spell_megatron.selfplay.batch import Batch, compose
 from spell_megatron.selfplay.episode import Episode
+from spell_megatron.selfplay.leftovers import Leftover, Tally, cancel
 from spell_megatron.selfplay.memory import Memory
 from spell_megatron.selfplay.pipeline import Job, Pipeline
 from spell_megatron.selfplay.ports import Codec, Generator
@@ -52,8 +52,8 @@ class Play:
     """One step of self-play.
 
     `episodes` in their own order, over `rounds` rounds; `batch` what the learner gets of them;
-    `remembered` questions in memory after it, over `rings` pairs of task and cluster. `cancelled`
-    episodes were started and not needed: a matter of timing, no part of the result.
+    `remembered` questions in memory after it, over `rings` pairs of task and cluster. `tally` counts
+    every episode that was begun for it, needed or not.
     """
 
     step: int
@@ -62,7 +62,7 @@ class Play:
     rounds: int
     remembered: int
     rings: int
-    cancelled: int
+    tally: Tally
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -91,6 +91,8 @@ class SelfPlay:
         _check_lengths(settings.sampling, max_model_len)
         self.memory = Memory(settings.memory)
         self._settings, self._clusters, self._seed, self._on_episode = settings, clusters, seed, on_episode
+        self._leftovers: dict[int, Leftover] = {}
+        self._newest = 0  # weights that a finished rollout was made by: later requests get no older ones
         self._pipeline = Pipeline(
             settings,
             prompts=prompts,
@@ -106,24 +108,31 @@ class SelfPlay:
         Raises StarvedError where `max_rounds` rounds do not keep enough questions; what they taught
         the memory stays. Any other error leaves the state somewhere inside the step: restore it.
         """
-        known = {(episode.round, episode.index): episode for episode in finished if episode.step == step}
+        oldest = self._oldest(step)
+        known = {
+            (episode.round, episode.index): episode
+            for episode in finished
+            if episode.step == step and min(episode.versions, default=oldest) >= oldest
+        }
         episodes: list[Episode] = []
-        wanted, cancelled = self._settings.questions, 0
+        wanted, tally = self._settings.questions, Tally()
         for number in range(self._settings.max_rounds):
-            played, dropped = await self._round(step, number, wanted, known)
-            cancelled += dropped
+            played = await self._round(step, number, wanted, known, tally)
             episodes += played
             wanted -= sum(episode.kept for episode in played)
             self._remember(played)
             if wanted == 0:
                 batch = compose(episodes, self._settings, random_of(self._seed, step, "batch"))
                 return Play(
-                    step, tuple(episodes), batch, number + 1, len(self.memory), self.memory.rings, cancelled
+                    step, tuple(episodes), batch, number + 1, len(self.memory), self.memory.rings, tally
                 )
         raise StarvedError(_starvation(step, episodes, self._settings), episodes)
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on besides the weights, as JSON. To be taken between steps."""
+        """What the next step depends on besides the weights, as JSON. To be taken between steps.
+
+        Leftovers are in it as their places in the corpus: restored, they are asked for again.
+        """
         return {"memory": self.memory.state(), "clusters": self._clusters.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -133,19 +142,28 @@ class SelfPlay:
             raise SpellError("this is not a state of self-play; resume from another checkpoint") from None
         self.memory.restore(memory)
         self._clusters.restore(clusters)
+        self._leftovers = {}
 
     async def _round(
-        self, step: int, number: int, wanted: int, known: dict[tuple[int, int], Episode]
-    ) -> tuple[list[Episode], int]:
-        """Episodes of one round up to the one that fills the batch, and how many others were cancelled."""
+        self, step: int, number: int, wanted: int, known: dict[tuple[int, int], Episode], tally: Tally
+    ) -> list[Episode]:
+        """Episodes of one round up to the one that fills the batch."""
         place = self._clusters.state()
         drawn = self._clusters.draw(self._settings.round_questions)
         jobs = [self._job(step, number, index, *entry) for index, entry in enumerate(drawn)]
         done: list[Episode | None] = [_known(job, known) for job in jobs]
+        tally.journaled += sum(episode is not None for episode in done)
         running: dict[asyncio.Task[Episode], int] = {}
-        waiting = iter([index for index, episode in enumerate(done) if episode is None])
+        since: dict[int, int] = {}
         end, kept = 0, 0
         try:
+            for i, left in (await self._brought(step, done, tally)).items():
+                if isinstance(left.work, Episode):
+                    done[i] = self._arrived(left.work, jobs[i])
+                else:
+                    running[left.work], since[i] = i, left.oldest
+            busy = set(running.values())
+            waiting = iter([i for i, episode in enumerate(done) if episode is None and i not in busy])
             while True:
                 while end < len(done) and kept < wanted and (episode := done[end]) is not None:
                     kept, end = kept + episode.kept, end + 1
@@ -155,19 +173,67 @@ class SelfPlay:
                     len(running) < self._settings.concurrency and (index := next(waiting, None)) is not None
                 ):
                     running[asyncio.create_task(self._pipeline.run(jobs[index]))] = index
+                    since[index] = self._newest
+                    tally.begun += 1
                 arrived, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 # A set has no order of its own, and the order decides which requests share a batch.
                 for task in sorted(arrived, key=running.__getitem__):
                     index = running.pop(task)
-                    done[index] = task.result()
-                    self._on_episode(task.result())
-        finally:
-            cancelled = len(running)
-            await _cancel(running)
+                    done[index] = self._arrived(task.result(), jobs[index])
+        except BaseException:
+            await cancel(running)
+            raise
+        tally.used += end
+        if kept == wanted:
+            finished = {i: episode for i, episode in enumerate(done[end:]) if episode is not None}
+            under_way = {index - end: Leftover(task, since[index]) for task, index in running.items()}
+            await self._leave(finished, under_way, tally)
         if end < len(jobs):
             self._clusters.restore(place)
             self._clusters.draw(end)
-        return [episode for episode in done[:end] if episode is not None], cancelled
+        return [episode for episode in done[:end] if episode is not None]
+
+    async def _brought(self, step: int, done: Sequence[Episode | None], tally: Tally) -> dict[int, Leftover]:
+        """What the step before left over, by its place in this one; without what is too old for it."""
+        brought, self._leftovers = self._leftovers, {}
+        fresh = {
+            index: left
+            for index, left in brought.items()
+            if left.oldest >= self._oldest(step) and done[index] is None
+        }
+        await cancel(left.work for index, left in brought.items() if index not in fresh)
+        tally.brought += len(brought)
+        tally.expired += len(brought) - len(fresh)
+        return fresh
+
+    async def _leave(
+        self, finished: dict[int, Episode], under_way: dict[int, Leftover], tally: Tally
+    ) -> None:
+        """Drop what the step did not need, or keep it for the next, by its place in that."""
+        if self._settings.leftovers == "abort":
+            await cancel(left.work for left in under_way.values())
+            tally.aborted += len(under_way)
+            tally.unused += len(finished)
+            return
+        ready = {
+            i: Leftover(episode, min(episode.versions, default=self._newest))
+            for i, episode in finished.items()
+        }
+        self._leftovers = dict(sorted({**ready, **under_way}.items()))
+        tally.carried += len(self._leftovers)
+
+    def _arrived(self, episode: Episode, job: Job) -> Episode:
+        """Tell of an episode that is finished, in its place; one that was carried over keeps its origin."""
+        if episode.step != job.step:
+            origin = episode.step if episode.begun is None else episode.begun
+            episode = replace(episode, step=job.step, round=job.round, index=job.index, begun=origin)
+        self._newest = max(self._newest, *episode.versions, 0)
+        self._on_episode(episode)
+        return episode
+
+    def _oldest(self, step: int) -> int:
+        """The oldest weights whose rollouts a step may use. Weights bear the number of the step that made them."""
+        return step - 1 - self._settings.max_staleness
 
     def _job(self, step: int, number: int, index: int, cluster: Cluster, what: str | Question) -> Job:
         if isinstance(what, Question):
@@ -184,19 +250,11 @@ class SelfPlay:
 
 
 def _known(job: Job, known: dict[tuple[int, int], Episode]) -> Episode | None:
-    """The finished episode of just this job, if there is one."""
+    """The finished episode of just this job, if there is one. What was carried over had another history."""
     episode = known.get((job.round, job.index))
-    origin = job.cluster.id, job.task, job.history
-    return episode if episode and (episode.cluster, episode.task, episode.history) == origin else None
-
-
-async def _cancel(tasks: Iterable[asyncio.Task[Episode]]) -> None:
-    """Cancel and wait, so that no request outlives its step."""
-    for task in tasks:
-        task.cancel()
-    for task in tasks:
-        with suppress(asyncio.CancelledError, Exception):
-            await task
+    if episode is None or (episode.cluster, episode.task) != (job.cluster.id, job.task):
+        return None
+    return episode if episode.begun is not None or episode.history == job.history else None
 
 
 def _check_lengths(sampling: config.Sampling, max_model_len: int) -> None:

@@ -74,9 +74,8 @@ LAST = (
     Lesson("copying", 150, CLEAN, WHOLE, Mix(4, 8, 2, 1, 4), verbatim=True),
     Lesson("habits again", 150, HABITS, WHOLE, Mix(6, 8, 3, 1, 4), verbatim=True),
 )
-POLISH = (
-    Lesson("true keys", 200, replace(HABITS, wrong_key=0.0), WHOLE, Mix(4, 10, 2, 1, 3), verbatim=True),
-)
+_TRUE_KEYS = replace(HABITS, wrong_key=0.0, long_reference=1.0)
+POLISH = (Lesson("true keys", 500, _TRUE_KEYS, WHOLE, Mix(4, 12, 2, 1, 4), verbatim=True),)
 
 
 class School:

@@ -53,7 +53,7 @@ class Recipe:
         Term(SCHOOL, 3e-3, 1200),
         Term(PRACTICE, 2e-3, 600),
         Term(LAST, 2e-3, 300),
-        Term(POLISH, 2e-3, 200),
+        Term(POLISH, 2e-3, 500),
     )
     tokens: int = 4096
     """Tokens of one update."""

@@ -34,8 +34,9 @@ def stream_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield `(Hugging Face name, full tensor)` for every weight, in one order, on every rank.
 
-    A collective: every rank must consume the whole stream. `value` maps a parameter to what is
-    streamed of it (its gradient, in tests).
+    A collective: every rank must consume the whole stream. What needs no gathering is not copied, so tensors
+    may be views of the live parameters: use or copy them before the next update. `value` maps a parameter
+    to what is streamed of it (its gradient, in tests).
     """
     pipeline = mpu.get_pipeline_model_parallel_group()
     stage, stages = dist.get_rank(pipeline), dist.get_world_size(pipeline)
@@ -111,13 +112,13 @@ def _gather(tensor: Tensor, weight: Weight, shape: ModelShape) -> list[tuple[str
     parts = [tensor] if size == 1 or weight.cut is Cut.NONE else _all_gather(tensor, group)
     match weight.cut:
         case Cut.GATED:
-            fulls = [torch.cat(halves) for halves in zip(*(part.chunk(2) for part in parts), strict=True)]
+            fulls = [_join(halves) for halves in zip(*(part.chunk(2) for part in parts), strict=True)]
         case Cut.QKV:
-            fulls = _split_qkv(torch.cat(parts), shape)
+            fulls = _split_qkv(_join(parts), shape)
         case Cut.COLUMNS:
-            fulls = [torch.cat(parts, 1)]
+            fulls = [_join(parts, 1)]
         case _:
-            fulls = [torch.cat(parts)]
+            fulls = [_join(parts)]
     if weight.expert is None:
         return list(zip(weight.hf_names, fulls, strict=True))
     experts = mpu.get_expert_model_parallel_group()
@@ -129,6 +130,10 @@ def _gather(tensor: Tensor, weight: Weight, shape: ModelShape) -> list[tuple[str
             for rank, copy in enumerate(copies)
         ]
     return named
+
+
+def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 def _heads_per_group(shape: ModelShape) -> tuple[int, int, int]:

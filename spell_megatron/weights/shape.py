@@ -9,6 +9,8 @@ from typing import Any
 
 from spell_megatron.types import SpellError
 
+ROPE = ("default", "linear", "yarn", "llama3")
+"""RoPE types whose angles depend on the position alone, not on the length of the sequence it stands in."""
 FAMILIES = {"qwen2": "Qwen2.5", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE"}
 
 
@@ -27,6 +29,7 @@ class ModelShape:
     tied: bool
     norm_eps: float
     max_positions: int
+    """RoPE scaling counted in."""
     experts: int = 0
     experts_per_token: int = 0
     expert_ffn: int = 0
@@ -83,7 +86,7 @@ def model_shape(folder: Path) -> ModelShape:
             ffn=config["intermediate_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
             norm_eps=config["rms_norm_eps"],
-            max_positions=config["max_position_embeddings"],
+            max_positions=_positions(config, folder),
             experts=config.get("num_experts", config.get("num_local_experts", 0)) if moe else 0,
             experts_per_token=config["num_experts_per_tok"] if moe else 0,
             expert_ffn=config["moe_intermediate_size"] if moe else 0,
@@ -91,3 +94,17 @@ def model_shape(folder: Path) -> ModelShape:
         )
     except KeyError as missing:
         raise SpellError(f"{folder / 'config.json'} lacks {missing}") from None
+
+
+def _positions(config: dict[str, Any], folder: Path) -> int:
+    """How many positions the model is meant for; a YaRN factor may reach beyond `max_position_embeddings`."""
+    given = config["max_position_embeddings"]
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE:
+        raise SpellError(
+            f"{folder}: RoPE scaling of type {kind!r} is not supported; supported: {', '.join(ROPE)}."
+            " For long documents set rope_scaling in config.json to"
+            ' {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}'
+        )
+    return max(given, int(rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", 0)))

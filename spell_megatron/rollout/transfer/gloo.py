@@ -103,12 +103,18 @@ class GlooReceiver(Receiver[GlooInit, GlooUpdate]):
         group = self._group
         if group is None:
             raise RuntimeError("weights came before init_weight_transfer_engine")
+        rank = group.rank()
 
         def arriving() -> Iterator[tuple[str, torch.Tensor]]:
             described = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
             for name, dtype, shape in described:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-                _broadcast(group, tensor)
+                try:
+                    _broadcast(group, tensor)
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"{name} {shape} did not reach rank {rank} in time: {error}"
+                    ) from error
                 yield name, tensor
 
         self.load(arriving())
@@ -168,9 +174,10 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInit]):
                     try:
                         _broadcast(self._group, tensor.contiguous())
                     except RuntimeError as error:
+                        refusal = received.exception() if received.done() else None
                         raise EngineError(
                             f"{name} {list(tensor.shape)} did not leave rank 0 within"
-                            f" {self._seconds:.0f} s: {error}"
+                            f" {self._seconds:.0f} s: {refusal or error}"
                         ) from error
                 received.result()
         self.client.finish_weight_update()

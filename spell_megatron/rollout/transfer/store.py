@@ -11,25 +11,35 @@ from collections.abc import Iterable, Iterator
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from spell_megatron.rollout.transfer.checksum import noted
 from spell_megatron.rollout.transfer.manifest import Manifest
 
 
 class WeightStore(WeightSource):
-    """A `WeightSource` that streams the newest weights first, and repeats them from memory after that."""
+    """A `WeightSource` that streams the newest weights first, and repeats them from memory after that.
 
-    def __init__(self, manifest: Manifest, device: torch.device) -> None:
+    With `summed` it knows the checksums of what it keeps.
+    """
+
+    def __init__(self, manifest: Manifest, device: torch.device, *, summed: bool = False) -> None:
         self._manifest = manifest
         self._device = device
+        self._summed = summed
         self._kept: dict[str, torch.Tensor] = {}
         self._stream: Iterator[tuple[str, torch.Tensor]] | None = None
         self._fault: Exception | None = None
         self.version: int | None = None
         """Of the weights that are kept, once they are complete."""
+        self.sums: dict[str, int] = {}
+        """Checksums of the kept tensors, by name."""
+        self.reached = ""
+        """The last tensor that went out: where a transfer is that does not end."""
 
     def offer(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the next version's stream; whoever iterates first consumes it."""
         self.version, self._fault = None, None
-        self._stream = self._passing(self._manifest.checked(weights))
+        stream = self._manifest.checked(weights)
+        self._stream = self._passing(noted(stream, self.sums) if self._summed else stream)
 
     def keep(self, version: int) -> None:
         """Consume what is left of the stream: the weights of `version` are complete from here on.
@@ -56,12 +66,14 @@ class WeightStore(WeightSource):
         if stream is not None:
             try:
                 # `yield from` would close the stream together with this iterator.
-                for item in stream:  # noqa: UP028
-                    yield item
+                for name, tensor in stream:
+                    self.reached = name
+                    yield name, tensor
             finally:
                 self._stream = stream  # a transfer that stopped half way leaves the rest to `keep`
         else:
             for name, tensor in self._kept.items():
+                self.reached = name
                 yield name, tensor.to(self._device)
 
     def _passing(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

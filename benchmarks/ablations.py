@@ -1,0 +1,164 @@
+"""What each part of SPELL is worth in the toy world: the recipe with one key changed, several seeds each.
+
+    python -m benchmarks.ablations --seeds 3 [--json] [--variants spell,no-memory] [key=value …]
+
+Held-out accuracy is graded by the rule alone. Runs that are over are kept in `--results` and not run again, so
+that a table can be interrupted, and widened by further variants and seeds. Intervals are Student's over the
+seeds; the last column pairs a variant with SPELL seed by seed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.toy import interval, run, score
+from spell_megatron.corpus.toy import TASKS
+from spell_megatron.record.folder import JsonLines, read_lines
+from spell_megatron.types import SpellError
+
+SPELL = "spell"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    SPELL: (),
+    "no-memory": ("selfplay.memory=0",),
+    "no-verifier-update": ("selfplay.train_verifier=false",),
+    "static": (  # the rule alone, on fixed questions whose references the world's generator wrote
+        "selfplay.static_questions=true",
+        "selfplay.judge=false",
+        "selfplay.train_verifier=false",
+        "selfplay.train_questioner=false",
+    ),
+    "majority": ("selfplay.verifier_consistency=maj",),
+    "no-grounding": ("selfplay.grounding=false",),
+    "no-questioner-update": ("selfplay.train_questioner=false",),
+    "rule-only": ("selfplay.judge=false", "selfplay.train_verifier=false"),
+    "linear-reward": ("selfplay.questioner_reward=linear",),
+    "reverse-reward": ("selfplay.questioner_reward=reverse",),
+}
+ASKED_FOR = (SPELL, "no-memory", "no-verifier-update", "static")
+_KEPT = ("heldout_before", "heldout_after", "generated")
+
+
+def chosen(names: str) -> list[str]:
+    """Names of variants from a list with commas; `all` of them."""
+    wanted = list(VARIANTS) if names == "all" else [name.strip() for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in VARIANTS]:
+        raise SpellError(f"no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}, all")
+    return wanted
+
+
+def results(
+    variants: Sequence[str], seeds: int, overrides: Sequence[str], kept: Path
+) -> Iterator[dict[str, Any]]:
+    """A result of every variant and seed: `variant`, `seed`, held-out scores, tokens `generated`.
+
+    Every variant of a seed before the next seed, so that an interrupted table is still one of pairs.
+    """
+    known = {_key(row["variant"], row["seed"], row["overrides"]): row for row in read_lines(kept)}
+    lines = JsonLines(kept)
+    for seed in range(seeds):
+        for variant in variants:
+            row = known.get(_key(variant, seed, overrides))
+            if row is None:
+                result = run(seed, [*VARIANTS[variant], *overrides])
+                row = {"variant": variant, "seed": seed, "overrides": list(overrides)}
+                row |= {name: result[name] for name in _KEPT}
+                lines.append(row)
+                lines.sync()
+            yield row
+    lines.close()
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By variant: mean scores before and after, and what the run changed, `mean` with `half_width`."""
+    summary: dict[str, dict[str, Any]] = {}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = {row["seed"]: row for row in rows if row["variant"] == variant}
+        base = {row["seed"]: row for row in rows if row["variant"] == SPELL}
+        pairs = [(own[seed], base[seed]) for seed in own if seed in base]
+        summary[variant] = {
+            "seeds": len(own),
+            "before": {
+                name: fmean(score(row["heldout_before"], name) for row in own.values()) for name in NAMES
+            },
+            "after": {
+                name: fmean(score(row["heldout_after"], name) for row in own.values()) for name in NAMES
+            },
+            "difference": {name: _spread([_gain(row, name) for row in own.values()]) for name in NAMES},
+            "against_spell": _spread(
+                [score(a["heldout_after"], "mean") - score(b["heldout_after"], "mean") for a, b in pairs]
+            ),
+            "generated": fmean(row["generated"] for row in own.values()),
+        }
+    return summary
+
+
+NAMES = (*TASKS, "mean")
+
+
+def table(summary: dict[str, dict[str, Any]]) -> Table:
+    made = Table("variant", "seeds", "before", "after", "difference", *TASKS, "against spell", "tokens")
+    for variant, row in summary.items():
+        made.add_row(
+            variant,
+            str(row["seeds"]),
+            f"{row['before']['mean']:.3f}",
+            f"{row['after']['mean']:.3f}",
+            *(_shown(row["difference"][name]) for name in ("mean", *TASKS)),
+            _shown(row["against_spell"]) if variant != SPELL else "",
+            f"{row['generated'] / 1e6:.2f} M",
+        )
+    return made
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe, for all")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 3,
+    variants: Annotated[str, typer.Option(help=f"Some of {', '.join(VARIANTS)}; or all.")] = ",".join(
+        ASKED_FOR
+    ),
+    kept: Annotated[Path, typer.Option("--results", help="Where finished runs are kept.")] = Path(
+        "runs/ablations.jsonl"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
+) -> None:
+    """Run the toy recipe with parts left out and print the table."""
+    summary = summarise(list(results(chosen(variants), seeds, overrides or [], kept)))
+    Console(width=None if sys.stdout.isatty() else 160).print(table(summary))
+    if as_json:
+        sys.stdout.write(json.dumps({"seeds": seeds, "variants": summary}) + "\n")
+
+
+def _key(variant: str, seed: int, overrides: Sequence[str]) -> str:
+    return json.dumps([variant, seed, list(overrides)])
+
+
+def _gain(row: dict[str, Any], name: str) -> float:
+    return score(row["heldout_after"], name) - score(row["heldout_before"], name)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and half-width of the interval; None where there is nothing to take them of."""
+    if not values:
+        return {"mean": None, "half_width": None}
+    mean, half = interval(values)
+    return {"mean": mean, "half_width": half if half == half else None}
+
+
+def _shown(spread: dict[str, float | None]) -> str:
+    mean, half = spread["mean"], spread["half_width"]
+    if mean is None:
+        return ""
+    return f"{mean:+.3f}" + (f" ± {half:.3f}" if half is not None else "")
+
+
+if __name__ == "__main__":
+    typer.run(main)

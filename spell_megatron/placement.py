@@ -1,0 +1,68 @@
+"""What is in the device's memory in each phase of a step, where trainer and engine share the device.
+
+On the same GPUs (`rollout.placement: colocated`) the two do not fit side by side, and the order in which one
+leaves and the other comes decides whether a step runs out of memory. The order is no matter of care here: a
+phase names its residents, and a change of phase frees what the new one does not name, waits until every rank
+has done so, and only then takes what it does. At no moment is there more than the larger of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Literal, Protocol
+
+Part = Literal["parameters", "optimizer", "engine weights", "engine cache"]
+
+
+class Phase(Enum):
+    """A part of the step, with its residents."""
+
+    BUILD = frozenset[Part]()
+    """The engine is made: it measures what is free, and takes a share of it."""
+    GENERATE = frozenset[Part](("engine weights", "engine cache"))
+    RESYNC = frozenset[Part](("parameters", "engine weights"))
+    TRAIN = frozenset[Part](("parameters", "optimizer"))
+    """`optimizer` stands for gradients, too."""
+
+
+class Resident(Protocol):
+    """Something whose parts can leave the device's memory and come back."""
+
+    @property
+    def parts(self) -> frozenset[Part]: ...
+
+    def free(self, parts: frozenset[Part]) -> None: ...
+
+    def take(self, parts: frozenset[Part]) -> None: ...
+
+
+class Placement:
+    """Moves residents in and out, phase by phase. `barrier` returns when every rank has called it.
+
+    Without residents (`disaggregated`) nothing ever moves. The same phases on every rank, please.
+    """
+
+    def __init__(self, barrier: Callable[[], None] = lambda: None) -> None:
+        self._barrier = barrier
+        self._residents: list[Resident] = []
+        self._present: frozenset[Part] = frozenset()
+        self._phase: Phase | None = None
+
+    def admit(self, resident: Resident) -> None:
+        """Look after one more, which is in memory with all its parts."""
+        self._residents.append(resident)
+        self._present |= resident.parts
+
+    def enter(self, phase: Phase) -> None:
+        if not self._residents or phase is self._phase:
+            return
+        leaving, coming = self._present - phase.value, phase.value - self._present
+        for resident in self._residents:
+            if own := leaving & resident.parts:
+                resident.free(own)
+        self._barrier()
+        for resident in self._residents:
+            if own := coming & resident.parts:
+                resident.take(own)
+        self._present, self._phase = phase.value, phase

@@ -1,0 +1,91 @@
+"""A learner's tensors, moved to host memory while somebody else needs the device.
+
+The bytes go, the tensors stay: a storage is emptied and later filled again, so that every view of it (a
+parameter in its buffer, a gradient in its bucket) is valid again when it is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spell_megatron.placement import Part
+from spell_megatron.policy.learner import Learner
+
+
+class LearnerResidence:
+    """A `placement.Resident`. What lies on the host anyway (an offloaded optimizer) stays there."""
+
+    parts: frozenset[Part] = frozenset({"parameters", "optimizer"})
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._away: dict[Part, list[tuple[torch.UntypedStorage, Tensor]]] = {}
+
+    def free(self, parts: frozenset[Part]) -> None:
+        self._learner.settle()
+        device = self._learner.world.device
+        parameters = _storages(_parameters(self._learner), device)
+        # In float32 an optimizer works on the parameters themselves.
+        optimizer = _storages(_optimizer(self._learner), device, besides=parameters)
+        for part in parts:
+            storages = parameters if part == "parameters" else optimizer
+            self._away[part] = [(storage, _emptied(storage)) for storage in storages.values()]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes cannot have what torch keeps for itself
+
+    def take(self, parts: frozenset[Part]) -> None:
+        for part in parts:
+            for storage, held in self._away.pop(part):
+                storage.resize_(held.numel())
+                _bytes(storage).copy_(held)
+
+
+def _storages(
+    tensors: Iterable[Tensor], device: torch.device, besides: Container[int] = ()
+) -> dict[int, torch.UntypedStorage]:
+    """Each storage on the device once, by identity, however many tensors are views of it."""
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
+    return {storage._cdata: storage for storage in storages if storage._cdata not in besides}
+
+
+def _emptied(storage: torch.UntypedStorage) -> Tensor:
+    """Release a storage's memory; returns its bytes on the host."""
+    held = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+    held.copy_(_bytes(storage))
+    storage.resize_(0)
+    return held
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _parameters(learner: Learner) -> Iterator[Tensor]:
+    for chunk in (*learner.chunks, *(learner.reference or ())):
+        yield from (parameter.data for parameter in chunk.parameters())
+
+
+def _optimizer(learner: Learner) -> Iterator[Tensor]:
+    """Gradients, master weights and moments."""
+    for model in learner.models:
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
+            yield buffer.grad_data
+    for optimizer in _torch_optimizers(learner.optimizer):
+        for group in optimizer.param_groups:
+            yield from (parameter.data for parameter in group["params"])
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """Megatron's optimizers hold others, at last torch's."""
+    chained = getattr(optimizer, "chained_optimizers", None)
+    if chained is not None:
+        for part in chained:
+            yield from _torch_optimizers(part)
+    elif getattr(optimizer, "optimizer", None) is not None:
+        yield optimizer.optimizer

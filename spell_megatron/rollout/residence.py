@@ -1,0 +1,29 @@
+"""An engine's device memory, given back while the trainer needs it."""
+
+from __future__ import annotations
+
+from spell_megatron.placement import Part
+from spell_megatron.rollout.engine import Engine, Memory
+
+_MEMORY: dict[Part, Memory] = {"engine weights": "weights", "engine cache": "cache"}
+
+
+class EngineResidence:
+    """A `placement.Resident`. vLLM lets go of everything at once and takes it back in parts."""
+
+    parts: frozenset[Part] = frozenset(_MEMORY)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._awake = self.parts
+
+    def free(self, parts: frozenset[Part]) -> None:
+        self._engine.sleep()
+        staying, self._awake = self._awake - parts, frozenset()
+        if staying:
+            self.take(staying)
+
+    def take(self, parts: frozenset[Part]) -> None:
+        for part in sorted(parts, reverse=True):
+            self._engine.wake(_MEMORY[part])
+        self._awake |= parts

@@ -1,0 +1,21 @@
+"""What several test files start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from spell_megatron.policy.world import World
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """Megatron's parallel state for one process."""
+    from spell_megatron.config import Layout
+    from spell_megatron.policy.world import start_world, stop_world
+
+    yield start_world(Layout(), seed=0, timeout_seconds=60)
+    stop_world()

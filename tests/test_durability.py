@@ -1,0 +1,193 @@
+"""Runs that cannot be lost: killed twenty times over, a run comes to the very end of one that was left alone.
+
+SIGKILL falls at random instants: while the run starts, plays, trains, and while a checkpoint is on its way to
+the disk; now and then the newest checkpoint is damaged besides. What is real here and what is scripted:
+durable_run.py. The same with a real engine: test_training.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spell_megatron.selfplay.seeds import seed_of
+
+pytestmark = pytest.mark.distributed
+
+KILLS = 20
+STEPS = 24
+SMALL = (
+    f"steps={STEPS}",
+    "selfplay.questions=3",
+    "selfplay.round_questions=12",
+    "selfplay.group_size=4",
+    "heldout.questions=0",
+    "record.checkpoint_every=1",
+    "record.keep_last=3",
+    "record.keep_every=10",
+    "record.mismatch_bound=1000",
+    "corpus.toy_clusters=6",
+)
+PATIENCE = 120.0
+
+
+class Runs:
+    """A folder with one run, and the program that goes on with it."""
+
+    def __init__(self, folder: Path, program: subprocess.Popen[str]) -> None:
+        self.folder, self._program, self._pid = folder, program, 0
+        self.log = folder / "requests.log"
+
+    @property
+    def run(self) -> Path | None:
+        """The run's folder, once it can be resumed."""
+        begun = [path.parent for path in self.folder.glob("*/config.yaml")]
+        return begun[0] if begun else None
+
+    @property
+    def requests(self) -> list[int]:
+        """Seeds of all requests so far, in order."""
+        return [int(line) for line in self.log.read_text().split()] if self.log.exists() else []
+
+    @property
+    def errors(self) -> str:
+        return (self.folder / "errors.log").read_text()[-4000:]
+
+    def start(self) -> None:
+        assert self._program.stdin
+        self._program.stdin.write("\n")
+        self._program.stdin.flush()
+        self._pid = int(self._line())
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Exit status of the run."""
+        return int(self._line())
+
+    def alive(self) -> bool:
+        stat = Path(f"/proc/{self._pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    def _line(self) -> str:
+        assert self._program.stdout
+        return self._program.stdout.readline()
+
+
+@contextmanager
+def runs_in(folder: Path) -> Iterator[Runs]:
+    folder.mkdir()
+    with (folder / "errors.log").open("w") as errors:
+        command = [sys.executable, str(Path(__file__).parent / "durable_run.py"), str(folder), *SMALL]
+        program = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        try:
+            yield Runs(folder, program)
+        finally:
+            program.kill()
+            program.communicate()
+
+
+def until(condition: Callable[[], object], runs: Runs) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and runs.alive() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def journaled(run: Path | None) -> Counter[tuple[int, int, int]]:
+    """How often each episode (step, round, index) is written down; a line without an end is not."""
+    places: Counter[tuple[int, int, int]] = Counter()
+    for path in (run / "rollouts").glob("step-*.jsonl") if run else ():
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            row = json.loads(line)
+            places[row["step"], row["round"], row["index"]] += 1
+    return places
+
+
+def wait_for_the_instant(kind: int, runs: Runs, draw: random.Random) -> None:
+    """Somewhere in the start, in a step, or in the writing of a checkpoint."""
+    if kind == 0:
+        time.sleep(draw.uniform(0.0, 2.0))
+    elif kind == 3:
+        assert runs.run
+        folder, before = runs.run / "checkpoints", set((runs.run / "checkpoints").glob("*"))
+        until(lambda: set(folder.glob("*.partial")) - before, runs)
+        time.sleep(draw.uniform(0.0, 0.05))
+    else:
+        wanted = len(runs.requests) + draw.randrange(1, 300)
+        until(lambda: len(runs.requests) >= wanted, runs)
+        time.sleep(draw.uniform(0.0, 0.2))
+
+
+def damage_newest(run: Path, draw: random.Random) -> bool:
+    """Flip one bit of the newest checkpoint; False where there is none."""
+    whole = [path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial"]
+    if not whole:
+        return False
+    newest = max(whole)
+    path = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1
+    path.write_bytes(content)
+    return True
+
+
+def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    with runs_in(tmp_path / "alone") as alone:
+        alone.start()
+        assert alone.wait() == 0, alone.errors
+    half_written = damaged = 0
+    with runs_in(tmp_path / "killed") as killed:
+        finished: Counter[tuple[int, int, int]] = Counter()
+        asked = 0
+        for number in range(KILLS + 1):
+            killed.start()
+            until(lambda: killed.run, killed)
+            if number < KILLS:
+                wait_for_the_instant(number % 4, killed, draw)
+                assert killed.alive(), killed.errors
+                killed.kill()
+            assert killed.wait() == (-signal.SIGKILL if number < KILLS else 0), killed.errors
+            again = {seed_of(0, *place, "questioner") for place in finished} & set(killed.requests[asked:])
+            assert not again, "a finished episode was generated once more"
+            assert killed.run
+            half_written += bool(list(killed.run.glob("checkpoints/*.partial")))
+            if number % 5 == 4:
+                damaged += damage_newest(killed.run, draw)
+            finished, asked = journaled(killed.run), len(killed.requests)
+    assert half_written >= 3
+    assert damaged >= 3
+    assert killed.run
+    assert alone.run
+    assert (killed.run / "run.log").read_text().count("skipped a checkpoint") >= damaged
+    assert set(journaled(killed.run).values()) == {1}
+    assert len(killed.requests) > len(set(killed.requests))  # unfinished episodes are asked again
+    assert metrics(killed.run) == metrics(alone.run)
+    ours, theirs = (load_file(run / "hf/model.safetensors") for run in (killed.run, alone.run))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    kept = sorted(path.name for path in (killed.run / "checkpoints").iterdir())
+    assert kept == [f"step-{step:05d}" for step in (10, 20, 22, 23, 24)]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Rows without what depends on the clock; one a step, without a gap."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    return [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows]

@@ -1,0 +1,113 @@
+"""The gloo transfer without servers: both ends in one process, one of them silent."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from spell_megatron.rollout import backend
+from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.server import free_port
+
+pytestmark = pytest.mark.engine
+
+SECONDS = 2.0
+
+
+class Worker:
+    """An engine with one worker, reached by calls instead of HTTP. `deaf`, it answers and takes nothing."""
+
+    def __init__(self) -> None:
+        from spell_megatron.rollout.transfer.gloo import GlooReceiver
+
+        self.got: dict[str, torch.Tensor] = {}
+        self.deaf = threading.Event()
+        self.receiver = GlooReceiver.__new__(GlooReceiver)
+        self.receiver.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+        self.receiver.model = SimpleNamespace(load_weights=self.got.update)
+
+    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
+        self.receiver.init_transfer_engine(self.receiver.parse_init_info(info))
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, info: dict[str, Any]) -> None:
+        if not self.deaf.is_set():
+            self.receiver.receive_weights(self.receiver.parse_update_info(info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> None:
+    backend.quiet()
+    with backend.undisturbed(tmp_path_factory.mktemp("vllm")):
+        import vllm.distributed.weight_transfer  # noqa: F401
+
+
+def connected(worker: Worker, weights: dict[str, torch.Tensor]) -> Any:
+    from spell_megatron.rollout.transfer.gloo import GlooTrainer, GlooTrainerInit
+
+    init = GlooTrainerInit("127.0.0.1", free_port("127.0.0.1"), 2, SECONDS, rank=0)
+    return GlooTrainer.trainer_init(init, client=worker, source=list(weights.items()))  # type: ignore[arg-type]
+
+
+def within(call: Future[None], seconds: float) -> BaseException:
+    error = call.exception(timeout=seconds)
+    assert error is not None
+    return error
+
+
+def test_what_is_sent_arrives() -> None:
+    worker, weights = Worker(), {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16()}
+    connected(worker, weights).send_weights()
+    assert all(torch.equal(worker.got[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_worker_that_takes_nothing_is_found_out_in_time() -> None:
+    worker, weights = Worker(), {"lm_head.weight": torch.zeros(64, 1024)}
+    trainer = connected(worker, weights)
+    worker.deaf.set()
+    with ThreadPoolExecutor(1) as pool:
+        error = within(pool.submit(trainer.send_weights), SECONDS + 20)
+    assert isinstance(error, EngineError)
+    assert "lm_head.weight [64, 1024] did not leave rank 0 within 2 s" in str(error)
+
+
+def test_a_trainer_that_sends_nothing_is_found_out_in_time() -> None:
+    worker = Worker()
+    _trainer = connected(worker, {})
+    update = {"names": ["lm_head.weight"], "dtype_names": ["float32"], "shapes": [[4, 8]]}
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        error = within(pool.submit(worker.update_weights, update), SECONDS + 20)
+    assert time.monotonic() - start >= SECONDS / 2
+    assert "lm_head.weight [4, 8] did not reach rank 1 in time" in str(error)
+
+
+def test_the_extension_sums_what_a_model_is_given() -> None:
+    from spell_megatron.rollout.transfer.checksum import checksum
+    from spell_megatron.rollout.transfer.extension import Extension
+
+    class Model(torch.nn.Module):
+        def load_weights(self, weights: Any) -> set[str]:
+            return {name for name, _ in weights}
+
+    model = Model()
+
+    class Workplace(Extension):
+        def get_model(self) -> Model:
+            return model
+
+    worker, tensor = Workplace(), torch.randn(4, 4)
+    worker.watch_weights()
+    assert model.load_weights([("a", tensor)]) == {"a"}
+    assert worker.given_weights() == {"a": checksum(tensor)}
+    model.load_weights([("b", tensor)])
+    assert worker.given_weights() == {"a": checksum(tensor)}

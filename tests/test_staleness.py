@@ -1,0 +1,66 @@
+"""Samples of older weights: how old they are, what their weights come to, which groups are left out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from spell_megatron.policy.learner import Scores
+from spell_megatron.policy.mismatch import groups_beyond, mismatch
+from spell_megatron.policy.staleness import importance, staleness
+from spell_megatron.types import Group, Sample, TrainBatch
+
+pytestmark = pytest.mark.unit
+
+
+def batch(*groups: list[tuple[list[float], int | None]]) -> TrainBatch:
+    """Groups of samples, each the engine's log-probs and a version."""
+    return TrainBatch(
+        tuple(
+            Group([1], tuple(Sample([5] * len(lp), [1.0] * len(lp), lp, version) for lp, version in group))
+            for group in groups
+        )
+    )
+
+
+def scores(*groups: list[list[float]]) -> Scores:
+    learned = [[np.array(sample, dtype=np.float32) for sample in group] for group in groups]
+    return Scores(learned, learned)
+
+
+def test_ages_are_counted_in_updates() -> None:
+    made = batch([([-1.0], 4), ([-1.0, -2.0], 3)], [([-1.0], 4), ([-2.0], 4)])
+    assert staleness(made, 4) == {"staleness/mean": 0.25, "staleness/max": 1.0, "staleness/mixed": 1.0}
+    assert staleness(made, 6)["staleness/max"] == 3.0
+    assert staleness(batch([([], None)]), 4) == {}
+
+
+def test_importance_weights_are_truncated_token_by_token() -> None:
+    made = batch([([-1.0, -3.0], 1)], [([-2.0], 1)])
+    learned = scores([[-1.5, -1.0]], [[-2.0]])
+    ratios = [math.exp(-0.5), math.exp(2.0), 1.0]
+    values = importance(made, learned, 2.0)
+    assert values["importance/weight"] == pytest.approx((ratios[0] + 2.0 + ratios[2]) / 3)
+    assert values["importance/truncated"] == pytest.approx(1 / 3)
+    assert importance(made, learned, 10.0)["importance/weight"] == pytest.approx(sum(ratios) / 3)
+    assert importance(made, learned, None) == {}
+    assert importance(batch([([], None)]), scores([[-1.0]]), 2.0) == {}
+
+
+def test_groups_beyond_the_bound_are_found_by_their_mean() -> None:
+    made = batch([([-1.0, -1.0], 1)], [([-1.0], 1), ([-1.0], 1)], [([], None)], [([-1.0], 1)], [([-1.0], 1)])
+    learned = scores([[-1.2, -1.0]], [[-1.0], [-0.6]], [[-9.0]], [[math.nan]], [[-1.0]])
+    assert groups_beyond(made, learned, 0.15) == {1, 3}  # what is not a number is beyond every bound
+    assert groups_beyond(made, learned, 0.05) == {0, 1, 3}
+    left = made.without(groups_beyond(made, learned, 0.15))
+    assert left.groups == (made.groups[0], made.groups[2], made.groups[4])
+    assert left.response_tokens == made.response_tokens - 3
+
+
+def test_the_gap_of_the_newest_weights_stands_apart() -> None:
+    made = batch([([-1.0], 3), ([-1.0], 4)], [([-1.0], 4)])
+    values = mismatch(made, scores([[-2.0], [-1.1]], [[-1.3]]), ["a", "b"])
+    assert values["mismatch/newest"] == pytest.approx(0.2)
+    assert values["mismatch/mean"] == pytest.approx((1.0 + 0.1 + 0.3) / 3)

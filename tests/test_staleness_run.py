@@ -1,0 +1,128 @@
+"""Rollouts that overlap with training, on a real server: their age, a stop in the middle, and the resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from spell_megatron.preemption import Preempted
+from spell_megatron.record import RunFolder, read_metrics
+from spell_megatron.train import resume
+
+pytestmark = pytest.mark.engine
+
+OVERLAPPED = (
+    "selfplay.max_staleness=1",
+    "selfplay.leftovers=carry",
+    "policy.loss.importance_cap=2.0",
+    "policy.optimizer.lr=1e-3",  # large, so that an update moves the log-probs
+    "record.mismatch_bound=5.0",
+    "rollout.servers.count=1",
+    "selfplay.questions=4",
+    "selfplay.round_questions=16",
+    "selfplay.max_rounds=8",
+    "selfplay.group_size=4",
+    "heldout.questions=0",
+    "record.checkpoint_every=1",
+    "rollout.kv_cache_mib=64",
+    "corpus.toy_clusters=6",
+)
+PATIENCE = 300
+"""Seconds after which what should happen has not."""
+
+
+def checkpoint(run: RunFolder) -> int:
+    return max((int(path.name[-5:]) for path in run.checkpoints.glob("step-?????")), default=0)
+
+
+def episodes(run: RunFolder, step: int) -> list[dict[str, Any]]:
+    path = run.rollouts(step)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def versions(episode: dict[str, Any]) -> set[int]:
+    found = {response["rollout"]["version"] for response in episode["responses"]}
+    found |= {j["rollout"]["version"] for response in episode["responses"] for j in response["judgements"]}
+    return found | ({episode["asked"]["version"]} if episode["asked"] else set())
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that is asked to stop after its second step, while the next one is being played."""
+    runs = tmp_path_factory.mktemp("overlapped")
+    command = [
+        sys.executable,
+        "-m",
+        "spell_megatron.cli",
+        "train",
+        "toy",
+        *OVERLAPPED,
+        "steps=50",
+        f"runs={runs}",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            found = [RunFolder(path) for path in runs.glob("toy-*") if (path / "checkpoints").is_dir()]
+            if found and (step := checkpoint(found[0])) >= 2 and episodes(found[0], step + 1):
+                process.send_signal(signal.SIGUSR1)
+                break
+            time.sleep(0.2)
+        _, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == Preempted.exit_code, errors
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(stopped: RunFolder) -> tuple[RunFolder, int, int]:
+    """The run with one more step, the last step before it, and the episodes that it found finished."""
+    last = checkpoint(stopped)
+    found = {(row["round"], row["index"]) for row in episodes(stopped, last + 1)}
+    resume(stopped.path, [f"steps={last + 1}"])
+    return stopped, last, len(found)
+
+
+def test_no_sample_is_older_than_the_bound_and_some_are_old(resumed: tuple[RunFolder, int, int]) -> None:
+    run, last, _ = resumed
+    for step in range(1, last + 2):
+        made_by = set().union(*map(versions, episodes(run, step)))
+        assert made_by <= {step - 2, step - 1} - {-1}
+    rows = read_metrics(run)[1:]
+    assert max(row["staleness/max"] for row in rows) == 1.0
+    assert rows[0]["staleness/mean"] == 0.0 < rows[1]["staleness/mean"] <= 1.0
+    assert rows[0]["importance/weight"] == pytest.approx(1.0, abs=1e-3)
+    assert abs(rows[1]["importance/weight"] - 1.0) > 1e-3, (
+        "an update makes no difference: the test cannot fail"
+    )
+    assert all(row["mismatch/newest"] <= row["mismatch/mean"] + 1e-9 for row in rows[:2])
+
+
+def test_every_step_is_made_once_and_counts_add_up(resumed: tuple[RunFolder, int, int]) -> None:
+    run, last, _ = resumed
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(last + 2))
+    for row in rows[1:]:
+        came = sum(row[f"episodes/{name}"] for name in ("begun", "brought", "journaled"))
+        went = sum(row[f"episodes/{name}"] for name in ("used", "aborted", "unused", "carried", "expired"))
+        assert came == went
+    for before, after in pairwise(rows[1 : last + 1]):  # a resume brings nothing along
+        assert after["episodes/brought"] == before["episodes/carried"]
+
+
+def test_what_was_played_ahead_is_not_played_again(resumed: tuple[RunFolder, int, int]) -> None:
+    """The state of self-play in a checkpoint is that between two plays, though the next was under way."""
+    run, last, found = resumed
+    assert read_metrics(run)[last + 1]["episodes/journaled"] == found
