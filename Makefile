@@ -8,8 +8,10 @@ TORCH  := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/*.lock | cksum | cut -d' ' -f1)
 PYTEST := $(BIN)/python -m pytest
+PYTHON312 ?= python3.12
+NEWEST := .venv-newest
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test test-newest setup lint clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -19,6 +21,14 @@ test: setup lint
 	$(PYTEST) -m engine
 	$(PYTEST) -m distributed
 	$(PYTEST) -m slurm
+
+# The layout matrix and checkpoints on the newest megatron-core, apart from CI: it wants Python 3.12, and PyPI's torch
+# for that is the CUDA build, which runs on a CPU too (about 3 GB to download).
+test-newest:
+	$(PYTHON312) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet -e ".[dev]" torch==2.13.0 megatron-core==0.19.2
+	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python tests/layouts.py --table
+	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python -m pytest tests/test_patches.py tests/test_checkpoint.py
 
 lint: setup
 	$(BIN)/ruff check .

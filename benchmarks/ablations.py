@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "reverse-reward": ("selfplay.questioner_reward=reverse",),
 }
 ASKED_FOR = (SPELL, "no-memory", "no-verifier-update", "static")
+NAMES = (*TASKS, "mean")
 _KEPT = ("heldout_before", "heldout_after", "generated")
 
 
@@ -99,9 +100,6 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "generated": fmean(row["generated"] for row in own.values()),
         }
     return summary
-
-
-NAMES = (*TASKS, "mean")
 
 
 def table(summary: dict[str, dict[str, Any]]) -> Table:

@@ -4,6 +4,9 @@
 
 The learner's weights are gathered, cut into Hugging Face tensors, loaded and packed by vLLM. A plain copy
 writes the same bytes once, into memory that is there already. Both are measured in turns, in one process.
+
+`copies_packing` is the part of a resync that vLLM spends in laying matrices out for its CPU kernels (oneDNN), seen
+by torch's profiler in one more resync: no way of bringing the weights can avoid it, and on CUDA there is none.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common import save_model
 from spell_megatron.config import Layout, Policy, Rollout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
@@ -45,8 +49,8 @@ SHAPE = {
 
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
-    """Median seconds of a plain copy, of the export alone, and of export and transfer."""
-    Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(folder / "model")
+    """Median seconds of a plain copy, of the export alone, of export and transfer; what of these is packing."""
+    save_model(folder / "model", **SHAPE)
     world = start_world(Layout(), seed=0, timeout_seconds=600)
     learner = Learner(Policy(dtype="float32"), folder / "model", world)
     settings = Rollout(dtype="float32", max_model_len=512, max_num_seqs=8, kv_cache_mib=64)
@@ -70,10 +74,14 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         for _ in range(rounds + 1):
             for name, work in (("copy", copy), ("export", export), ("resync", resync)):
                 seconds[name].append(_timed(work))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            resync()
     finally:
         engine.close()
         stop_world()
     medians = {name: median(times[1:]) for name, times in seconds.items()}  # the first round warms up
+    events = profiler.key_averages()
+    medians["packing"] = sum(event.self_cpu_time_total for event in events if "dnn" in event.key) / 1e6
     size = sum(tensor.nbytes for tensor in source.values())
     return {
         "parameters": sum(tensor.numel() for tensor in source.values()),
@@ -81,6 +89,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         "seconds": medians,
         "copies": medians["resync"] / medians["copy"],
         "copies_export": medians["export"] / medians["copy"],
+        "copies_packing": medians["packing"] / medians["copy"],
     }
 
 

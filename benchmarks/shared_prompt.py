@@ -73,7 +73,7 @@ def measure(folder: Path, prompt: int, reply: int, rounds: int) -> dict[str, Any
 
 def main(
     case: Annotated[list[str] | None, typer.Option(help="P,R; repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(help="The best of so many is taken.")] = 2,
+    rounds: Annotated[int, typer.Option(help="The best of so many is taken.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Measure every case and print the table."""

@@ -41,15 +41,19 @@ SETTINGS = (
 
 
 def measure(overrides: Sequence[str]) -> dict[str, Any]:
-    """Seconds of one run's steps, from the first request to the last row, and its rows of metrics."""
+    """Seconds of one run's steps, from the first request to the last row, and its rows of metrics.
+
+    They are steps 2 and following: the first resync takes vLLM into this process, and comes before.
+    """
     config, cores = load_config("toy", overrides), sorted(os.sched_getaffinity(0))
     engine, learner = cores[: len(cores) // 2], cores[len(cores) // 2 :]
     _move(engine)
     with open_session(config, None) as session:
         _move(learner)  # the server stays where it was started
         torch.set_num_threads(len(learner))
+        session.resync(1)
         began = time.monotonic()
-        for step in range(1, config.steps + 1):
+        for step in range(2, config.steps + 1):
             update = session.update(session.play(step))
             session.resync(step)
             session.record(step, update, {})
@@ -84,7 +88,7 @@ def main(
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for staleness in (0, 1):
-            chosen = [*SETTINGS, f"steps={steps}", f"runs={folder}", *(overrides or [])]
+            chosen = [*SETTINGS, f"steps={steps + 1}", f"runs={folder}", *(overrides or [])]
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 runs.append(pool.submit(measure, [*chosen, f"selfplay.max_staleness={staleness}"]).result())
     table = Table("staleness", "seconds", "playing", "waited for", "updates", "resyncs", "mean age")

@@ -14,19 +14,21 @@ import torch
 from megatron_patches import (
     alltoall_stream,
     checkpoint_writer,
+    common_values,
     cuda_names,
     device_literals,
     dynamo,
     expert_gradients,
     fresh_optimizer_state,
     interleaved_shapes,
+    resiliency_default,
     rng_tracker,
     router_gemm_name,
     shared_adam_step,
     uneven_gather,
 )
 from megatron_patches.patch import Patch
-from megatron_patches.versions import warn_if_untested
+from megatron_patches.versions import TESTED, installed, warn_if_untested
 
 PATCHES: tuple[Patch, ...] = (
     dynamo.PATCH,
@@ -40,6 +42,8 @@ PATCHES: tuple[Patch, ...] = (
     fresh_optimizer_state.PATCH,
     shared_adam_step.PATCH,
     checkpoint_writer.PATCH,
+    resiliency_default.PATCH,
+    common_values.PATCH,
     interleaved_shapes.PATCH,
 )
 
@@ -53,6 +57,8 @@ def apply() -> tuple[str, ...]:
     applied = []
     for patch in PATCHES:
         if patch.scope == "cpu" and torch.cuda.is_available():
+            continue
+        if installed() in TESTED and installed() not in patch.versions:
             continue
         if not patch.needed():
             _log.warning("patch %s is not needed any more: %s mends it", patch.name, patch.upstream)

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_patches.versions import TESTED
+
 
 @dataclass(frozen=True, slots=True)
 class Patch:
     """A correction of megatron-core that is applied at start-up, if it is still needed.
 
     `scope` is "cpu" for what only a machine without CUDA lacks, "any" for what is wrong everywhere.
-    `needed()` looks at the installed megatron-core; where it answers no, the file can be deleted.
+    `needed()` looks at the installed megatron-core, whatever its version. `versions` are the tested ones that
+    need the patch, and what `upstream` refers to is in the first of them; where none is left, the file can go.
     """
 
     name: str
@@ -21,3 +24,4 @@ class Patch:
     breaks: str
     needed: Callable[[], bool]
     apply: Callable[[], None]
+    versions: tuple[str, ...] = TESTED

@@ -27,4 +27,5 @@ PATCH = Patch(
     breaks="NameError in the router of a mixture of experts, on any machine without Transformer Engine",
     needed=_needed,
     apply=_apply,
+    versions=("0.16.1",),
 )

@@ -6,6 +6,7 @@ depend on the weights and two runs can be compared bit by bit. Every request tha
 a log. A run is a forked child: everything is imported once, so that a start takes a second and not fifteen.
 
     python durable_run.py RUNS key=value …       one line on standard input starts a run
+    torchrun durable_run.py RUNS key=value …     goes on with the run, on several ranks
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from spell_megatron.config import load_config
 from spell_megatron.rollout.engine import EngineStats
 from spell_megatron.train import resume, train
 from spell_megatron.types import Rollout, Tokens
-from spell_megatron.weights.locate import model_folder
 from tokenizer.chat import ChatTokenizer
 
 
@@ -81,23 +81,32 @@ def said(prompt: str, draw: random.Random) -> str:
     return f"The correct answer is ({value})."
 
 
+def begun(runs: Path) -> list[Path]:
+    """Folders of runs that can be gone on with."""
+    return [path.parent for path in runs.glob("*/config.yaml")]
+
+
 def main() -> None:
     runs, overrides = Path(sys.argv[1]), sys.argv[2:]
+    driver.InProcessEngine = driver.Fleet = Scripted  # type: ignore[assignment, misc]
+    Scripted.log = os.open(runs / "requests.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    if "RANK" in os.environ:
+        resume(begun(runs)[0], overrides)
+        return
     config = load_config("toy", [f"runs={runs}", *overrides])
-    model_folder(config.model.path)
-    driver.InProcessEngine = Scripted  # type: ignore[assignment, misc]
     for _ in sys.stdin:
         child = os.fork()
         if child == 0:
-            Scripted.log = os.open(runs / "requests.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            begun = sorted(path.parent for path in runs.glob("*/config.yaml"))
-            summary = resume(begun[-1]) if begun else train(config)
+            summary = resume(begun(runs)[0]) if begun(runs) else train(config)
             os._exit(summary.steps != config.steps)
-        sys.stdout.write(f"{child}\n")
-        sys.stdout.flush()
+        tell(child)
         _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        sys.stdout.flush()
+        tell(os.waitstatus_to_exitcode(status))
+
+
+def tell(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Program of test_checkpoint.py under torchrun: save after one update, or load; then two more updates."""
+"""Program of test_checkpoint.py under torchrun: save after one update, or load; then two more updates.
+
+The state is written while those two go on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 import torch
 from reference import random_batch
 
-from spell_megatron.checkpoint import Checkpoints, load_learner
+from spell_megatron.checkpoint import Checkpoints
 from spell_megatron.config import Layout, Optimizer, Policy
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
@@ -23,18 +26,17 @@ def main() -> None:
     optimizer = Optimizer(lr=1e-2, eps=1e-2, weight_decay=0.0, distributed=True)
     policy = Policy(layout=layout, dtype="float32", stream_tokens=512, optimizer=optimizer)
     learner = Learner(policy, folder / "model", world)
-    batch, checkpoints = random_batch(256), Checkpoints(folder / "checkpoints")
+    batch, checkpoints = random_batch(256), Checkpoints(folder / "checkpoints", background=True)
     if mode == "save":
         learner.update(batch)
         checkpoints.save(1, learner, {})
     else:
-        found = checkpoints.newest()
-        assert found
-        load_learner(learner, found)
+        assert checkpoints.restore(learner)
     sums = []
     for _ in range(2):
         learner.update(batch)
         sums.append(sum(float(s.sum()) for group in learner.score(batch).logprobs for s in group))
+    checkpoints.wait()
     if world.is_main:
         (folder / f"{mode}.json").write_text(json.dumps(sums), encoding="utf-8")
     stop_world()

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -333,6 +334,23 @@ def test_clusters_of_a_real_mixture(tmp_path: Path, group_by: str) -> None:
     assert sum(len(cluster.documents) < 2 for cluster in clusters) <= 1
     found = Counter(word for cluster in clusters for d in cluster.documents for word in d.text.split())
     assert found == Counter(word for n, length in enumerate(lengths) for word in prose(n, length).split())
+
+
+def test_a_group_over_the_budget_is_divided_and_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside files that cannot be used at all, and one that can."""
+    rows = [{"text": prose(i, 30), "cluster": "large" if i < 9 else "small"} for i in range(11)]
+    write_lines(tmp_path / "rows.jsonl", rows)  # type: ignore[arg-type]
+    write_lines(tmp_path / "columns.jsonl", [{"body": "no text"}])
+    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("")
+    with caplog.at_level(logging.INFO):
+        clusters = whole_epoch(sampler_of(tmp_path, tokens=100))
+    assert sorted(len(cluster.documents) for cluster in clusters) == [2, 3, 3, 3]
+    assert "1 groups over the budget divided" in caplog.text
+    for fault in ("not UTF-8", "empty", "without a column 'text'"):
+        assert re.search(rf"skipped \(.*1 {fault}", caplog.text)
 
 
 def test_rows_of_one_cluster_are_found_wherever_they_stand(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,11 +148,20 @@ def damage_newest(run: Path, draw: random.Random) -> bool:
     return True
 
 
-def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbs."""
+    with runs_in(tmp_path_factory.mktemp("alone") / "runs") as runs:
+        runs.start()
+        assert runs.wait() == 0, runs.errors
+        assert runs.run
+        return runs.run
+
+
+def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(
+    alone: Path, tmp_path: Path
+) -> None:
     draw = random.Random(3)
-    with runs_in(tmp_path / "alone") as alone:
-        alone.start()
-        assert alone.wait() == 0, alone.errors
     half_written = damaged = 0
     with runs_in(tmp_path / "killed") as killed:
         finished: Counter[tuple[int, int, int]] = Counter()
@@ -173,21 +183,39 @@ def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(tmp_
             finished, asked = journaled(killed.run), len(killed.requests)
     assert half_written >= 3
     assert damaged >= 3
-    assert killed.run
-    assert alone.run
     assert (killed.run / "run.log").read_text().count("skipped a checkpoint") >= damaged
     assert set(journaled(killed.run).values()) == {1}
     assert len(killed.requests) > len(set(killed.requests))  # unfinished episodes are asked again
-    assert metrics(killed.run) == metrics(alone.run)
-    ours, theirs = (load_file(run / "hf/model.safetensors") for run in (killed.run, alone.run))
+    assert metrics(killed.run) == metrics(alone)
+    ours, theirs = (load_file(run / "hf/model.safetensors") for run in (killed.run, alone))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     kept = sorted(path.name for path in (killed.run / "checkpoints").iterdir())
     assert kept == [f"step-{step:05d}" for step in (10, 20, 22, 23, 24)]
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    """Rows without what depends on the clock; one a step, without a gap."""
+def test_a_run_goes_on_in_another_layout(alone: Path, tmp_path: Path) -> None:
+    """From the checkpoint that one process wrote, on two ranks that share every layer."""
+    run = tmp_path / alone.name
+    shutil.copytree(alone, run)
+    for path in (*run.glob("checkpoints/step-0002?"), *run.glob("rollouts/step-0001[1-9].jsonl")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *(str(Path(__file__).parent / "durable_run.py"), str(tmp_path), "policy.layout.tensor=2", "steps=12"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ours, theirs = metrics(run, 12), metrics(alone)
+    for step in (11, 12):
+        assert ours[step].keys() == theirs[step].keys()
+        assert ours[step]["questioner/reward"] == theirs[step]["questioner/reward"]
+        assert ours[step]["policy/grad_norm"] == pytest.approx(theirs[step]["policy/grad_norm"], rel=1e-3)
+    assert (run / "checkpoints/step-00012").is_dir()
+
+
+def metrics(run: Path, steps: int = STEPS) -> list[dict[str, float]]:
+    """Rows without what depends on the clock or counts what was begun and reused; one a step, without a gap."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(STEPS + 1))
-    return [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows]
+    assert [row["step"] for row in rows] == list(range(steps + 1))
+    return [{k: value for k, value in row.items() if not k.startswith(("time", "episodes/"))} for row in rows]

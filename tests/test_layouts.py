@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from layouts import CASES, TOLERANCE, Result, launch
+from layouts import CASES, Result, launch
 
 pytestmark = pytest.mark.distributed
 
@@ -18,7 +18,4 @@ def results(request: pytest.FixtureRequest) -> list[Result]:
 
 def test_every_layout_equals_hugging_face(results: list[Result]) -> None:
     assert results
-    for result in results:
-        assert result.exact, f"{result}: the round trip is not bit-exact"
-        for name in ("loss", "logprobs", "gradients", "norm", "step"):
-            assert getattr(result, name) <= TOLERANCE, f"{name} of {result}"
+    assert [result for result in results if not result.passed] == []

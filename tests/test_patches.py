@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 
 import megatron.core
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import megatron_patches
-from megatron_patches.versions import TESTED
+from megatron_patches.versions import TESTED, installed
 
 pytestmark = pytest.mark.unit
 
@@ -23,6 +22,8 @@ def test_a_patch_says_what_breaks_and_where(patch: megatron_patches.Patch) -> No
     named = [
         part.split(":")[0].strip() for part in patch.upstream.replace(";", " ").replace(",", " ").split()
     ]
+    if patch.versions[0] != installed():
+        return  # the place is named in another version
     files = [CORE / name.removeprefix("megatron/core/") for name in named if name.endswith(".py")]
     assert all(path.is_file() for path in files), patch.upstream
     assert patch.scope in ("cpu", "any")
@@ -31,12 +32,16 @@ def test_a_patch_says_what_breaks_and_where(patch: megatron_patches.Patch) -> No
 def test_every_patch_is_still_needed() -> None:
     """What upstream has mended can go: this names the file to delete."""
     applied = set(megatron_patches.apply())
-    expected = {p.name for p in megatron_patches.PATCHES if p.scope == "any" or not torch.cuda.is_available()}
+    expected = {
+        patch.name
+        for patch in megatron_patches.PATCHES
+        if installed() in patch.versions and (patch.scope == "any" or not torch.cuda.is_available())
+    }
     assert applied == expected
 
 
 def test_the_installed_version_is_a_tested_one() -> None:
-    assert version("megatron-core") in TESTED
+    assert installed() in TESTED
 
 
 def test_each_patch_has_a_file_of_its_own() -> None:

@@ -120,16 +120,17 @@ def test_what_is_too_old_is_asked_for_again() -> None:
 
 def test_every_used_episode_is_told_of_in_its_step_and_replays_from_there() -> None:
     engine, told = Trained(), []
-    room = selfplay(CARRY, generator=engine, on_episode=told.append)
-    plays = played(room, engine, [0] * 3)
+    room = selfplay(CARRY, generator=engine, on_episode=told.append, clusters=Corpus(2))
+    plays = played(room, engine, [0] * 4)
 
     def journal(step: int) -> list[Episode]:
         return [Episode.from_dict(json.loads(json.dumps(e.to_dict()))) for e in told if e.step == step]
 
     for play in plays:
         assert all(episode in told for episode in play.episodes)
+    assert any(episode.begun and episode.history for episode in told)  # memory has moved on since it was read
     again = Trained()
-    replayed = played(selfplay(CARRY, generator=again), again, [0] * 3, journal=journal)
+    replayed = played(selfplay(CARRY, generator=again, clusters=Corpus(2)), again, [0] * 4, journal=journal)
     assert [p.episodes for p in replayed] == [p.episodes for p in plays]
     assert [p.batch for p in replayed] == [p.batch for p in plays]
     assert again.requests == 0

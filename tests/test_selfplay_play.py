@@ -344,6 +344,20 @@ def test_a_response_or_verdict_that_is_cut_does_not_count_though_its_decision_st
     assert rule_only(result)
 
 
+def test_a_thought_that_the_template_opened_has_to_be_closed():
+    """The model writes only what follows `<think>`: an end without `</think>` is no answer, and no penalty."""
+
+    class Thinking(Characters):
+        def prompt(self, message: str) -> list[int]:
+            return super().prompt(f"{message}\nassistant: <think>\n")
+
+    with pytest.raises(StarvedError) as error:
+        play(chosen=settings(max_rounds=1), codec=Thinking())
+    assert {(e.outcome, e.reward) for e in error.value.episodes} == {("dropped:over_long", None)}
+    closing = Engine(lambda role, prompt, draw: f"[[YES]] or not </think>{act(role, prompt, draw)}")
+    assert play(codec=Thinking(), generator=closing).outcomes == play().outcomes
+
+
 def test_no_two_draws_share_a_seed():
     asked: list[int] = []
 

@@ -23,7 +23,6 @@ OVERLAPPED = (
     "selfplay.max_staleness=1",
     "selfplay.leftovers=carry",
     "policy.loss.importance_cap=2.0",
-    "policy.optimizer.lr=1e-3",  # large, so that an update moves the log-probs
     "record.mismatch_bound=5.0",
     "rollout.servers.count=1",
     "selfplay.questions=4",
@@ -104,10 +103,8 @@ def test_no_sample_is_older_than_the_bound_and_some_are_old(resumed: tuple[RunFo
     assert max(row["staleness/max"] for row in rows) == 1.0
     assert rows[0]["staleness/mean"] == 0.0 < rows[1]["staleness/mean"] <= 1.0
     assert rows[0]["importance/weight"] == pytest.approx(1.0, abs=1e-3)
-    assert abs(rows[1]["importance/weight"] - 1.0) > 1e-3, (
-        "an update makes no difference: the test cannot fail"
-    )
-    assert all(row["mismatch/newest"] <= row["mismatch/mean"] + 1e-9 for row in rows[:2])
+    fresh, stale = rows[0]["mismatch/mean"], rows[1]["mismatch/mean"]
+    assert stale > 10 * fresh, "an update makes no difference to the log-probs: the test cannot fail"
 
 
 def test_every_step_is_made_once_and_counts_add_up(resumed: tuple[RunFolder, int, int]) -> None:

@@ -65,6 +65,11 @@ def test_a_sequence_beyond_the_budget_is_refused_with_the_key_to_change() -> Non
         plan_streams(batch_of([(9, (3,))]), budget=10)
 
 
+def test_a_stream_is_filled_to_its_last_token_and_no_further() -> None:
+    batch = batch_of([(30, (3,)), (29, (3,))])
+    assert [len(plan_streams(batch, budget=budget)[0]) for budget in (64, 65)] == [2, 1]
+
+
 def test_work_is_balanced_by_its_quadratic_part() -> None:
     """One long sequence outweighs many short ones of as many tokens."""
     batch = batch_of([(400, (8,)), *[(16, (4,))] * 20])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def small(runs: Path, *overrides: str) -> tuple[str, ...]:
 
 
 def texts(run: Path, step: int) -> dict[tuple[int, int], str]:
-    """What every episode of a step sampled, by its place (the order of arrival is not part of the result)."""
-    rows = [json.loads(line) for line in RunFolder(run).rollouts(step).read_text().splitlines()]
+    """What every finished episode of a step sampled, by its place (the order of arrival is no part of it)."""
+    path = RunFolder(run).rollouts(step)
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
     return {(row["round"], row["index"]): json.dumps(row, sort_keys=True) for row in rows}
 
 
@@ -231,20 +233,40 @@ def test_a_disk_that_cannot_be_written() -> None:
     assert "cannot write" in complaint(cli("train", "toy", "runs=/proc/nowhere"))
 
 
-def test_an_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "spell_megatron.cli", "train", "toy", *small(tmp_path, "steps=50")]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
-    )
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("toy-*/checkpoints/step-00001")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_an_interrupted_and_then_killed_run_goes_on_to_its_end(tmp_path: Path) -> None:
+    """Ctrl-C in the second step, SIGKILL in the third; nothing that was finished is generated again."""
+    first = started("train", "toy", *small(tmp_path, "steps=50"))
+    until(first, lambda: list(tmp_path.glob("toy-*/checkpoints/step-00001")))
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
     [run] = [path for path in tmp_path.glob("toy-*") if path.is_dir()]
     assert read_metrics(RunFolder(run))
-    assert list((run / "checkpoints").glob("step-*"))
+    done = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-?????"))
+
+    second = started("resume", str(run))
+    until(second, lambda: (run / f"checkpoints/step-{done + 1:05d}").exists() and texts(run, done + 2))
+    second.kill()
+    second.communicate()
+    finished = [texts(run, step) for step in (done + 1, done + 2)]
+    resume(run, [f"steps={done + 2}"], live_benchmarks)
+    assert [row["step"] for row in read_metrics(RunFolder(run))] == list(range(done + 3))
+    for step, before in zip((done + 1, done + 2), finished, strict=True):
+        lines = RunFolder(run).rollouts(step).read_text().splitlines()
+        assert len(lines) == len(texts(run, step)), "an episode was written down twice"
+        assert before
+        assert before.items() <= texts(run, step).items()
+
+
+def started(*args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "spell_megatron.cli", *args]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+
+
+def until(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.05)

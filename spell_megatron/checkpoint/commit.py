@@ -7,6 +7,7 @@ foreground is saving in the background and waiting for it.
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,13 @@ class Checkpoints:
             try:
                 disk.begin(partial, step, run)
             except OSError as error:
-                fault = reason(error)
+                fault = reason(error, self.folder)
         if fault := agreed(fault, group):
             raise _unwritten(partial, fault)
         try:
             staged = Staged(learner, disk.learner_folder(partial))
-        except OSError as error:
-            raise _unwritten(partial, reason(error)) from error
+        except (OSError, RuntimeError) as error:
+            raise _unwritten(partial, reason(error, self.folder)) from error
         self.saved = step
         self._writing = partial, Write(staged, group, lambda files: self._commit(step, partial, files))
         if not self.background:
@@ -95,7 +96,8 @@ class Checkpoints:
     def _joined(self, learner: Learner) -> Group:
         """The group of the writing threads, made by the first who needs it."""
         if self._group is None and learner.world.size > 1:
-            self._group = dist.new_group(backend="gloo")
+            patience = timedelta(seconds=learner.policy.timeout_seconds)
+            self._group = dist.new_group(backend="gloo", timeout=patience)
         return self._group
 
 

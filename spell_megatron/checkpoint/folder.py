@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.checkpoint.files import digests, names_below, sync_folder, write_json
+from spell_megatron.checkpoint.files import digests, names_below, sync, write_json
 from spell_megatron.types import SpellError
 
 _log = logging.getLogger(__name__)
-_RUN, _FILES, _PARTIAL = "run.json", "files.json", ".partial"
+_RUN, _FILES = "run.json", "files.json"
+_PARTIAL, _GONE = ".partial", ".gone"
+"""Endings of a folder that is being written, and of one that is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +91,19 @@ def begin(partial: Path, step: int, run: dict[str, Any]) -> None:
 
 
 def commit(partial: Path, learner_files: dict[str, str]) -> None:
-    """Make a partial checkpoint one that counts; `learner_files` are digests that are known already."""
+    """Make a partial checkpoint one that counts; `learner_files` are digests of what is on disk already."""
     prefix = learner_folder(partial).relative_to(partial).as_posix()
     known = {f"{prefix}/{name}": digest for name, digest in learner_files.items()}
-    write_json(partial / _FILES, known | digests(partial, names_below(partial) - known.keys()))
+    others = names_below(partial) - known.keys()
+    write_json(partial / _FILES, known | digests(partial, others))
+    for name in others:
+        sync(partial / name)
+    sync(learner_folder(partial))
+    sync(partial)
     final = partial.with_suffix("")
     discard(final)
     partial.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def retain(folder: Path, step: int, last: int, every: int) -> None:
@@ -105,15 +113,15 @@ def retain(folder: Path, step: int, last: int, every: int) -> None:
     for other, path in committed(folder):
         if other not in kept:
             discard(path)
-    for path in folder.glob(f"*{_PARTIAL}"):
+    for path in (*folder.glob(f"*{_PARTIAL}"), *folder.glob(f"*{_GONE}")):
         discard(path)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; half removed it does not look like one."""
-    if path.is_dir():
-        gone = path.with_suffix(_PARTIAL)
-        if gone != path:
-            shutil.rmtree(gone, ignore_errors=True)
-            path.rename(gone)
+    """Remove a checkpoint, if there is one; half removed it does not look like one. Several ranks may try."""
+    gone = path.with_suffix(_GONE)
+    if path != gone and path.is_dir():
         shutil.rmtree(gone, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -87,30 +87,23 @@ def refuse_code(metadata: Path) -> None:
 
 
 class _IndexReader(pickle.Unpickler):
-    """Knows the names that an index is made of, and no function among them."""
+    """Knows the names that an index is made of, and no function that does anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _INDEX_NAMES and not (module == "torch" and _is_dtype(name)):
+        if name not in _INDEX_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
 
 
-def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
-
-
-_DCP = "torch.distributed.checkpoint"
 _INDEX_NAMES = {
-    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *((f"{_DCP}.metadata", name) for name in ("TensorStorageMetadata", "BytesStorageMetadata")),
-    *(
-        (f"{_DCP}.metadata", name)
-        for name in ("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")
-    ),
-    *((f"{_DCP}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
+    },
 }
 
 

@@ -9,6 +9,7 @@ have a group of their own.
 from __future__ import annotations
 
 import errno
+import shutil
 import threading
 from collections.abc import Callable
 from itertools import chain
@@ -28,6 +29,7 @@ from spell_megatron.policy.learner import Learner
 Value = TypeVar("Value")
 Group: TypeAlias = "dist.ProcessGroup | None"
 """Of the writing threads; None where there is one process."""
+_SCRAPS = 1 << 20
 _Part = tuple[str, list[WriteResult], dict[str, str]]
 """Of one rank: a fault, what was written for the index, digests of the files."""
 
@@ -76,9 +78,9 @@ class _Planned(TorchDistSaveShardedStrategy):
     writer: Any
     metadata: Any
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any, *more: Any) -> Any:
         self.writer, self.metadata = writer, plan[1]
-        return super()._get_save_and_finalize_callbacks(writer, plan)
+        return super()._get_save_and_finalize_callbacks(writer, plan, *more)
 
 
 class Write:
@@ -100,7 +102,7 @@ class Write:
             parts = gathered(self._written(), self._group)
             self._fault = agreed(self._finished(parts) if parts else "", self._group)
         except Exception as error:  # of the group: another rank is gone
-            self._fault = reason(error)
+            self._fault = reason(error, self._staged.folder)
 
     def _written(self) -> _Part:
         """What this rank has written, or why it could not."""
@@ -109,7 +111,7 @@ class Write:
             own = {result.storage_data.relative_path for result in results}
             return "", results, digests(self._staged.folder, own)
         except Exception as error:
-            return reason(error), [], {}
+            return reason(error, self._staged.folder), [], {}
 
     def _finished(self, parts: list[_Part]) -> str:
         """Commit what all ranks have written; why that fails."""
@@ -119,7 +121,7 @@ class Write:
             self._staged.close([results for _, results, _ in parts])
             self._commit({name: digest for _, _, own in parts for name, digest in own.items()})
         except Exception as error:
-            return reason(error)
+            return reason(error, self._staged.folder)
         return ""
 
 
@@ -141,8 +143,8 @@ def agreed(value: Value, group: Group) -> Value:
     return box[0]
 
 
-def reason(error: Exception) -> str:
-    """What a fault in writing comes down to."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full"
-    return str(error) or type(error).__name__
+def reason(error: Exception, folder: Path) -> str:
+    """What a fault in writing below `folder` comes down to. torch tells of a full disk as of an odd position."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    odd = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _SCRAPS
+    return "the disk is full" if full or odd else str(error) or type(error).__name__

@@ -99,7 +99,7 @@ class _Build:
         self._meter = _Meter(count)
         self._passage = max(1, budget // min(SPLIT, limit))
         self._skipped = Skipped()
-        self._duplicates = self._split = 0
+        self._duplicates = self._split = self._divided = 0
 
     def run(self) -> None:
         self._db.executescript(
@@ -123,6 +123,7 @@ class _Build:
             "tokens": self._one("select sum(tokens) from documents"),
             "duplicates": self._duplicates,
             "split": self._split,
+            "divided": self._divided,
             "skipped": dict(self._skipped.counts),
         }
         self._db.executemany(
@@ -133,7 +134,8 @@ class _Build:
         logger.info(
             f"corpus {self._source.path}: {documents:,} documents, about {facts['tokens']:,} tokens, in"
             f" {facts['clusters']:,} clusters; {self._duplicates:,} duplicates,"
-            f" {self._skipped.counts.total():,} skipped{left_out}, {self._split:,} long texts split"
+            f" {self._skipped.counts.total():,} skipped{left_out}, {self._split:,} long texts split,"
+            f" {self._divided:,} groups over the budget divided"
         )
 
     def _take(self, text: Text) -> None:
@@ -198,7 +200,9 @@ class _Build:
         match self._source.group_by:
             case "given":
                 for _, group in groupby(rows, key=lambda row: row[0]):
-                    yield from _fill(group, Filler(self._budget, self._limit))
+                    for number, cluster in enumerate(_fill(group, Filler(self._budget, self._limit))):
+                        self._divided += number == 1
+                        yield cluster
             case "random":
                 yield from _fill(rows, Filler(self._budget, self._limit, open_bins=SPLIT))
             case "similarity":

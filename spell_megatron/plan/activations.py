@@ -124,12 +124,12 @@ def _routed(shape: ModelShape, layout: Layout, stream: Stream, assumed: Assumpti
 def _mlp(shape: ModelShape, layout: Layout, stream: Stream, b: int, assumed: Assumptions) -> float:
     normed = _normed(shape, layout, stream.local, b, assumed)
     if not shape.experts:
-        # gate and up (2), silu of the gate, up once more, their product
-        return normed + stream.local * 5 * shape.ffn / layout.tensor * b
-    # The same, the product before and after the router's weight, and the experts' input.
+        # gate and up (2), and the product of one's silu with the other
+        return normed + stream.local * 3 * shape.ffn / layout.tensor * b
+    # The same, times the router's weight, and the experts' input.
     rows = _routed(shape, layout, stream, assumed)
     routing = stream.local / _sequence(layout) * (5 * shape.experts + 48 * shape.experts_per_token)
-    return normed + routing + rows * (shape.hidden + 6 * shape.expert_ffn / layout.expert_tensor) * b
+    return normed + routing + rows * (shape.hidden + 3 * shape.expert_ffn / layout.expert_tensor) * b
 
 
 def _passing(shape: ModelShape, policy: Policy, stream: Stream, assumed: Assumptions) -> float:

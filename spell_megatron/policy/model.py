@@ -143,6 +143,7 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        bias_activation_fusion=True,  # keeps gate, up and product for backward, not what lies between
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,

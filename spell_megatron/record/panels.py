@@ -159,11 +159,6 @@ _HEALTH: list[tuple[str, str, Draw]] = [
         ),
     ),
     (
-        "Age of the samples",
-        "Updates between the weights that sampled and those that are trained.",
-        lines({"staleness/mean": ("mean", TEAL), "staleness/max": ("max", RED)}, zero=True),
-    ),
-    (
         "Importance weights",
         "Mean of the truncated probability ratio, learner over engine, and the share of tokens at the cap.",
         lines({"importance/weight": ("mean", TEAL), "importance/truncated": ("truncated", RED)}, zero=True),

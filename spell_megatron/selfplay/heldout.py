@@ -14,7 +14,7 @@ from statistics import fmean
 from spell_megatron import config
 from spell_megatron.selfplay.fitting import fit
 from spell_megatron.selfplay.grading import rule_reward
-from spell_megatron.selfplay.pipeline import together
+from spell_megatron.selfplay.pipeline import together, written
 from spell_megatron.selfplay.ports import Codec, Generator
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import seed_of
@@ -60,9 +60,7 @@ async def accuracy(
             top_p=sampling.top_p,
         )
         return fmean(
-            rule_reward(question.task, codec.decode(rollout.tokens), question)
-            if rollout.finish == "stop"
-            else 0.0
+            rule_reward(question.task, written(codec, rollout), question) if rollout.finish == "stop" else 0.0
             for rollout in rollouts
         )
 

@@ -31,6 +31,8 @@ from spell_megatron.types import Cluster, Document, Question, Rollout
 
 T = TypeVar("T")
 PROMPT_TOO_LONG = "dropped:prompt_too_long"
+_OPENING = 12
+"""Tokens at a prompt's end in which a template may open a thought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,7 @@ class Pipeline:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
         )
-        return rollout, self._codec.decode(rollout.tokens)
+        return rollout, written(self._codec, rollout)
 
     def _limit(self, completion: int) -> int:
         """Tokens that a prompt may have, before a completion of that many."""
@@ -222,6 +224,12 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def written(codec: Codec, rollout: Rollout) -> str:
+    """The text of a completion, with the `<think>` that the chat template opened for it at the prompt's end."""
+    opened = codec.decode(rollout.prompt[-_OPENING:]).rstrip().endswith("<think>")
+    return f"{'<think>' if opened else ''}{codec.decode(rollout.tokens)}"
 
 
 def _asked(episode: Episode) -> Question:

@@ -1,0 +1,67 @@
+"""The table of ablations: what is run, what is kept, and the figures' arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import ablations
+from spell_megatron.config import load_config
+from spell_megatron.corpus.toy import TASKS
+from spell_megatron.types import SpellError
+
+pytestmark = pytest.mark.unit
+
+
+def scores(value: float) -> dict[str, Any]:
+    return {"mean": value, "by_task": dict.fromkeys(TASKS, value)}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
+    """Runs that were asked for; a run ends at 0.6 + seed/10, without memory at 0.1 less."""
+    made: list[tuple[int, tuple[str, ...]]] = []
+
+    def run(seed: int, overrides: list[str]) -> dict[str, Any]:
+        made.append((seed, tuple(overrides)))
+        after = 0.6 + seed / 10 - 0.1 * ("selfplay.memory=0" in overrides)
+        return {"heldout_before": scores(0.5), "heldout_after": scores(after), "generated": 1e6}
+
+    monkeypatch.setattr(ablations, "run", run)
+    return made
+
+
+def test_every_variant_is_a_configuration() -> None:
+    configs = {name: load_config("toy", overrides) for name, overrides in ablations.VARIANTS.items()}
+    assert len(set(map(repr, configs.values()))) == len(configs)
+    static = configs["static"].selfplay
+    assert static.static_questions
+    assert not static.judge
+    with pytest.raises(SpellError, match="no variant 'nothing'; there are: spell, no-memory"):
+        ablations.chosen("spell,nothing")
+
+
+def test_what_is_over_is_not_run_again(asked: list[object], tmp_path: Path) -> None:
+    kept = tmp_path / "kept.jsonl"
+    first = list(ablations.results(["spell"], 2, ["steps=1"], kept))
+    assert asked == [(0, ("steps=1",)), (1, ("steps=1",))]
+    again = list(ablations.results(["spell", "no-memory"], 2, ["steps=1"], kept))
+    assert asked[2:] == [(0, ("selfplay.memory=0", "steps=1")), (1, ("selfplay.memory=0", "steps=1"))]
+    assert [row for row in again if row["variant"] == "spell"] == first
+    list(ablations.results(["spell"], 1, ["steps=2"], kept))
+    assert asked[4:] == [(0, ("steps=2",))]
+
+
+@pytest.mark.usefixtures("asked")
+def test_variants_are_compared_with_spell_seed_by_seed(tmp_path: Path) -> None:
+    rows = list(ablations.results(["spell", "no-memory"], 3, [], tmp_path / "kept.jsonl"))
+    summary = ablations.summarise(rows)
+    assert summary["spell"]["after"]["mean"] == pytest.approx(0.7)
+    assert summary["spell"]["difference"]["doc_mc"]["mean"] == pytest.approx(0.2)
+    assert summary["spell"]["difference"]["mean"]["half_width"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    pair = summary["no-memory"]["against_spell"]
+    assert (pair["mean"], pair["half_width"]) == (pytest.approx(-0.1), pytest.approx(0.0, abs=1e-9))
+    one = ablations.summarise([row for row in rows if row["seed"] == 0])
+    assert one["spell"]["difference"]["mean"]["half_width"] is None
