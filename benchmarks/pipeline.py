@@ -8,9 +8,9 @@ its seed says, with a long tail, and what the model wrote up to its first end to
 the requests of a role wait until every request of the roles before it has ended: questions, then probes, then
 responses, then verdicts. Engine, questions, seeds and lengths are the same in both variants.
 
-A step asks twice as many questions as it keeps. Without barriers it ends when enough are kept, and what still
-runs is not needed; with them nothing is known before the last role. That is one half of the difference. The
-other, the order alone, is measured apart: on a step that needs an answer to every request.
+A step asks more questions than it keeps. Without barriers it ends when enough are kept, and what still runs is
+not needed; with them nothing is known before the last role. That is one half of the difference. The other, the
+order alone, is measured apart: on a step that needs an answer to every request.
 
 The share of responder prompts that the prefix cache held already is measured on responders alone.
 """
@@ -46,6 +46,8 @@ from spell_megatron.weights.locate import model_folder
 from tokenizer.chat import ChatTokenizer
 
 GROUP = 8
+KEPT = 128 / 480
+"""Of the questions that a step asks, as in the paper."""
 LAYERS = 28
 """Those beyond the model's own add nothing but time, so that a step's depends less on its batch, as on a GPU."""
 CLUSTERS = 2
@@ -127,7 +129,7 @@ class Stage:
             max_model_len=self.config.rollout.max_model_len,
         )
         before, start = self.engine.stats(), time.perf_counter()
-        groups = asyncio.run(_groups(step))
+        groups = asyncio.run(_groups(step, endless=kept > asked))
         seconds, after = time.perf_counter() - start, self.engine.stats()
         prompts = after.prompt_tokens - before.prompt_tokens
         return Run(
@@ -141,11 +143,13 @@ class Stage:
         )
 
 
-async def _groups(step: SelfPlay) -> Sequence[Group]:
-    """The batch's groups; none where the step could not keep enough, after every request was answered."""
+async def _groups(step: SelfPlay, *, endless: bool) -> Sequence[Group]:
+    """The batch's groups; none of a step that wants more than it asks, which ends with its last request."""
     try:
         return (await step.play(1)).batch.train.groups
     except StarvedError:
+        if not endless:
+            raise
         return ()
 
 
@@ -171,7 +175,7 @@ def _deep_and_endless(folder: Path, copy: Path) -> Path:
 def measure(questions: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Both variants in turns, after a small step that warms up; medians."""
     stage = Stage(load_config("toy", SETTINGS), folder)
-    kept = {"step": questions // 2, "every request": questions + 1}
+    kept = {"step": round(questions * KEPT), "every request": questions + 1}
     runs: dict[str, dict[str, list[Run]]] = {what: {"barrier": [], "streaming": []} for what in kept}
     try:
         stage.play(2, 3)

@@ -151,8 +151,11 @@ def test_groups_on_which_engine_and_learner_differ_are_left_out_of_the_update(ru
             group, samples=tuple(replace(s, logprobs=[x - 0.5 for x in s.logprobs]) for s in group.samples)
         )
 
-    config = load_config("toy", small(runs, "steps=1", "record.mismatch_action=drop", "heldout.questions=0"))
-    with open_session(config, None) as session:
+    config = load_config(
+        "toy",
+        small(runs, "steps=1", "record.mismatch_action=drop", "heldout.questions=0", "heldout.benchmarks=[]"),
+    )
+    with open_session(config, None, live_benchmarks) as session:
         batch = session.play(1)
         first, *rest = batch.groups
         with pytest.raises(MismatchError, match="in every group"):
