@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "selfplay.judge=false",
         "selfplay.train_verifier=false",
         "selfplay.train_questioner=false",
+        "selfplay.max_rounds=80",  # nobody makes the questions harder: at last few are left that it does not know
     ),
     "majority": ("selfplay.verifier_consistency=maj",),
     "no-grounding": ("selfplay.grounding=false",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
@@ -11,8 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import transformers
@@ -88,28 +86,6 @@ def _as_rank(rank: int, size: int, port: int, work: Callable[..., Any], args: Se
     os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     return work(*args)
-
-
-class PeakMemory:
-    """Bytes by which this process's resident memory rises inside the block, at the highest (Linux)."""
-
-    bytes = 0
-
-    def __enter__(self) -> Self:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-        self._base = _resident("VmRSS")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bytes = _resident("VmHWM") - self._base
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def show(title: str, cases: Sequence[Mapping[str, Any]], as_json: bool) -> None:

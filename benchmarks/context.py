@@ -2,13 +2,14 @@
 
     python -m benchmarks.context [--tokens 100000] [--cp 4] [--recompute full] [--json]
 
-A group of eight responses fills the stream of `tokens`. `peak_bytes` is what the resident memory of the busiest
-rank rises by during the pass, above model, gradients and all that is made once; `over_ideal` is
-peak * CP over the peak of CP 1. A case has passed where its loss is that of CP 1.
+A group of eight responses fills the stream of `tokens`. `peak_bytes` is the most that the tensors of the busiest
+rank take during the pass, above model, gradients and all that is made once: activations and what passes through.
+`over_ideal` is that peak * CP over the peak of CP 1. `resident_bytes` is what the process grows by, with the
+allocator's gaps and gloo's buffers. A case has passed where its loss is that of CP 1.
 
 Each layer's keys and values are gathered whole on every rank, in the forward pass and again in the backward
-pass, and are freed before the next layer's: that part alone does not shrink with CP. In this model keys and values
-are half as wide as the hidden state, as in Qwen3-30B-A3B.
+pass, and are freed before the next layer's: that part alone does not shrink with CP, and its share falls with the
+number of layers. Here there are four, and keys and values are half as wide as the hidden state, as in Qwen3-30B-A3B.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import PeakMemory, random_group, run_ranks, save_model, show
+from benchmarks.common import random_group, run_ranks, save_model, show
+from benchmarks.memory import LiveBytes, PeakMemory
 from spell_megatron.config import Layout, Policy
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
@@ -32,8 +34,8 @@ REPLIES, REPLY = 8, 64
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
@@ -46,12 +48,12 @@ def run(folder: Path, tokens: int, cp: int, recompute: Any) -> dict[str, float]:
     learner = Learner(policy, folder, start_world(layout, seed=0, timeout_seconds=1800))
     learner.gradients(TrainBatch((random_group(64, REPLIES, 8),)))  # what is made only once is there
     batch = TrainBatch((random_group(tokens - REPLIES * REPLY, REPLIES, REPLY),))
-    with PeakMemory() as peak:
+    with PeakMemory() as resident, LiveBytes() as tensors:
         began = time.perf_counter()
         loss = learner.gradients(batch)
         seconds = time.perf_counter() - began
     stop_world()
-    return {"bytes": peak.bytes, "seconds": seconds, "loss": loss}
+    return {"bytes": tensors.peak, "resident": resident.bytes, "seconds": seconds, "loss": loss}
 
 
 def measure(folder: Path, tokens: int, sizes: list[int], recompute: str) -> list[dict[str, Any]]:
@@ -60,7 +62,9 @@ def measure(folder: Path, tokens: int, sizes: list[int], recompute: str) -> list
     first: dict[str, float] = {}
     for cp in sizes:
         case: dict[str, Any] = {"tokens": tokens, "cp": cp, "passed": False}
-        cases.append({**case, "peak_bytes": None, "seconds": None, "over_ideal": None})
+        cases.append(
+            {**case, "peak_bytes": None, "seconds": None, "over_ideal": None, "resident_bytes": None}
+        )
         try:
             ranks = run_ranks(cp, run, folder, tokens, cp, recompute)
         except BrokenProcessPool:  # killed for its memory
@@ -73,6 +77,7 @@ def measure(folder: Path, tokens: int, sizes: list[int], recompute: str) -> list
             "peak_bytes": peak,
             "seconds": max(rank["seconds"] for rank in ranks),
             "over_ideal": peak * cp / first["work"],
+            "resident_bytes": max(rank["resident"] for rank in ranks),
         }
     return cases
 

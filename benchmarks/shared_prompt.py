@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.common import PeakMemory, random_group, run_ranks, save_model, show
+from benchmarks.common import random_group, run_ranks, save_model, show
+from benchmarks.memory import PeakMemory
 from spell_megatron.config import Layout, Policy
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world

@@ -12,7 +12,6 @@ import json
 import logging
 import sys
 import warnings
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,39 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_iter  # noqa: E402
 
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made inside the block and are still referenced, and their maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._known and storage._cdata not in before:
-                    self._add(storage)
-        return out
-
-    def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def forget() -> None:
-            self._known.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, forget)
+from benchmarks.memory import LiveBytes  # noqa: E402
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -109,7 +109,11 @@ def test_a_run_stopped_between_two_steps_resumes_bit_by_bit(whole: Path, runs: P
 
 
 def test_taking_turns_in_memory_changes_nothing(whole: Path, runs: Path) -> None:
-    turns = Path(train(load_config("toy", small(runs, "steps=3", "rollout.placement=colocated"))).run_dir)
+    turns = Path(
+        train(
+            load_config("toy", small(runs, "steps=3", "rollout.placement=colocated")), live_benchmarks
+        ).run_dir
+    )
     ours, theirs = load_file(turns / "hf/model.safetensors"), load_file(whole / "hf/model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
