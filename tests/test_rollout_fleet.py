@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -186,7 +187,10 @@ def test_a_worker_that_stops_in_the_middle_of_a_transfer_is_named(
         yield name, tensor
 
     fleet.update_weights(stalling(), fleet.version + 1)
-    assert f"failed by {weights[-1][0]}: engine-0 (rank 1) did not answer" in caplog.text
+    # Whichever end notices first says it: the trainer that cannot send, or the one that gets no answer.
+    assert re.search(
+        f"failed by {weights[-1][0]}: .*(engine-0 .* did not answer|no answer from engine-0)", caplog.text
+    )
     assert "no answer from engine-0" in caplog.text
     wait_until(lambda: all_serve(fleet))
     current_and_right(fleet, folders[0], asyncio.run(play(fleet)))
