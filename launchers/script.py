@@ -28,21 +28,22 @@ _ENDING = Template(
 # long as `crashes` holds at most $retries lines for the same checkpoint. What SLURM ends (scancel) does not.
 # Whoever follows the job knows by $requeued* that an attempt's end is not the job's.
 run=$run
+attempt="$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
 requeue() {
-    touch "$$run/logs/$requeued$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
-    scontrol requeue "$$SLURM_JOB_ID" || rm "$$run/logs/$requeued$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
+    touch "$$run/logs/$requeued$$attempt"
+    scontrol requeue "$$SLURM_JOB_ID" || rm "$$run/logs/$requeued$$attempt"
 }
 ended() {
     code=$$?
     set +e
-    first="$$run/logs/$failed$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
+    first="$$run/logs/$failed$$attempt"
     if [ "$$code" -ne 0 ] && [ -s "$$first" ]; then code=$$(cat "$$first"); fi
     case "$$(scontrol show job "$$SLURM_JOB_ID")" in *JobState=RUNNING*) ;; *) exit "$$code" ;; esac
     if [ -e "$$run/$flag" ]; then
         echo "the run is saved and goes back to the queue"
         requeue
     elif [ "$$code" -ge $crash ] || [ "$$code" -eq 1 ]; then
-        last=$$(ls "$$run/checkpoints" | grep -v partial | tail -n 1)
+        last=$$(ls "$$run/checkpoints" | grep -x "step-[0-9]*" | tail -n 1)
         last="after $${last:-the start}"
         echo "$$last" >>"$$run/crashes"
         if [ "$$(grep -cxF "$$last" "$$run/crashes")" -le $retries ]; then

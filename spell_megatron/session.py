@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,7 +18,7 @@ from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.mismatch import groups_beyond
 from spell_megatron.policy.residence import LearnerResidence
-from spell_megatron.policy.world import World, start_world, stop_world
+from spell_megatron.policy.world import Value, World, agreed, start_world, stop_world
 from spell_megatron.preemption import Preempted, Stop, listen, preempted
 from spell_megatron.record import RunFolder, forget_episodes, same_episodes
 from spell_megatron.rollout import backend
@@ -26,7 +26,6 @@ from spell_megatron.rollout.residence import EngineResidence
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.locate import model_folder
 
-Value = TypeVar("Value")
 Benchmarks = Callable[[Config], Measurement | None]
 
 
@@ -242,8 +241,4 @@ def read_run_config(run: Path, overrides: tuple[str, ...] = ()) -> Config:
 
 def share(value: Value, world: World) -> Value:
     """Rank 0's value, on every rank."""
-    if world.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return agreed(value, dist.group.WORLD if world.size > 1 else None)

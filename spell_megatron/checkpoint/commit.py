@@ -16,8 +16,9 @@ import torch.distributed as dist
 from spell_megatron.checkpoint import folder as disk
 from spell_megatron.checkpoint.folder import Checkpoint
 from spell_megatron.checkpoint.state import load_learner
-from spell_megatron.checkpoint.write import Group, Staged, Write, agreed, reason
+from spell_megatron.checkpoint.write import Staged, Write, reason
 from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.world import Group, agreed
 from spell_megatron.types import SpellError
 
 _log = logging.getLogger(__name__)

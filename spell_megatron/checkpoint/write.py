@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -25,10 +25,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from spell_megatron.checkpoint.files import digests
 from spell_megatron.checkpoint.state import learner_state
 from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.world import Group, agreed
 
 Value = TypeVar("Value")
-Group: TypeAlias = "dist.ProcessGroup | None"
-"""Of the writing threads; None where there is one process."""
 _SCRAPS = 1 << 20
 _Part = tuple[str, list[WriteResult], dict[str, str]]
 """Of one rank: a fault, what was written for the index, digests of the files."""
@@ -132,15 +131,6 @@ def gathered(value: Value, group: Group) -> list[Value]:
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0, group=group)
     return values or []
-
-
-def agreed(value: Value, group: Group) -> Value:
-    """Rank 0's value, on every rank."""
-    if group is None:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
 
 
 def reason(error: Exception, folder: Path) -> str:

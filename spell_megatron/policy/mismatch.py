@@ -24,7 +24,7 @@ def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str]) -> dict[s
     by_label: dict[str, list[np.ndarray]] = defaultdict(list)
     by_version: dict[int, list[np.ndarray]] = defaultdict(list)
     for group, learned, label in zip(batch.groups, scores.logprobs, labels, strict=True):
-        for sample, gap in zip(group.samples, _gaps(group, learned), strict=True):
+        for sample, gap in zip(group.samples, gaps_of(group, learned), strict=True):
             if len(gap):
                 by_label[label].append(gap)
                 by_version[-1 if sample.version is None else sample.version].append(gap)
@@ -45,13 +45,13 @@ def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str]) -> dict[s
 def groups_beyond(batch: TrainBatch, scores: Scores, bound: float) -> frozenset[int]:
     """Places of the groups whose mean absolute gap is above `bound`, in nats."""
     means = [
-        np.abs(np.concatenate([np.zeros(0), *_gaps(group, learned)]))
+        np.abs(np.concatenate([np.zeros(0), *gaps_of(group, learned)]))
         for group, learned in zip(batch.groups, scores.logprobs, strict=True)
     ]
     return frozenset(place for place, gap in enumerate(means) if len(gap) and not gap.mean() <= bound)
 
 
-def _gaps(group: Group, learned: Sequence[np.ndarray]) -> list[np.ndarray]:
+def gaps_of(group: Group, learned: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Learner minus engine, float64 `[tokens]` for every sample; `[0]` where no engine made it."""
     return [
         ours.astype(np.float64) - np.asarray(sample.logprobs) if len(sample.logprobs) else np.zeros(0)

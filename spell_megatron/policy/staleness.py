@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from spell_megatron.policy.learner import Scores
+from spell_megatron.policy.mismatch import gaps_of
 from spell_megatron.types import TrainBatch
 
 
@@ -34,10 +35,10 @@ def importance(batch: TrainBatch, scores: Scores, cap: float | None) -> dict[str
     """`importance/weight`, the mean truncated weight over response tokens, and `/truncated`, the share of them
     at the cap. Empty without a cap: nothing is weighed."""
     ratios = [
-        np.exp(ours.astype(np.float64) - np.asarray(sample.logprobs))
+        np.exp(gap)
         for group, learned in zip(batch.groups, scores.logprobs, strict=True)
-        for sample, ours in zip(group.samples, learned, strict=True)
-        if len(sample.logprobs)
+        for gap in gaps_of(group, learned)
+        if len(gap)
     ]
     if cap is None or not ratios:
         return {}

@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeAlias, TypeVar
 
 import megatron.core  # noqa: F401  (the patches need it imported)
 import torch
@@ -15,6 +16,10 @@ from megatron.core import tensor_parallel
 
 import megatron_patches
 from spell_megatron.config import Layout
+
+Value = TypeVar("Value")
+Group: TypeAlias = "dist.ProcessGroup | None"
+"""Ranks that agree on something; None where there is one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,15 @@ def stop_world() -> None:
     if dist.is_initialized():
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def agreed(value: Value, group: Group) -> Value:
+    """Rank 0's value, on every rank."""
+    if group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
 
 
 def _free_port() -> int:
