@@ -8,8 +8,8 @@ its seed says, with a long tail, and what the model wrote up to its first end to
 the requests of a role wait until every request of the roles before it has ended: questions, then probes, then
 responses, then verdicts. Engine, questions, seeds and lengths are the same in both variants.
 
-A step asks more questions than it keeps. Without barriers it ends when enough are kept, and what still runs is
-not needed; with them nothing is known before the last role. That is one half of the difference. The other, the
+A step asks more questions than it keeps. Without barriers it ends when enough are kept, and what it did not begin
+by then is never asked; with them nothing is known before the last role. That is one half of the difference. The other, the
 order alone, is measured apart: on a step that needs an answer to every request.
 
 The share of responder prompts that the prefix cache held already is measured on responders alone.
@@ -48,6 +48,8 @@ from tokenizer.chat import ChatTokenizer
 GROUP = 8
 KEPT = 128 / 480
 """Of the questions that a step asks, as in the paper."""
+IN_FLIGHT = 2
+"""Questions under way at a time, for every one that is kept. With barriers all have to be."""
 LAYERS = 28
 """Those beyond the model's own add nothing but time, so that a step's depends less on its batch, as on a GPU."""
 CLUSTERS = 2
@@ -118,7 +120,7 @@ class Stage:
                 questions=kept,
                 round_questions=asked,
                 max_rounds=1,
-                concurrency=asked,
+                concurrency=asked if barriers else IN_FLIGHT * kept,
                 judge=not responders,
             ),
             prompts=Prompts(self.config.model.prompts),

@@ -1,12 +1,12 @@
 """Program of test_durability.py: starts a run, or goes on with it, as often as its parent asks.
 
-Everything is the product's own (learner, updates, checkpoints, journals, metrics, self-play, corpus, tokenizer),
-but for the rollout engine: it says what a script makes of the request's seed, so that what is sampled does not
-depend on the weights and two runs can be compared bit by bit. Every request that it answers leaves its seed in
-a log. A run is a forked child: everything is imported once, so that a start takes a second and not fifteen.
+Everything is the product's own (learner, updates, checkpoints, journals, metrics, self-play, corpus, tokenizer).
+The rollout engine is `real`, or `scripted`: it says what a script makes of the request's seed, so that what is
+sampled does not depend on the weights and two runs can be compared bit by bit. Every request leaves its seed in
+a log. A run is a forked child: everything is imported once, so that a start takes seconds and not twenty.
 
-    python durable_run.py RUNS key=value …       one line on standard input starts a run
-    torchrun durable_run.py RUNS key=value …     goes on with the run, on several ranks
+    python durable_run.py ENGINE RUNS key=value …       one line on standard input starts a run
+    torchrun durable_run.py ENGINE RUNS key=value …     goes on with the run, on several ranks
 """
 
 from __future__ import annotations
@@ -25,16 +25,32 @@ from torch import Tensor
 from spell_megatron import driver
 from spell_megatron.config import load_config
 from spell_megatron.rollout.engine import EngineStats
+from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.train import resume, train
 from spell_megatron.types import Rollout, Tokens
 from tokenizer.chat import ChatTokenizer
 
 
+class Log:
+    """The seeds that were asked for, in a file."""
+
+    file: int
+
+    @classmethod
+    def note(cls, seeds: Sequence[int]) -> None:
+        os.write(cls.file, "".join(f"{seed}\n" for seed in seeds).encode())
+
+
+class Noted(InProcessEngine):
+    """The real engine."""
+
+    async def generate(self, prompt: Tokens, *, seeds: Sequence[int], **sampling: Any) -> list[Rollout]:
+        Log.note(seeds)
+        return await super().generate(prompt, seeds=seeds, **sampling)
+
+
 class Scripted:
     """An engine without a model."""
-
-    log: int
-    """File that requests are noted in."""
 
     def __init__(self, model: Path, *_: Any, **__: Any) -> None:
         self.version = 0
@@ -43,7 +59,7 @@ class Scripted:
     async def generate(
         self, prompt: Tokens, *, seeds: Sequence[int], max_tokens: int, temperature: float, top_p: float
     ) -> list[Rollout]:
-        os.write(self.log, "".join(f"{seed}\n" for seed in seeds).encode())
+        Log.note(seeds)
         await asyncio.sleep(0.002 * random.random())
         text = self._codec.decode(prompt)
         return [self._rollout(prompt, said(text, random.Random(seed))) for seed in seeds]
@@ -87,9 +103,12 @@ def begun(runs: Path) -> list[Path]:
 
 
 def main() -> None:
-    runs, overrides = Path(sys.argv[1]), sys.argv[2:]
-    driver.InProcessEngine = driver.Fleet = Scripted  # type: ignore[assignment, misc]
-    Scripted.log = os.open(runs / "requests.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    engine, runs, overrides = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    if engine == "real":
+        driver.InProcessEngine = Noted  # type: ignore[misc]
+    else:
+        driver.InProcessEngine = driver.Fleet = Scripted  # type: ignore[assignment, misc]
+    Log.file = os.open(runs / "requests.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     if "RANK" in os.environ:
         resume(begun(runs)[0], overrides)
         return

@@ -2,7 +2,7 @@
 
 SIGKILL falls at random instants: while the run starts, plays, trains, and while a checkpoint is on its way to
 the disk; now and then the newest checkpoint is damaged besides. What is real here and what is scripted:
-durable_run.py. The same with a real engine: test_training.py.
+durable_run.py. The same with a real engine takes minutes and is marked `long`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ import torch
 from safetensors.torch import load_file
 
 from spell_megatron.selfplay.seeds import seed_of
-
-pytestmark = pytest.mark.distributed
 
 KILLS = 20
 STEPS = 24
@@ -90,10 +88,10 @@ class Runs:
 
 
 @contextmanager
-def runs_in(folder: Path) -> Iterator[Runs]:
+def runs_in(folder: Path, engine: str = "scripted") -> Iterator[Runs]:
     folder.mkdir()
     with (folder / "errors.log").open("w") as errors:
-        command = [sys.executable, str(Path(__file__).parent / "durable_run.py"), str(folder), *SMALL]
+        command = [sys.executable, str(Path(__file__).parent / "durable_run.py"), engine, str(folder), *SMALL]
         program = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
@@ -158,42 +156,57 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return runs.run
 
 
-def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(
-    alone: Path, tmp_path: Path
-) -> None:
+def kill_often(killed: Runs) -> Path:
+    """Kill a run `KILLS` times, then let it end. No episode may be lost or made twice; returns the run's folder."""
     draw = random.Random(3)
-    half_written = damaged = 0
-    with runs_in(tmp_path / "killed") as killed:
-        finished: Counter[tuple[int, int, int]] = Counter()
-        asked = 0
-        for number in range(KILLS + 1):
-            killed.start()
-            until(lambda: killed.run, killed)
-            if number < KILLS:
-                wait_for_the_instant(number % 4, killed, draw)
-                assert killed.alive(), killed.errors
-                killed.kill()
-            assert killed.wait() == (-signal.SIGKILL if number < KILLS else 0), killed.errors
-            again = {seed_of(0, *place, "questioner") for place in finished} & set(killed.requests[asked:])
-            assert not again, "a finished episode was generated once more"
-            assert killed.run
-            half_written += bool(list(killed.run.glob("checkpoints/*.partial")))
-            if number % 5 == 4:
-                damaged += damage_newest(killed.run, draw)
-            finished, asked = journaled(killed.run), len(killed.requests)
+    half_written = damaged = asked = 0
+    finished: Counter[tuple[int, int, int]] = Counter()
+    for number in range(KILLS + 1):
+        killed.start()
+        until(lambda: killed.run, killed)
+        if number < KILLS:
+            wait_for_the_instant(number % 4, killed, draw)
+            assert killed.alive(), killed.errors
+            killed.kill()
+        assert killed.wait() == (-signal.SIGKILL if number < KILLS else 0), killed.errors
+        again = {seed_of(0, *place, "questioner") for place in finished} & set(killed.requests[asked:])
+        assert not again, "a finished episode was generated once more"
+        assert killed.run
+        half_written += bool(list(killed.run.glob("checkpoints/*.partial")))
+        if number % 5 == 4:
+            damaged += damage_newest(killed.run, draw)
+        finished, asked = journaled(killed.run), len(killed.requests)
     assert half_written >= 3
     assert damaged >= 3
     assert (killed.run / "run.log").read_text().count("skipped a checkpoint") >= damaged
-    assert set(journaled(killed.run).values()) == {1}
+    assert set(finished.values()) == {1}
     assert len(killed.requests) > len(set(killed.requests))  # unfinished episodes are asked again
-    assert metrics(killed.run) == metrics(alone)
-    ours, theirs = (load_file(run / "hf/model.safetensors") for run in (killed.run, alone))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     kept = sorted(path.name for path in (killed.run / "checkpoints").iterdir())
     assert kept == [f"step-{step:05d}" for step in (10, 20, 22, 23, 24)]
+    metrics(killed.run)  # a row for every step, without a gap
+    return killed.run
 
 
+@pytest.mark.distributed
+def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(
+    alone: Path, tmp_path: Path
+) -> None:
+    with runs_in(tmp_path / "killed") as killed:
+        run = kill_often(killed)
+    assert metrics(run) == metrics(alone)
+    ours, theirs = (load_file(folder / "hf/model.safetensors") for folder in (run, alone))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_run_on_a_real_engine_is_killed_twenty_times(tmp_path: Path) -> None:
+    with runs_in(tmp_path / "killed", "real") as killed:
+        kill_often(killed)
+
+
+@pytest.mark.distributed
 def test_a_run_goes_on_in_another_layout(alone: Path, tmp_path: Path) -> None:
     """From the checkpoint that one process wrote, on two ranks that share every layer."""
     run = tmp_path / alone.name
@@ -202,7 +215,8 @@ def test_a_run_goes_on_in_another_layout(alone: Path, tmp_path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *(str(Path(__file__).parent / "durable_run.py"), str(tmp_path), "policy.layout.tensor=2", "steps=12"),
+        *(str(Path(__file__).parent / "durable_run.py"), "scripted", str(tmp_path)),
+        *("policy.layout.tensor=2", "steps=12"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

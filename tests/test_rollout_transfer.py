@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,3 +114,41 @@ def test_the_extension_sums_what_a_model_is_given() -> None:
     assert worker.given_weights() == {"a": checksum(tensor)}
     model.load_weights([("b", tensor)])
     assert worker.given_weights() == {"a": checksum(tensor)}
+
+
+class Labelled(BaseHTTPRequestHandler):
+    """A server that says which weights it holds."""
+
+    label = "default"
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        content = json.dumps({"weight_version": self.label}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.mark.parametrize(
+    ("label", "backwards"), [("default", False), ("6", False), ("7", False), ("8", True)]
+)
+def test_no_server_is_taken_back_to_an_older_version(
+    monkeypatch: pytest.MonkeyPatch, label: str, backwards: bool
+) -> None:
+    from spell_megatron.rollout.transfer.fanout import FanOut, Peer
+
+    monkeypatch.setattr(Labelled, "label", label)
+    with HTTPServer(("127.0.0.1", 0), Labelled) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = FanOut([Peer("remote-0", f"http://127.0.0.1:{server.server_port}", 1, 0)], 7, SECONDS)
+        refusal = (
+            pytest.raises(EngineError, match=r"remote-0 .* holds version 8, and 7")
+            if backwards
+            else nullcontext()
+        )
+        with refusal:
+            client.greet()
+        client.close()
+        server.shutdown()

@@ -71,8 +71,20 @@ class FanOut:
         self.post("/finish_weight_update", json={"weight_version": self._version})
 
     def greet(self) -> None:
-        """See whether everybody is there, before anything waits for them."""
-        self._all(self._held)
+        """See whether everybody is there, before anything waits for them, and refuse to go backwards.
+
+        A fleet labels every server when it opens: a newer label is another trainer's.
+        """
+
+        def check(peer: Peer) -> None:
+            held = self._held(peer)
+            if held.isdecimal() and int(held) > int(self._version):
+                raise EngineError(
+                    f"{peer.name} ({peer.url}) holds version {held}, and {self._version} would take it back:"
+                    " another trainer feeds it. Give every run servers of its own"
+                )
+
+        self._all(check)
 
     def verify(self) -> None:
         """Ask every engine which version it holds."""
