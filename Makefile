@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 PYTHON312 ?= python3.12
 NEWEST := .venv-newest
 
-.PHONY: demo test test-long test-newest setup lint clean
+.PHONY: demo test test-newest setup lint clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -21,10 +21,6 @@ test: setup lint
 	$(PYTEST) -m engine
 	$(PYTEST) -m distributed
 	$(PYTEST) -m slurm
-
-# Twenty kills of a run on the real engine: minutes that CI does without.
-test-long: setup
-	$(PYTEST) -m long
 
 # The layout matrix and checkpoints on the newest megatron-core, apart from CI: it wants Python 3.12, and PyPI's torch
 # for that is the CUDA build, which runs on a CPU too (about 3 GB to download).

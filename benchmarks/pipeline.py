@@ -9,8 +9,8 @@ the requests of a role wait until every request of the roles before it has ended
 responses, then verdicts. Engine, questions, seeds and lengths are the same in both variants.
 
 A step asks more questions than it keeps. Without barriers it ends when enough are kept, and what it did not begin
-by then is never asked; with them nothing is known before the last role. That is one half of the difference. The other, the
-order alone, is measured apart: on a step that needs an answer to every request.
+by then is never asked; with them nothing is known before the last role. That is one half of the difference. The
+other, the order alone, is measured apart: on a step that needs an answer to every request.
 
 The share of responder prompts that the prefix cache held already is measured on responders alone.
 """

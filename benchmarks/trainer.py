@@ -2,8 +2,9 @@
 
     python -m benchmarks.trainer [--json]
 
-The same model, sequences, threads and optimizer, in turns, in one process. Sequences are of equal length and the
-head runs on every token on both sides, so that neither padding, packing nor shared prompts make the difference.
+The same model, sequences, threads and optimizer, in turns, in one process, the whole batch at once. Sequences are of
+equal length and the head runs on every token on both sides, so that neither padding, packing nor shared prompts
+make the difference.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ SEQUENCES, LENGTH, LR = 4, 1024, 1e-4
 
 def measure(name: str, shape: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
     save_model(folder, **shape)
-    policy = Policy(dtype="float32", stream_tokens=LENGTH, optimizer=Optimizer(lr=LR))
+    whole = SEQUENCES * LENGTH
+    policy = Policy(dtype="float32", stream_tokens=whole, head_chunk=whole, optimizer=Optimizer(lr=LR))
     learner = Learner(policy, folder, start_world(Layout(), seed=0, timeout_seconds=600))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=LR)
@@ -53,7 +55,7 @@ def measure(name: str, shape: dict[str, Any], folder: Path, rounds: int) -> dict
             step()
             seconds[who].append(time.perf_counter() - began)
     stop_world()
-    speed = {who: SEQUENCES * LENGTH / min(times) for who, times in seconds.items()}
+    speed = {who: whole / min(times) for who, times in seconds.items()}
     rates = {f"{who}_tokens_per_second": value for who, value in speed.items()}
     return {"model": name, "ratio": speed["ours"] / speed["hf"], **rates}
 

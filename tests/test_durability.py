@@ -2,7 +2,7 @@
 
 SIGKILL falls at random instants: while the run starts, plays, trains, and while a checkpoint is on its way to
 the disk; now and then the newest checkpoint is damaged besides. What is real here and what is scripted:
-durable_run.py. The same with a real engine takes minutes and is marked `long`.
+durable_run.py.
 """
 
 from __future__ import annotations
@@ -199,8 +199,7 @@ def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.engine
 def test_a_run_on_a_real_engine_is_killed_twenty_times(tmp_path: Path) -> None:
     with runs_in(tmp_path / "killed", "real") as killed:
         kill_often(killed)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import megatron.core
 import pytest
 import torch
 
 import megatron_patches
+from megatron_patches import eager_swiglu
 from megatron_patches.versions import TESTED, installed
 
 pytestmark = pytest.mark.unit
@@ -47,3 +50,27 @@ def test_the_installed_version_is_a_tested_one() -> None:
 def test_each_patch_has_a_file_of_its_own() -> None:
     files = {path.stem for path in Path(megatron_patches.__file__).parent.glob("*.py")}
     assert files - {"__init__", "patch", "versions"} == {patch.name for patch in megatron_patches.PATCHES}
+
+
+def unpatched(name: str) -> Any:
+    """A copy of one of megatron-core's modules, as it comes."""
+    spec = importlib.util.spec_from_file_location("unpatched", CORE / name)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 700])
+def test_swiglu_in_blocks_has_the_bits_of_the_whole(tokens: int, dtype: torch.dtype) -> None:
+    upstream = unpatched("fusions/fused_bias_swiglu.py")
+    draw = torch.Generator().manual_seed(0)
+    y, g = (torch.randn(tokens, width, generator=draw).to(dtype) for width in (2 * 320, 320))
+    weights = torch.rand(tokens, 1, generator=draw)
+    assert torch.equal(eager_swiglu.swiglu(y), upstream.swiglu(y))
+    assert torch.equal(eager_swiglu.swiglu_back(g, y), upstream.swiglu_back(g, y))
+    ours, theirs = (m.weighted_swiglu_back(g, y, weights) for m in (eager_swiglu, upstream))
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine.dtype == its.dtype
+        assert torch.equal(mine, its)

@@ -38,11 +38,12 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prompt", [40, 901])  # the gradient of a longer one is computed in halves
 def test_merged_pieces_equal_masked_attention_with_gradients(
-    world: World, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    world: World, prompt: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_KEY_BLOCK", 16)  # the prompt's keys in three blocks
-    prompts_and_replies = [(list(range(40)), [[1] * 7, [2] * 1, [3] * 20]), ([5] * 9, [[6] * 4])]
+    prompts_and_replies = [(list(range(prompt)), [[1] * 7, [2] * 1, [3] * 20]), ([5] * 9, [[6] * 4])]
     plan = plan_spans(prompts_and_replies)
     tokens = plan.ids.shape[1]
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)

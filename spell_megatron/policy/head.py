@@ -55,10 +55,10 @@ class _TokenLogprobs(torch.autograd.Function):
             if sampled.top_p < 1.0:
                 floor[part] = _nucleus_floor(logits, peak, sampled.top_p, tp_group)
                 logits = _cut(logits, floor[part], own, column)
-            weights = torch.exp(logits - peak[:, None])
+            weights = (logits - peak[:, None]).exp_()
             mass = _reduce(weights.sum(-1), dist.ReduceOp.SUM, tp_group)
             lse[part] = peak + mass.log()
-            total = (weights * _finite(logits, sampled)).sum(-1)
+            total = torch.linalg.vecdot(weights, _finite(logits, sampled))
             entropy[part] = lse[part] - _reduce(total, dist.ReduceOp.SUM, tp_group) / mass
             logprobs[part] = _reduce(target, dist.ReduceOp.SUM, tp_group) - lse[part]
         if rows:
@@ -83,11 +83,11 @@ class _TokenLogprobs(torch.autograd.Function):
                 if ctx.sampled.top_p < 1.0:
                     logits = _cut(logits, floor[part], own, column)
             log_p = logits.sub_(lse[part][:, None])
-            p = log_p.exp()
-            grad = p * -d_logprobs[part][:, None]
+            per_p = -d_logprobs[part][:, None]
             if with_entropy:  # dH / dlogit = -p (log p + H)
                 surprise = _finite(log_p, ctx.sampled) + entropy[part][:, None]
-                grad -= p * surprise * d_entropy[part][:, None]
+                per_p = per_p - surprise * d_entropy[part][:, None]
+            grad = log_p.exp_().mul_(per_p)
             grad.scatter_add_(-1, column, (d_logprobs[part] * own)[:, None])
             grad = grad.to(weight.dtype)
             d_hidden[part] = grad @ weight

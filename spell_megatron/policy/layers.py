@@ -62,6 +62,27 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         return super().forward(normed, *args, **kwargs)
 
 
+class _PerExpert(torch.autograd.Function):
+    """`x [tokens, in]`, sorted by expert, times each expert's `[out, in]`, straight into one result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.counts = counts
+        out = x.new_empty(x.shape[0], weights[0].shape[0])
+        for into, rows, weight in zip(out.split(counts), x.split(counts), weights, strict=True):
+            torch.mm(rows, weight.t(), out=into)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        dx, parts = torch.empty_like(x), grad.split(ctx.counts)
+        for into, part, weight in zip(dx.split(ctx.counts), parts, weights, strict=True):
+            torch.mm(part, weight, out=into)
+        return dx, None, *(part.t() @ rows for part, rows in zip(parts, x.split(ctx.counts), strict=True))
+
+
 class _GroupedLinear(nn.Module):
     """One matrix per local expert, `weight0 … weightN`, over tokens sorted by expert.
 
@@ -97,11 +118,8 @@ class _GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """`[tokens, in]`, sorted by expert, to `[tokens, out]`."""
-        parts = [
-            F.linear(part, getattr(self, f"weight{index}"))
-            for index, part in enumerate(torch.split(x, tokens_per_expert))
-        ]
-        return torch.cat(parts), None
+        weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
+        return _PerExpert.apply(x, tokens_per_expert, *weights), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
