@@ -5,17 +5,20 @@
 The learner's weights are gathered, cut into Hugging Face tensors, loaded and packed by vLLM. A plain copy
 writes the same bytes once, into memory that is there already. Both are measured in turns, in one process.
 
-`copies_packing` is the part of a resync that vLLM spends in laying matrices out for its CPU kernels (oneDNN), seen
-by torch's profiler in one more resync: no way of bringing the weights can avoid it, and on CUDA there is none.
+`packing` is the part of a resync that vLLM spends in laying matrices out for its CPU kernels (oneDNN), seen by torch's
+profiler in one more resync. On CUDA there is none. The same is measured with an engine that does not pack, and
+what that costs it in sampling.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -30,6 +33,7 @@ from benchmarks.common import save_model
 from spell_megatron.config import Layout, Policy, Rollout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.rollout import backend
 from spell_megatron.rollout.inprocess import InProcessEngine
 
 SHAPE = {
@@ -49,12 +53,34 @@ SHAPE = {
 
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
-    """Median seconds of a plain copy, of the export alone, of export and transfer; what of these is packing."""
+    """Median seconds of a plain copy, of the export alone, of export and transfer to either engine, of sampling."""
     save_model(folder / "model", **SHAPE)
-    world = start_world(Layout(), seed=0, timeout_seconds=600)
-    learner = Learner(Policy(dtype="float32"), folder / "model", world)
-    settings = Rollout(dtype="float32", max_model_len=512, max_num_seqs=8, kv_cache_mib=64)
-    engine = InProcessEngine(folder / "model", settings, scratch=folder / "vllm")
+    learner = Learner(
+        Policy(dtype="float32"), folder / "model", start_world(Layout(), seed=0, timeout_seconds=600)
+    )
+    try:
+        packed, unpacked = (_engine(learner, folder, rounds, packs=packs) for packs in (True, False))
+        tensors = [tensor for _, tensor in learner.weights()]
+    finally:
+        stop_world()
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "seconds": {"packed": packed, "unpacked": unpacked},
+        "copies": packed["resync"] / packed["copy"],
+        "copies_export": packed["export"] / packed["copy"],
+        "copies_packing": packed["packing"] / packed["copy"],
+        "copies_unpacked": unpacked["resync"] / unpacked["copy"],
+        "sampling_unpacked": unpacked["sampling"] / packed["sampling"],
+    }
+
+
+def _engine(learner: Learner, folder: Path, rounds: int, *, packs: bool) -> dict[str, float]:
+    """Medians over rounds in which each kind of work has its turn; the first one warms up."""
+    settings = Rollout(dtype="float32", max_model_len=512, max_num_seqs=64, kv_cache_mib=256)
+    backend.prepare(folder / "vllm")
+    with _packing(packs):
+        engine = InProcessEngine(folder / "model", settings, scratch=folder / "vllm", stop=())
     source = dict(learner.weights())
     target = {name: torch.empty_like(tensor) for name, tensor in source.items()}
 
@@ -67,30 +93,42 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
             pass
 
     def resync() -> None:
-        engine.update_weights(learner.weights(), engine.version + 1)
+        with _packing(packs):
+            engine.update_weights(learner.weights(), engine.version + 1)
 
-    seconds: dict[str, list[float]] = {"copy": [], "export": [], "resync": []}
+    def sampling() -> None:
+        asyncio.run(_sample(engine))
+
+    seconds: dict[str, list[float]] = {}
     try:
         for _ in range(rounds + 1):
-            for name, work in (("copy", copy), ("export", export), ("resync", resync)):
-                seconds[name].append(_timed(work))
+            for work in (copy, export, resync, sampling):
+                seconds.setdefault(work.__name__, []).append(_timed(work))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             resync()
     finally:
         engine.close()
-        stop_world()
-    medians = {name: median(times[1:]) for name, times in seconds.items()}  # the first round warms up
+    medians = {name: median(times[1:]) for name, times in seconds.items()}
     events = profiler.key_averages()
     medians["packing"] = sum(event.self_cpu_time_total for event in events if "dnn" in event.key) / 1e6
-    size = sum(tensor.nbytes for tensor in source.values())
-    return {
-        "parameters": sum(tensor.numel() for tensor in source.values()),
-        "bytes": size,
-        "seconds": medians,
-        "copies": medians["resync"] / medians["copy"],
-        "copies_export": medians["export"] / medians["copy"],
-        "copies_packing": medians["packing"] / medians["copy"],
-    }
+    return medians
+
+
+@contextmanager
+def _packing(packs: bool) -> Iterator[None]:
+    """vLLM packs where it finds oneDNN."""
+    from vllm import _custom_ops
+
+    found, _custom_ops._supports_onednn = _custom_ops._supports_onednn, packs
+    try:
+        yield
+    finally:
+        _custom_ops._supports_onednn = found
+
+
+async def _sample(engine: InProcessEngine) -> None:
+    """32 completions of 8 tokens."""
+    await engine.generate(range(64), seeds=range(32), max_tokens=8, temperature=1.0, top_p=1.0)
 
 
 def _timed(work: Callable[[], None]) -> float:
@@ -106,9 +144,11 @@ def main(
     """Measure, and print a table."""
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), rounds)
-    table = Table("what", "seconds", "copies")
-    for name, seconds in result["seconds"].items():
-        table.add_row(name, f"{seconds:.3f}", f"{seconds / result['seconds']['copy']:.2f}")
+    table = Table("what", "packed", "copies", "unpacked", "copies")
+    packed, unpacked = result["seconds"].values()
+    for name in packed:
+        pairs = ((times[name], times[name] / times["copy"]) for times in (packed, unpacked))
+        table.add_row(name, *(cell for s, copies in pairs for cell in (f"{s:.3f} s", f"{copies:.2f}")))
     console = Console()
     console.print(f"{result['parameters'] / 1e6:.1f} M parameters, {result['bytes'] / 1e6:.0f} MB")
     console.print(table)

@@ -18,6 +18,7 @@ from models import make_model
 
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.config import Servers
+from spell_megatron.rollout import backend
 from spell_megatron.rollout import member as member_module
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
@@ -41,6 +42,7 @@ class FakeServer(ThreadingHTTPServer):
         self.label = "default"
         self.faults: list[Fault] = []
         self.silent = self.dead = False
+        self.calls: list[str] = []
         self.served: list[list[int]] = []
         self.most_at_once = self.at_once = 0
         self.lock = threading.Lock()
@@ -67,6 +69,9 @@ class Handler(BaseHTTPRequestHandler):
             return reset(self)
         if self.path == "/update_weight_version":
             self.server.label = body["new_version"]
+            return self.reply({})
+        if self.path.startswith(("/sleep", "/wake_up")):
+            self.server.calls.append(self.path)
             return self.reply({})
         with self.server.lock:
             self.server.at_once += 1
@@ -305,3 +310,55 @@ def test_a_closed_fleet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         assert not fleet.healthy()
         with pytest.raises(EngineError, match="closed"):
             sample(fleet)
+
+
+class Process:
+    """What is behind a server that the fleet started."""
+
+    group = 0
+
+    def __init__(self, url: str) -> None:
+        self.url, self.alive = url, True
+
+    def running(self) -> bool:
+        return self.alive
+
+    def stop(self) -> None:
+        self.alive = False
+
+    def tail(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("dies", ["asleep", "on its way"])
+def test_while_the_trainer_has_the_memory_no_server_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    started: list[Process] = []
+
+    def start(_: object) -> Process:
+        started.append(Process(fake.url))
+        return started[-1]
+
+    monkeypatch.setattr(member_module.Server, "start", start)
+    with fleet_of(folder, 1, monkeypatch) as (_, [fake]):
+        config = Settings(max_model_len=64, servers=replace(PATIENT, count=1))
+        fleet = Fleet(folder, config, scratch=folder / "scratch", logs=folder / "logs")
+        monkeypatch.setattr(backend, "current", lambda: replace(backend.CPU, sleeps=True))
+        fake.dead = dies == "on its way"
+        if fake.dead:
+            started[0].alive = False
+            wait_until(lambda: len(started) == 2 and fleet.states()["engine-0"].state is State.STARTING)
+        fleet.sleep()
+        assert fake.calls == ["/sleep?level=1"] * (not fake.dead)
+        started[0].alive = False
+        wait_until(lambda: fleet.states()["engine-0"].state is State.DEAD)
+        fake.dead = False
+        fleet.wake("weights")
+        time.sleep(0.3)
+        before = len(started)
+        assert not any(process.alive for process in started)
+        fleet.wake("cache")
+        wait_until(lambda: fleet.states()["engine-0"].state is State.HEALTHY)
+        assert len(started) == before + 1
+        fleet.close()

@@ -85,7 +85,8 @@ class Fleet:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
-        self._transfers, self._serving = asyncio.Lock(), asyncio.Condition()
+        self._transfers, self._serving, self._room = asyncio.Lock(), asyncio.Condition(), asyncio.Event()
+        self._room.set()
         self._members: list[Member] = []
         self._tending: list[asyncio.Task[None]] = []
         try:
@@ -154,11 +155,11 @@ class Fleet:
 
     def sleep(self) -> None:
         if backend.current().sleeps:
-            self._run(self._everywhere("/sleep?level=1"))
+            self._run(self._lie_down())
 
     def wake(self, memory: Memory) -> None:
         if backend.current().sleeps:
-            self._run(self._everywhere(f"/wake_up?tags={backend.SLEEP_TAGS[memory]}"))
+            self._run(self._get_up(memory))
 
     def healthy(self) -> bool:
         return not self._fault and any(member.health.serves for member in self._members)
@@ -192,9 +193,8 @@ class Fleet:
     async def _open(self, launch: Launch) -> None:
         count, tensor = self._servers.count, self._servers.tensor
         on_cpu = backend.current() is backend.CPU
-        surroundings = Surroundings(
-            self._servers, Limits(restarts=self._servers.max_restarts), self._bring_up_to_date, self._notify
-        )
+        limits = Limits(restarts=self._servers.max_restarts)
+        surroundings = Surroundings(self._servers, limits, self._bring_up_to_date, self._notify, self._room)
         for index in range(count):
             devices = () if on_cpu else tuple(range(index * tensor, (index + 1) * tensor))
             threads = max(1, len(os.sched_getaffinity(0)) // (count * tensor)) if on_cpu else None
@@ -356,6 +356,20 @@ class Fleet:
             ):
                 await self._serving.wait()
         self._check_alive()
+
+    async def _lie_down(self) -> None:
+        """Who serves goes to sleep. Who is on its way is stopped, and nobody starts before all have woken."""
+        self._room.clear()
+        for member in self._members:
+            if member.launch is not None and not member.health.serves:
+                await member.happened(Exited())
+                await member.stop()
+        await self._everywhere("/sleep?level=1")
+
+    async def _get_up(self, memory: Memory) -> None:
+        await self._everywhere(f"/wake_up?tags={backend.SLEEP_TAGS[memory]}")
+        if memory == "cache":  # which comes last: the trainer has left
+            self._room.set()
 
     async def _everywhere(self, path: str) -> None:
         members = [member for member in self._members if member.health.serves]

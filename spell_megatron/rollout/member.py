@@ -47,6 +47,8 @@ class Surroundings:
     """Give it the target version."""
     on_change: Callable[[], Awaitable[None]]
     """Its state is another one."""
+    room: asyncio.Event
+    """Set while a new process may take its share of the device's memory: not while the trainer has it."""
 
 
 class Member:
@@ -124,6 +126,7 @@ class Member:
 
     async def _restart(self) -> None:
         await self.stop()
+        await self._fleet.room.wait()
         await self.happened(Restarted())
         if self.health.state is State.STARTING:
             await self.start()
@@ -132,7 +135,7 @@ class Member:
         servers = self._fleet.servers
         try:
             async with asyncio.timeout(servers.start_seconds):
-                while True:
+                while self.health.state is State.STARTING:
                     if self.server is not None and not self.server.running():
                         _log.warning("%s ended before it was ready; %s", self.name, self.server.tail())
                         break
