@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,22 @@ def test_each_patch_has_a_file_of_its_own() -> None:
     assert files - {"__init__", "patch", "versions"} == {patch.name for patch in megatron_patches.PATCHES}
 
 
-def unpatched(name: str) -> Any:
+def unpatched(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A copy of one of megatron-core's modules, as it comes."""
     spec = importlib.util.spec_from_file_location("unpatched", CORE / name)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 700])
-def test_swiglu_in_blocks_has_the_bits_of_the_whole(tokens: int, dtype: torch.dtype) -> None:
-    upstream = unpatched("fusions/fused_bias_swiglu.py")
+def test_swiglu_in_blocks_has_the_bits_of_the_whole(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream = unpatched("fusions/fused_bias_swiglu.py", monkeypatch)
     draw = torch.Generator().manual_seed(0)
     y, g = (torch.randn(tokens, width, generator=draw).to(dtype) for width in (2 * 320, 320))
     weights = torch.rand(tokens, 1, generator=draw)
