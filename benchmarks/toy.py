@@ -30,7 +30,7 @@ _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.36
 """97.5 % quantile of Student's t by number of runs."""
 
 
-_ASK = ("steps=1", "selfplay.questions=120", "selfplay.round_questions=240", "heldout.questions=0")
+_ASK = ("steps=1", "selfplay.questions=500", "selfplay.round_questions=1000", "heldout.questions=0")
 """One step that asks the untrained model many questions: its roles are measured on what came before the update."""
 
 
