@@ -1,6 +1,6 @@
 """A step of self-play with barriers between the roles, in units of the same step without them.
 
-    python -m benchmarks.pipeline [--questions 16] [--rounds 2] [--json]
+    python -m benchmarks.pipeline [--questions 32] [--rounds 1] [--json]
 
 The toy model plays the toy world on a real vLLM engine in this process. Its prompts are short: two clusters make
 one. Its answers are short and all alike, so lengths are imposed: every completion goes on for as many tokens as
@@ -218,8 +218,8 @@ def _overlap(one: Counter[Any], other: Counter[Any]) -> float:
 
 
 def main(
-    questions: Annotated[int, typer.Option(help="Questions that the step asks.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Rounds to take the median of.")] = 2,
+    questions: Annotated[int, typer.Option(help="Questions that the step asks.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds to take the median of.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Measure, and print a table."""
