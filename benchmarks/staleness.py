@@ -1,6 +1,6 @@
 """Time of training steps whose rollouts come between the updates (staleness 0), and beside them (staleness 1).
 
-    python -m benchmarks.staleness [--steps 6] [--json] [key=value …]
+    python -m benchmarks.staleness [--steps 3] [--json] [key=value …]
 
 The toy recipe with one real server. Half of the machine's cores are the server's and half the learner's, in both
 runs: engines apart from the trainer, as on a cluster. The learning rate is next to nothing, so that both runs
@@ -79,7 +79,7 @@ def _move(cores: Collection[int]) -> None:
 
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of a run.")] = 6,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of a run.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Measure both and print the table."""
