@@ -30,7 +30,7 @@ def swiglu_back(g: Tensor, y: Tensor) -> Tensor:
     """Gradient of `y` from that of the output."""
     grad = torch.empty_like(y, dtype=torch.result_type(g, y))
     for rows in _blocks(y):
-        _gradient(g[rows], y[rows], F.silu(y[rows].chunk(2, -1)[0]), grad[rows])
+        _gradient(g[rows], y[rows], grad[rows])
     return grad
 
 
@@ -39,23 +39,24 @@ def weighted_swiglu_back(g: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor,
     grad = torch.empty_like(y)
     weights_grad = torch.empty_like(weights)
     for rows in _blocks(y):
-        gate, up = y[rows].chunk(2, -1)
-        silu = F.silu(gate)
         weighted = g[rows] * weights[rows]
         block = torch.empty_like(y[rows], dtype=weighted.dtype)
-        _gradient(weighted, y[rows], silu, block)
+        silu, up = _gradient(weighted, y[rows], block), y[rows].chunk(2, -1)[1]
         grad[rows] = block
         weights_grad[rows] = torch.sum(silu.mul_(up) * g[rows].to(weights.dtype), dim=-1, keepdim=True)
     return grad, weights_grad
 
 
-def _gradient(g: Tensor, y: Tensor, silu: Tensor, into: Tensor) -> None:
+def _gradient(g: Tensor, y: Tensor, into: Tensor) -> Tensor:
+    """Write the gradient of `y`; returns SiLU of the gate."""
     gate, up = y.chunk(2, -1)
     d_gate, d_up = into.chunk(2, -1)
+    silu = F.silu(gate)
     torch.mul(g, silu, out=d_up)
     sigmoid = torch.sigmoid(gate)
     torch.mul(g, sigmoid, out=d_gate)
     d_gate.mul_(torch.rsub(sigmoid, 1).mul_(gate).add_(1)).mul_(up)
+    return silu
 
 
 def _blocks(y: Tensor) -> Iterator[slice]:

@@ -35,6 +35,7 @@ OVERLAPPED = (
     "corpus.toy_clusters=6",
 )
 MORE = 2
+"""Steps of the resumed run."""
 PATIENCE = 300
 """Seconds after which what should happen has not."""
 
@@ -122,10 +123,8 @@ def test_every_step_is_made_once_and_counts_add_up(resumed: tuple[RunFolder, int
         went = sum(row[f"episodes/{name}"] for name in ("used", "aborted", "unused", "carried", "expired"))
         assert came == went
     for before, after in pairwise(rows[1:]):
-        carried = (
-            0 if after["step"] == last + 1 else before["episodes/carried"]
-        )  # a resume brings nothing along
-        assert after["episodes/brought"] == carried
+        resumed_here = after["step"] == last + 1  # which brings nothing along
+        assert after["episodes/brought"] == (0 if resumed_here else before["episodes/carried"])
 
 
 def test_what_was_played_ahead_is_not_played_again(resumed: tuple[RunFolder, int, int]) -> None:

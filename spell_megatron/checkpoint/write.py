@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -25,9 +25,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from spell_megatron.checkpoint.files import digests
 from spell_megatron.checkpoint.state import learner_state
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.world import Group, agreed
+from spell_megatron.policy.world import Group, Value, agreed
 
-Value = TypeVar("Value")
 _SCRAPS = 1 << 20
 _Part = tuple[str, list[WriteResult], dict[str, str]]
 """Of one rank: a fault, what was written for the index, digests of the files."""
