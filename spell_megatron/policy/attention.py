@@ -101,7 +101,7 @@ class _MergedPieces(torch.autograd.Function):
         dkv = torch.zeros(keys.shape[1], *kv.shape[1:], dtype=wide, device=kv.device)
         d_queries, d_keys, d_values = dq.transpose(0, 1), *(dkv[:, i].transpose(0, 1) for i in range(2))
         queries, outs, grads = q.transpose(0, 1), out.transpose(0, 1), grad.transpose(0, 1)
-        for q0, q1, k0, k1, causal in _key_blocks(ctx.plan.pieces):
+        for q0, q1, k0, k1, causal in _blocks(ctx.plan.pieces, cuda=q.is_cuda):
             part_q, part_k, part_v = kernels.backward(
                 grads[:, q0:q1],
                 queries[:, q0:q1],
@@ -119,12 +119,15 @@ class _MergedPieces(torch.autograd.Function):
         return dq.to(q.dtype), _local_kv_grad(dkv, ctx.plan, ctx.cp_group).to(kv.dtype), None, None, None
 
 
-def _key_blocks(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Full pieces in blocks of keys: their gradients are sums over keys, whatever the cut."""
+def _blocks(pieces: Sequence[Piece], *, cuda: bool) -> Iterator[Piece]:
+    """Pieces as the backward kernel wants them: gradients are sums, whatever the cut."""
     for q0, q1, first, end, causal in pieces:
-        size = end - first if causal else _KEY_BLOCK
-        for k0 in range(first, end, size):
-            yield q0, q1, k0, min(k0 + size, end), causal
+        if causal:
+            for a, b, c, d, square in kernels.causal_blocks(q1 - q0, cuda=cuda):
+                yield q0 + a, q0 + b, first + c, first + d, square
+        else:
+            for k0 in range(first, end, _KEY_BLOCK):
+                yield q0, q1, k0, min(k0 + _KEY_BLOCK, end), False
 
 
 def _stream_kv(kv: Tensor, plan: SpanPlan, cp_group: Any) -> tuple[Tensor, Tensor]:

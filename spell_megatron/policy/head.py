@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_patches.cpu_products import product
+
 _BISECTIONS = 28
 _NEGLIGIBLE = 60.0  # a logit that far below the best has no mass in float32
 
@@ -90,8 +92,8 @@ class _TokenLogprobs(torch.autograd.Function):
             grad = log_p.exp_().mul_(per_p)
             grad.scatter_add_(-1, column, (d_logprobs[part] * own)[:, None])
             grad = grad.to(weight.dtype)
-            d_hidden[part] = grad @ weight
-            d_weight += grad.t() @ hidden[part]
+            d_hidden[part] = product(grad, weight)
+            d_weight += product(grad.t(), hidden[part])
         if dist.get_world_size(ctx.tp_group) > 1:
             dist.all_reduce(d_hidden, group=ctx.tp_group)
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None
@@ -105,7 +107,7 @@ def _logits(
     hidden: Tensor, weight: Tensor, targets: Tensor, sampled: Sampled, tp_group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's logits `[n, vocab / tp]`, whether it holds the target's, and in which column `[n, 1]`."""
-    logits = (hidden @ weight.t()).float().div_(sampled.temperature)
+    logits = product(hidden, weight.t()).float().div_(sampled.temperature)
     column = targets - dist.get_rank(tp_group) * weight.shape[0]
     own = (column >= 0) & (column < weight.shape[0])
     return logits, own, column.clamp(0, weight.shape[0] - 1)[:, None]

@@ -7,6 +7,8 @@ The log-sum-exp is float32 `[heads, tokens]`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,7 @@ _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backw
 _cuda_forward = torch.ops.aten._flash_attention_forward
 _cuda_backward = torch.ops.aten._flash_attention_backward
 _HALVED, _WHOLE = range(768, 2049), 256
-"""Tokens of a causal piece whose gradient the CPU kernel computes faster in halves, down to pieces of so many: its
-blocks are so long there that a fifth of its work lies above the diagonal (`python -m benchmarks.trainer`)."""
+"""Tokens of a causal piece that the CPU kernel's backward call is given in halves, down to pieces of so many."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -56,8 +57,6 @@ def backward(
         )
         dq, dk, dv = (g[0].transpose(0, 1) for g in grads)
         return dq, dk, dv
-    if causal and q.shape[1] in _HALVED:
-        return _in_halves(grad, q, k, v, out, lse, scale)
     dq, dk, dv = _cpu_backward(
         _grouped(grad, k),
         _grouped(q, k),
@@ -72,23 +71,30 @@ def backward(
     return dq.flatten(0, 1), dk.sum(1), dv.sum(1)
 
 
-def _in_halves(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A causal piece is two causal halves, and all that the later one sees of the earlier."""
-    early, late = slice(0, q.shape[1] // 2), slice(q.shape[1] // 2, None)
+Block = tuple[int, int, int, int, bool]
+"""First query and their end, first key and their end, whether causal."""
 
-    def part(rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
-        piece = (grad[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, rows])
-        causal = rows == keys
-        if causal and piece[0].shape[1] > _WHOLE:
-            return _in_halves(*piece, scale)
-        return backward(*piece, causal, scale)
 
-    first, second, across = part(early, early), part(late, late), part(late, early)
-    dq = torch.cat((first[0], second[0].add_(across[0])), 1)
-    dk, dv = (torch.cat((first[i].add_(across[i]), second[i]), 1) for i in (1, 2))
-    return dq, dk, dv
+def causal_blocks(tokens: int, *, cuda: bool) -> Iterator[Block]:
+    """The backward calls that a causal piece takes least time in.
+
+    The CPU kernel's own blocks are so long that a fifth of its work lies above the diagonal: it is given two
+    causal halves, and all that the later one sees of the earlier (`python -m benchmarks.trainer`).
+    """
+    if not cuda and tokens in _HALVED:
+        yield from _halves(0, tokens)
+    else:
+        yield 0, tokens, 0, tokens, True
+
+
+def _halves(start: int, end: int) -> Iterator[Block]:
+    if end - start <= _WHOLE:
+        yield start, end, start, end, True
+        return
+    middle = (start + end) // 2
+    yield from _halves(start, middle)
+    yield middle, end, start, middle, False
+    yield from _halves(middle, end)
 
 
 def _tokens_first(x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from megatron_patches.cpu_products import product_into, product_over
 from spell_megatron.policy.attention import SpanAttention
 
 
@@ -71,7 +72,7 @@ class _PerExpert(torch.autograd.Function):
         ctx.counts = counts
         out = x.new_empty(x.shape[0], weights[0].shape[0])
         for into, rows, weight in zip(out.split(counts), x.split(counts), weights, strict=True):
-            torch.mm(rows, weight.t(), out=into)
+            product_into(into, rows, weight.t())
         return out
 
     @staticmethod
@@ -79,8 +80,12 @@ class _PerExpert(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         dx, parts = torch.empty_like(x), grad.split(ctx.counts)
         for into, part, weight in zip(dx.split(ctx.counts), parts, weights, strict=True):
-            torch.mm(part, weight, out=into)
-        return dx, None, *(part.t() @ rows for part, rows in zip(parts, x.split(ctx.counts), strict=True))
+            product_into(into, part, weight)
+        return (
+            dx,
+            None,
+            *(product_over(part.t(), rows) for part, rows in zip(parts, x.split(ctx.counts), strict=True)),
+        )
 
 
 class _GroupedLinear(nn.Module):

@@ -127,6 +127,10 @@ def server_environment(scratch: Path, sockets: str) -> dict[str, str]:
     if current() is CPU:
         variables["TORCHDYNAMO_DISABLE"] = "1"  # as in `prepare`
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # servers on one machine would bind the same cores
+        # Memory of packed weights is for the next ones; from the system they would come back page by page.
+        variables["GLIBC_TUNABLES"] = (
+            f"glibc.malloc.mmap_threshold={1 << 30}:glibc.malloc.trim_threshold={2 << 30}"
+        )
     return variables
 
 

@@ -2,7 +2,8 @@
 
 Runs inside a vLLM worker. vLLM's layer-wise reload collects the tensors of a layer (they may come in
 several pieces and be sharded over tensor-parallel workers), processes them as after the first load, and
-copies them into the storage that kernels and graphs already refer to.
+copies them into the storage that kernels and graphs already refer to. A CPU has nothing that refers to storage:
+there they are loaded in place (`cpu_reload`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+from vllm.config import ModelConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -18,16 +21,29 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from spell_megatron.rollout.transfer import cpu_repack
+from spell_megatron.rollout.transfer.cpu_reload import CpuReload
 
 Init = TypeVar("Init", bound=WeightTransferInitInfo)
 Update = TypeVar("Update", bound=WeightTransferUpdateInfo)
 
 
+class LayerwiseReload:
+    """vLLM's own reload, of everything."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
+        self._model, self._config = model, config
+        initialize_layerwise_reload(model)
+
+    def finish(self) -> None:
+        finalize_layerwise_reload(self._model, self._config)
+
+    abandon = finish  # layers that received nothing get their old tensors back
+
+
 class Receiver(WeightTransferEngine[Init, Update]):
     """Start and finish of an update; a subclass says how the tensors arrive (`receive_weights`)."""
 
-    _open = False
+    _reload: CpuReload | LayerwiseReload | None = None
 
     @property
     def _on_cpu(self) -> bool:
@@ -35,12 +51,9 @@ class Receiver(WeightTransferEngine[Init, Update]):
         return device.type == "cpu"
 
     def start_weight_update(self) -> None:
-        if self._open:  # an update that failed half way left layers without storage
-            self.finish_weight_update()
-        if self._on_cpu:
-            cpu_repack.before_reload(self.model)
-        initialize_layerwise_reload(self.model)
-        self._open = True
+        if self._reload is not None:  # an update failed half way
+            self._reload.abandon()
+        self._reload = (CpuReload if self._on_cpu else LayerwiseReload)(self.model, self.model_config)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -48,13 +61,12 @@ class Receiver(WeightTransferEngine[Init, Update]):
             torch.accelerator.synchronize()
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self._on_cpu:
-            cpu_repack.after_reload(self.model)
-        self._open = False
+        reload, self._reload = self._reload, None
+        assert reload is not None, "vLLM finishes what it started"
+        reload.finish()
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Give tensors to the model; they are kept until their layer is complete."""
+        """Give tensors to the model. What it does not copy, it keeps until their layer is complete."""
         model: Any = self.model  # every vLLM model has load_weights, torch's Module does not
         model.load_weights(iter(weights))
 
