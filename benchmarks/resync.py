@@ -2,10 +2,10 @@
 
     python -m benchmarks.resync [--rounds 5] [--json]
 
-The learner's weights are gathered, cut into Hugging Face tensors, loaded and packed by vLLM. A plain copy
+The learner's weights are gathered, cut into Hugging Face tensors, loaded in place and packed. A plain copy
 writes the same bytes once, into memory that is there already. Both are measured in turns, in one process.
 
-`packing` is the part of a resync that vLLM spends in laying matrices out for its CPU kernels (oneDNN), seen by torch's
+`packing` is the part of a resync that goes into laying matrices out for the CPU kernels (oneDNN), seen by torch's
 profiler in one more resync. On CUDA there is none. The same is measured with an engine that does not pack, and
 what that costs it in sampling.
 """

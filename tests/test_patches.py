@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import megatron_patches
-from megatron_patches import eager_swiglu
+from megatron_patches import cpu_products, eager_swiglu
 from megatron_patches.versions import TESTED, installed
 
 pytestmark = pytest.mark.unit
@@ -78,3 +78,56 @@ def test_swiglu_in_blocks_has_the_bits_of_the_whole(
     for mine, its in zip(ours, theirs, strict=True):
         assert mine.dtype == its.dtype
         assert torch.equal(mine, its)
+
+
+@pytest.fixture(params=[False, True], ids=["as torch does", "oneDNN"])
+def either_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "_onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(cpu_products, "_WORTH_IT", 1)
+
+
+def apart(ours: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference from the product in float64, in units of the largest entry's scale."""
+    exact = a.double() @ b.double()
+    scale = (a.abs().double() @ b.abs().double()).max().item() if exact.numel() else 1.0
+    assert ours.shape == exact.shape and ours.dtype == a.dtype
+    return (ours.double() - exact).abs().max().item() / scale if exact.numel() and scale else 0.0
+
+
+@pytest.mark.usefixtures("either_library")
+@pytest.mark.parametrize("tokens", [0, 1, 255, 256, 700])
+def test_products_are_products(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, g = torch.randn(tokens, 24, generator=draw), torch.randn(tokens, 40, generator=draw)
+    weight = torch.randn(40, 24, generator=draw)
+    assert apart(cpu_products.product(x, weight.t()), x, weight.t()) < 1e-6
+    assert apart(cpu_products.product(g, weight), g, weight) < 1e-6
+    assert apart(cpu_products.product(x[:, None], weight.t()), x[:, None], weight.t()) < 1e-6
+    for a, b in ((g, x), (x, g)):  # the longer side first, and the shorter one
+        assert apart(cpu_products.product(a.t(), b), a.t(), b) < 1e-6
+        assert apart(cpu_products.product_over(a.t(), b), a.t(), b) < 1e-6
+    out = torch.full((tokens + 2, 40), torch.nan)
+    cpu_products.product_into(out[1:-1], x, weight.t())
+    assert apart(out[1:-1], x, weight.t()) < 1e-6
+    assert out[0].isnan().all() and out[-1].isnan().all()
+    assert cpu_products.product(x.bfloat16(), weight.t().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("either_library")
+def test_megatrons_linear_layer_multiplies_by_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+
+    megatron_patches.apply()
+    made: list[tuple[int, ...]] = []
+
+    def seen(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        made.append((*a.shape, *b.shape))
+        return a @ b
+
+    monkeypatch.setattr(cpu_products, "product", seen)
+    x, weight = torch.randn(5, 1, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    out = linear_with_grad_accumulation_and_async_allreduce(x, weight, None, False, False, False)
+    out.square().sum().backward()
+    assert made == [(5, 1, 3, 3, 2), (5, 1, 2, 2, 3), (2, 5, 5, 3)]
+    expected = torch.autograd.grad((x @ weight.t()).square().sum(), (x, weight))
+    torch.testing.assert_close((x.grad, weight.grad), expected)

@@ -141,6 +141,21 @@ def test_the_trainer_does_not_notice_the_engine(scratch: Path) -> None:
         run(sample(engine, PROMPTS[0], [0]))
 
 
+def test_a_half_loaded_matrix_is_not_used(scratch: Path) -> None:
+    folder = make_model("qwen3", scratch / "half")
+    good = checkpoint(folder)
+    engine = InProcessEngine(folder, SETTINGS, scratch=scratch / "vllm")
+    try:
+        rpc: Any = engine._llm.collective_rpc  # beneath the manifest, which would have refused it
+        rpc("start_weight_update")
+        rpc("update_weights", kwargs={"update_info": {"weights": list(_without_one(good).items())}})
+        rpc("finish_weight_update")
+        with pytest.raises(EngineError, match="incomplete"):
+            run(sample(engine, PROMPTS[0], [0]))
+    finally:
+        engine.close()
+
+
 def test_requests_join_while_others_run(engine: InProcessEngine) -> None:
     async def play() -> tuple[list[Rollout], list[Rollout], int]:
         long = asyncio.create_task(sample(engine, PROMPTS[0], [1, 2], max_tokens=200))

@@ -34,10 +34,7 @@ _IN_PLACE = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
 class CpuReload:
-    """One update of a model, from its creation to `finish`, or to `abandon` if it failed.
-
-    An abandoned update leaves the model with old and new weights; another must follow before it is used.
-    """
+    """One update of a model, from its creation to `finish`."""
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         self._config = config
@@ -56,25 +53,13 @@ class CpuReload:
             initialize_layerwise_reload(layer)
 
     def finish(self) -> None:
-        """Pack what was overwritten in place. Raises RuntimeError if a matrix is not complete."""
-        if lacking := sum(not packed.complete for packed in self._packed):
-            self.abandon()
-            raise RuntimeError(f"the update left {lacking} of {len(self._packed)} packed matrices incomplete")
+        """Pack what was overwritten in place. What an update left incomplete cannot be used until the next."""
+        for packed in self._packed:
+            packed.finish()
         for layer in self._kept:
             layer.cpu_linear = F.linear
-            if isinstance(
-                layer, ParallelLMHead
-            ):  # vLLM packs input embeddings as well, and never multiplies by them
+            if isinstance(layer, ParallelLMHead):  # nothing is multiplied by an input embedding
                 layer.quant_method.process_weights_after_loading(layer)
-        self._end()
-
-    def abandon(self) -> None:
-        """Put every layer back into a state from which another update can start."""
-        for packed in self._packed:
-            packed.withdraw()
-        self._end()
-
-    def _end(self) -> None:
         for layer in self._rest:
             finalize_layerwise_reload(layer, self._config)
 
@@ -89,10 +74,6 @@ class _Packed:
         # vLLM looks for the loader on the parameter; what packing leaves of that is an empty one.
         layer.weight.weight_loader = self._receive
 
-    @property
-    def complete(self) -> bool:
-        return self._lacks == 0
-
     def _receive(self, _: Tensor, part: Tensor, place: Any = None) -> None:
         """vLLM's signature: `place` names the matrix of a fused one (or several in a tuple), None the whole."""
         if self._plain is None:
@@ -106,14 +87,19 @@ class _Packed:
         else:
             self._plain.weight_loader(self._plain, part, place)
             self._lacks -= len(place) if isinstance(place, tuple) else 1
-        if self.complete:
+        if not self._lacks:
             self._layer.weight, self._plain = self._plain, None
             self._layer.cpu_linear = F.linear  # the old packing's memory is free for the new one
             self._layer.quant_method.process_weights_after_loading(self._layer)
 
-    def withdraw(self) -> None:
-        self._plain = None
-        vars(self._layer.weight).pop("weight_loader", None)
+    def finish(self) -> None:
+        if self._lacks:
+            self._plain, self._layer.cpu_linear = None, _incomplete
+            del self._layer.weight.weight_loader
+
+
+def _incomplete(*_: Any) -> Any:
+    raise RuntimeError("the last update of the weights left a matrix incomplete: it must be repeated")
 
 
 def _is_vllms(layer: nn.Module) -> bool:

@@ -37,8 +37,6 @@ class LayerwiseReload:
     def finish(self) -> None:
         finalize_layerwise_reload(self._model, self._config)
 
-    abandon = finish  # layers that received nothing get their old tensors back
-
 
 class Receiver(WeightTransferEngine[Init, Update]):
     """Start and finish of an update; a subclass says how the tensors arrive (`receive_weights`)."""
@@ -52,7 +50,7 @@ class Receiver(WeightTransferEngine[Init, Update]):
 
     def start_weight_update(self) -> None:
         if self._reload is not None:  # an update failed half way
-            self._reload.abandon()
+            self._reload.finish()
         self._reload = (CpuReload if self._on_cpu else LayerwiseReload)(self.model, self.model_config)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
