@@ -5,9 +5,8 @@
 The learner's weights are gathered, cut into Hugging Face tensors, loaded in place and packed. A plain copy
 writes the same bytes once, into memory that is there already. Both are measured in turns, in one process.
 
-`packing` is the part of a resync that goes into laying matrices out for the CPU kernels (oneDNN), seen by torch's
-profiler in one more resync. On CUDA there is none. The same is measured with an engine that does not pack, and
-what that costs it in sampling.
+`packing` is the part of a resync that goes into laying matrices out for the CPU kernels (oneDNN). On CUDA there
+is none. The same is measured with an engine that does not pack, and what that costs it in sampling.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import save_model
 from spell_megatron.config import Layout, Policy, Rollout
@@ -92,38 +90,44 @@ def _engine(learner: Learner, folder: Path, rounds: int, *, packs: bool) -> dict
         for _ in learner.weights():
             pass
 
+    seconds: dict[str, list[float]] = {}
+
     def resync() -> None:
-        with _packing(packs):
+        with _packing(packs) as spent:
             engine.update_weights(learner.weights(), engine.version + 1)
+        seconds.setdefault("packing", []).append(sum(spent))
 
     def sampling() -> None:
         asyncio.run(_sample(engine))
 
-    seconds: dict[str, list[float]] = {}
     try:
         for _ in range(rounds + 1):
             for work in (copy, export, resync, sampling):
                 seconds.setdefault(work.__name__, []).append(_timed(work))
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            resync()
     finally:
         engine.close()
-    medians = {name: median(times[1:]) for name, times in seconds.items()}
-    events = profiler.key_averages()
-    medians["packing"] = sum(event.self_cpu_time_total for event in events if "dnn" in event.key) / 1e6
-    return medians
+    return {name: median(times[1:]) for name, times in seconds.items()}
 
 
 @contextmanager
-def _packing(packs: bool) -> Iterator[None]:
-    """vLLM packs where it finds oneDNN."""
+def _packing(packs: bool) -> Iterator[list[float]]:
+    """vLLM packs where it finds oneDNN; the seconds that every matrix takes."""
     from vllm import _custom_ops
 
-    found, _custom_ops._supports_onednn = _custom_ops._supports_onednn, packs
+    found, pack = _custom_ops._supports_onednn, _custom_ops.create_onednn_mm
+    spent: list[float] = []
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        handler = pack(*args)
+        spent.append(time.perf_counter() - start)
+        return handler
+
+    _custom_ops._supports_onednn, _custom_ops.create_onednn_mm = packs, timed
     try:
-        yield
+        yield spent
     finally:
-        _custom_ops._supports_onednn = found
+        _custom_ops._supports_onednn, _custom_ops.create_onednn_mm = found, pack
 
 
 async def _sample(engine: InProcessEngine) -> None:
