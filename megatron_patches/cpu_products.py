@@ -2,7 +2,10 @@
 
 torch multiplies float32 matrices with MKL, which takes its widest code path on Intel's processors only: with
 AVX-512 on another's, oneDNN (which torch brings as well, and vLLM's CPU engine uses) is twice as fast, and
-products are half of a training step. `product` is what Megatron's linear layers, our experts and the head call.
+products are half of a training step. `product` is what Megatron's linear layers and our head call.
+
+oneDNN compiles for every new shape, for half a millisecond. All layers share the shapes of a stream; experts, whose
+tokens are never as many as before, have `product_into` and `product_over`.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_patches.patch import Patch
 
-GRAIN = 256
 _WORTH_IT = 50_000_000
+"""Multiplications that take oneDNN as much less time than MKL as a new shape costs."""
+_GRAIN = 256
+"""Tokens of which a varying number is a multiple, but for a rest that MKL takes."""
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -28,7 +33,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
     For autograd functions: on a CPU it has no gradient of its own.
     """
-    if not _onednn_is_faster() or a.is_cuda or a.dtype != torch.float32 or a.numel() * b.shape[1] < _WORTH_IT:
+    if not _is_for_onednn(a, b):
         return a @ b
     if a.ndim == 2 and a.shape[0] > b.shape[1] and not a.is_contiguous():
         return _linear(b.t(), a).t()  # a weight's gradient: its kernel wants the shorter side first
@@ -36,20 +41,23 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write `a [n, k] @ b [k, m]` for any `n`."""
-    cut = _cut(a, a.shape[0])
-    out[:cut] = product(a[:cut], b)
+    """Write `a [n, k] @ b [k, m]`, where `n` varies."""
+    cut = a.shape[0] // _GRAIN * _GRAIN if _is_for_onednn(a, b) else 0
+    if cut:
+        out[:cut] = _linear(a[:cut], b.t())
     torch.mm(a[cut:], b, out=out[cut:])
 
 
 def product_over(a: Tensor, b: Tensor) -> Tensor:
-    """`a [n, k] @ b [k, m]` for any `k`."""
-    cut = _cut(a, a.shape[1])
-    return product(a[:, :cut], b[:cut]).addmm_(a[:, cut:], b[cut:])
+    """`a [n, k] @ b [k, m]`, where `k` varies."""
+    cut = a.shape[1] // _GRAIN * _GRAIN if _is_for_onednn(a, b) else 0
+    rest = a[:, cut:] @ b[cut:]
+    return rest.add_(product(a[:, :cut], b[:cut])) if cut else rest
 
 
-def _cut(a: Tensor, tokens: int) -> int:
-    return 0 if a.is_cuda or not _onednn_is_faster() else tokens - tokens % GRAIN
+def _is_for_onednn(a: Tensor, b: Tensor) -> bool:
+    fit = a.dtype == torch.float32 and not a.is_cuda and a.numel() * b.shape[1] >= _WORTH_IT
+    return fit and _onednn_is_faster()
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from spell_megatron.policy.spans import Piece
+
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _cuda_forward = torch.ops.aten._flash_attention_forward
@@ -71,12 +73,8 @@ def backward(
     return dq.flatten(0, 1), dk.sum(1), dv.sum(1)
 
 
-Block = tuple[int, int, int, int, bool]
-"""First query and their end, first key and their end, whether causal."""
-
-
-def causal_blocks(tokens: int, *, cuda: bool) -> Iterator[Block]:
-    """The backward calls that a causal piece takes least time in.
+def causal_blocks(tokens: int, *, cuda: bool) -> Iterator[Piece]:
+    """A causal piece in those, counted from its start, whose backward calls take least time.
 
     The CPU kernel's own blocks are so long that a fifth of its work lies above the diagonal: it is given two
     causal halves, and all that the later one sees of the earlier (`python -m benchmarks.trainer`).
@@ -87,7 +85,7 @@ def causal_blocks(tokens: int, *, cuda: bool) -> Iterator[Block]:
         yield 0, tokens, 0, tokens, True
 
 
-def _halves(start: int, end: int) -> Iterator[Block]:
+def _halves(start: int, end: int) -> Iterator[Piece]:
     if end - start <= _WHOLE:
         yield start, end, start, end, True
         return
