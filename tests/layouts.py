@@ -118,16 +118,19 @@ def _run_case(case: Case) -> list[Result]:
     import torch.distributed as dist
     from reference import random_batch, relative_error
 
+    from megatron_patches import cpu_products
     from spell_megatron.config import Layout, Optimizer, Policy
     from spell_megatron.policy.learner import Learner
     from spell_megatron.policy.world import start_world
 
-    results = []
+    results, for_small = [], (cpu_products._WORTH_IT, cpu_products._GRAIN)
     world = start_world(Layout(**case.layout), seed=0, timeout_seconds=120)
     for kind in case.kinds:
         folder, expected = _reference(kind, json.dumps(case.model))
         batch = random_batch(256)
         for shared in (True, False):
+            # Half of the cases multiply as models do that are not as small as these.
+            cpu_products._WORTH_IT, cpu_products._GRAIN = for_small if shared else (1, 16)
             # An eps of the gradients' size keeps Adam's first step from being a mere sign, and a large rate
             # keeps the rounding of the weights out of the difference.
             optimizer = Optimizer(lr=100.0, eps=1.0, weight_decay=0.0, clip_grad=1e9, **case.optimizer)
