@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from selfplay_stage import Corpus, Engine, selfplay, settings
 
 from spell_megatron.selfplay import Episode, Play, step_metrics
+from spell_megatron.selfplay.leftovers import cancel
 from spell_megatron.selfplay.play import SelfPlay
 
 pytestmark = pytest.mark.unit
@@ -182,3 +183,25 @@ def test_nothing_runs_on_after_an_error() -> None:
         return len(asyncio.all_tasks())
 
     assert asyncio.run(scene()) == 1
+
+
+def test_an_interrupt_is_not_taken_for_the_end_of_what_is_cancelled() -> None:
+    """Ctrl-C cancels the task that plays, perhaps while that waits for its leftovers to end."""
+
+    async def lingering() -> Episode:
+        try:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+        finally:
+            await asyncio.sleep(60)
+
+    async def scene() -> None:
+        work = asyncio.create_task(lingering())
+        await asyncio.sleep(0)
+        play = asyncio.create_task(cancel([work]))
+        await asyncio.sleep(0)
+        play.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await play
+        assert work.done()
+
+    asyncio.run(scene())

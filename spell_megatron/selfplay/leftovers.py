@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from spell_megatron.selfplay.episode import Episode
@@ -54,10 +53,11 @@ class Tally:
 
 
 async def cancel(work: Iterable[Work]) -> None:
-    """Cancel what is under way and wait for its end, so that no request outlives its step."""
+    """Cancel what is under way and wait for its end, so that no request outlives its step.
+
+    Errors of the work are dropped; a cancellation of the caller itself (Ctrl-C) is not.
+    """
     tasks = [task for task in work if not isinstance(task, Episode)]
     for task in tasks:
         task.cancel()
-    for task in tasks:
-        with suppress(asyncio.CancelledError, Exception):
-            await task
+    await asyncio.gather(*tasks, return_exceptions=True)
