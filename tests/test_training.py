@@ -269,7 +269,14 @@ def test_an_interrupted_and_then_killed_run_goes_on_to_its_end(tmp_path: Path) -
 
 def started(*args: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "spell_megatron.cli", *args]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        # What a shell starts in the background ignores Ctrl-C, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
