@@ -190,9 +190,10 @@ def test_an_interrupt_is_not_taken_for_the_end_of_what_is_cancelled() -> None:
 
     async def lingering() -> Episode:
         try:
-            return await asyncio.Event().wait()  # type: ignore[return-value]
+            await asyncio.Event().wait()
         finally:
             await asyncio.sleep(60)
+        raise AssertionError("nobody sets the event")
 
     async def scene() -> None:
         work = asyncio.create_task(lingering())
