@@ -21,9 +21,22 @@ def _needed() -> bool:
     return False
 
 
+class _Stream(torch.cpu.Stream):
+    """torch's own returns None where upstream waits for an event."""
+
+    def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
+        return torch.cpu.Event()
+
+
 def _apply() -> None:
+    stream = _Stream()
+
     def current_device() -> Any:
         return torch.device("cpu")
+
+    def current_stream(device: Any = None) -> Any:
+        del device
+        return stream
 
     def synchronize(device: Any = None) -> None:
         del device
@@ -32,7 +45,7 @@ def _apply() -> None:
         return self
 
     torch.cuda.current_device = current_device
-    torch.cuda.current_stream = torch.cpu.current_stream
+    torch.cuda.current_stream = current_stream
     torch.cuda.synchronize = synchronize
     torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
 

@@ -1,7 +1,8 @@
 """The distributed optimizer cannot be saved before its first step when torch's Adam is underneath.
 
 `state_dict()` reads the step of every parameter (optimizer/distrib_optimizer.py:642), which torch's Adam
-makes only at the first update. The state is made beforehand, as that update would.
+makes only at the first update. The state is made beforehand, as that update would. An offloaded optimizer has a
+float32 copy of every parameter, which is a part of its state.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ def _apply() -> None:
 
     @functools.wraps(original)
     def state_dict(self: Any) -> dict[str, Any]:
+        copies = getattr(self.optimizer, "param_to_inner_param", {})
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
-                if "step" not in state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                if "step" in state:
+                    continue
+                main = copies.get(parameter, parameter)
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(main)
+                state["exp_avg_sq"] = torch.zeros_like(main)
+                if copies:
+                    state["master_param"] = main
         return original(self)
 
     DistributedOptimizer.state_dict = state_dict

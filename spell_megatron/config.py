@@ -211,7 +211,7 @@ class Optimizer:
     overlap: bool = False
     """Overlap gradient reduction and parameter gathering with computation."""
     cpu_offload: bool = False
-    """Keep optimizer state in host memory."""
+    """Keep optimizer state and float32 master weights in host memory, and step there."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -239,6 +239,8 @@ class Policy:
     """Of the weights in computation; gradients and master weights are float32."""
     spec: Literal["auto", "torch", "te"] = "auto"
     """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed."""
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
+    """Products of the layers' matrices in FP8, scaled by this recipe of Transformer Engine."""
     recompute: Literal["none", "selective", "full"] = "none"
     stream_tokens: int = Field(default=32_768, gt=0)
     """Token budget of one packed stream (microbatch), over all context-parallel ranks."""
@@ -380,6 +382,18 @@ def _contradictions(config: Config, where: str) -> None:
         )
     if config.policy.optimizer.overlap and not config.policy.optimizer.distributed:
         faults.append("policy.optimizer.overlap needs policy.optimizer.distributed=true")
+    if config.policy.optimizer.cpu_offload and not (
+        config.policy.optimizer.distributed and config.policy.dtype == "bfloat16"
+    ):
+        faults.append(
+            "policy.optimizer.cpu_offload is for sharded master weights: it needs policy.optimizer.distributed=true"
+            " and policy.dtype=bfloat16"
+        )
+    if config.policy.fp8 != "off" and (config.policy.spec == "torch" or config.policy.dtype != "bfloat16"):
+        faults.append(
+            "policy.fp8 is computed by Transformer Engine from bfloat16: it needs policy.spec=te (or auto) and"
+            " policy.dtype=bfloat16"
+        )
     if config.policy.layout.sequence and config.policy.layout.tensor == 1:
         faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
     if play.verifier_agreement[0] > play.verifier_agreement[1]:

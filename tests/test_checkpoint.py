@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
 from spell_megatron.checkpoint.files import digests
 from spell_megatron.checkpoint.write import Staged
-from spell_megatron.config import Optimizer, Policy
+from spell_megatron.config import Dtype, Optimizer, Policy
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
 from spell_megatron.types import SpellError
@@ -38,28 +38,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("qwen3_tied", tmp_path_factory.mktemp("models") / "model", seed=1)
 
 
-def policy(distributed: bool = False) -> Policy:
-    return Policy(
-        dtype="float32",
-        stream_tokens=512,
-        optimizer=Optimizer(lr=1e-3, warmup_steps=4, distributed=distributed),
-    )
+def policy(dtype: Dtype = "float32", **optimizer: bool) -> Policy:
+    return Policy(dtype=dtype, stream_tokens=512, optimizer=Optimizer(lr=1e-3, warmup_steps=4, **optimizer))
 
 
-@pytest.mark.parametrize("distributed", [False, True])
+POLICIES = {
+    "float32": policy(),
+    "float32, sharded": policy(distributed=True),
+    "bfloat16": policy("bfloat16"),
+    "bfloat16, sharded": policy("bfloat16", distributed=True),
+    "bfloat16, offloaded": policy("bfloat16", distributed=True, cpu_offload=True),
+}
+
+
+@pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("background", [False, True])
 def test_a_resumed_learner_goes_on_bit_by_bit(
-    world: World, folder: Path, tmp_path: Path, distributed: bool, background: bool
+    world: World, folder: Path, tmp_path: Path, settings: Policy, background: bool
 ) -> None:
     """In the background, too: what is written is the state at `save`, though the weights change meanwhile."""
     batch = random_batch(256)
-    learner = Learner(policy(distributed), folder, world)
+    learner = Learner(settings, folder, world)
     learner.update(batch)
     checkpoints = Checkpoints(tmp_path, background=background)
     checkpoints.save(1, learner, {"memory": [1, 2]})
     expected = [learner.update(batch) for _ in range(2)]
     checkpoints.wait()
-    other = Learner(policy(distributed), folder, world)
+    other = Learner(settings, folder, world)
     again = Checkpoints(tmp_path)
     found = again.restore(other)
     assert found is not None
@@ -70,16 +75,33 @@ def test_a_resumed_learner_goes_on_bit_by_bit(
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-def test_a_learner_that_never_stepped_can_be_saved(
-    world: World, folder: Path, tmp_path: Path, distributed: bool
+@pytest.mark.parametrize("before", ["bfloat16, sharded", "bfloat16, offloaded"])
+def test_an_optimizer_may_move_to_host_memory_and_back(
+    world: World, folder: Path, tmp_path: Path, before: str
 ) -> None:
-    learner = Learner(policy(distributed), folder, world)
+    """The same steps wherever its state is, and whoever saved it."""
+    [after] = {"bfloat16, sharded", "bfloat16, offloaded"} - {before}
+    batch, checkpoints = random_batch(256), Checkpoints(tmp_path)
+    learner, other = (Learner(POLICIES[name], folder, world) for name in (before, after))
+    learner.update(batch)
+    checkpoints.save(1, learner, {})
+    assert checkpoints.restore(other)
+    for _ in range(2):
+        assert learner.update(batch).grad_norm == other.update(batch).grad_norm
+    pairs = zip(learner.weights(), other.weights(), strict=True)
+    assert all(torch.equal(x, y) for (_, x), (_, y) in pairs)
+
+
+@pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
+def test_a_learner_that_never_stepped_can_be_saved(
+    world: World, folder: Path, tmp_path: Path, settings: Policy
+) -> None:
+    learner = Learner(settings, folder, world)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(0, learner, {})
     found = checkpoints.newest()
     assert found is not None
-    other = Learner(policy(distributed), folder, world)
+    other = Learner(settings, folder, world)
     load_learner(other, found)
     batch = random_batch(256)
     assert other.update(batch).grad_norm == learner.update(batch).grad_norm

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from flash_standin import flash_kernel
 from torch import Tensor
 
-from spell_megatron.config import Layout, Loss
-from spell_megatron.policy import attention, kernels
+from spell_megatron.config import Layout, Loss, Policy
+from spell_megatron.policy import attention
 from spell_megatron.policy.head import Sampled, token_logprobs
+from spell_megatron.policy.kernels import Kernels, cpu, plain, varlen
 from spell_megatron.policy.layout import LayoutError, check_layout
 from spell_megatron.policy.learner import Scores
 from spell_megatron.policy.loss import TokenTerms, token_losses
 from spell_megatron.policy.mismatch import mismatch
-from spell_megatron.policy.spans import plan_spans
+from spell_megatron.policy.model import uses_transformer_engine
+from spell_megatron.policy.spans import Pieces, SpanPlan, plan_spans
 from spell_megatron.policy.world import World
-from spell_megatron.types import Group, Sample, TrainBatch
+from spell_megatron.types import Group, Sample, SpellError, TrainBatch
 from spell_megatron.weights.shape import ModelShape
 
 pytestmark = pytest.mark.unit
 
+Groups = list[tuple[list[int], list[list[int]]]]
 
 # ---- span attention
 
@@ -37,28 +42,39 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prompt", [40, 901])  # the gradient of a longer one is computed in halves
-def test_merged_pieces_equal_masked_attention_with_gradients(
-    world: World, prompt: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_KEY_BLOCK", 16)  # the prompt's keys in three blocks
-    prompts_and_replies = [(list(range(prompt)), [[1] * 7, [2] * 1, [3] * 20]), ([5] * 9, [[6] * 4])]
-    plan = plan_spans(prompts_and_replies)
-    tokens = plan.ids.shape[1]
-    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for q0, q1, k0, k1, causal in plan.pieces:
-        block = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
-        mask[q0:q1, k0:k1] |= block.tril() if causal else block
-    draw = torch.Generator().manual_seed(0)
-    q, grad = (torch.randn(tokens, 4, 32, generator=draw).to(dtype) for _ in range(2))
-    kv = torch.randn(tokens, 2, 2, 32, generator=draw).to(dtype)
+@pytest.fixture(params=[cpu, plain, varlen], ids=lambda module: module.__name__.rpartition(".")[2])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    """Every backend, those of CUDA too: `varlen` with a stand-in for the kernel that it calls."""
+    monkeypatch.setattr(attention, "kernels_for", lambda _: request.param)
+    monkeypatch.setattr(cpu, "_KEY_BLOCK", 16)
+    monkeypatch.setattr(plain, "_BLOCK", 24)
+    with flash_kernel():
+        yield request.param
 
+
+GROUPS = {
+    "prompts and responses": [
+        ([1] * 40, [[1] * 7, [2] * 1, [3] * 20]),
+        ([5] * 9, [[6] * 4]),
+        ([7] * 30, [[8] * 3] * 2),
+    ],
+    "long enough for halves": [([1] * 901, [[1] * 7, [2] * 30])],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_merged_pieces_equal_masked_attention_with_gradients(
+    backend: Kernels, groups: Groups, dtype: torch.dtype
+) -> None:
+    plan = plan_spans(groups)
+    tokens = plan.ids.shape[1]
+    q, grad, kv = attention_inputs(tokens, tokens, dtype)
     ours_q, ours_kv = q.clone().requires_grad_(), kv.clone().requires_grad_()
     out = attention._MergedPieces.apply(ours_q, ours_kv, plan, None, 0.17)
     out.backward(grad)
     true_q, true_kv = q.double().requires_grad_(), kv.double().requires_grad_()
-    true = naive_attention(true_q, true_kv[:, 0], true_kv[:, 1], mask, 0.17)
+    true = naive_attention(true_q, true_kv[:, 0], true_kv[:, 1], mask_of(plan, tokens), 0.17)
     true.backward(grad.double())
 
     tolerance = 2e-6 if dtype is torch.float32 else 2e-2
@@ -66,18 +82,54 @@ def test_merged_pieces_equal_masked_attention_with_gradients(
         assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
 
 
-def test_backward_of_a_piece_takes_the_merged_softmax() -> None:
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_context_parallel_rank_attends_to_the_whole_stream(backend: Kernels, rank: int) -> None:
+    """One rank of four by itself, given the keys and values that it would gather."""
+    plan = plan_spans(GROUPS["prompts and responses"], cp_size=4, cp_rank=rank)
+    keys, queries = plan.ids.shape[1] * 4, plan.ids.shape[1]
+    q, grad, kv = attention_inputs(queries, keys, torch.float32)
+    true_q, true_kv = q.double().requires_grad_(), kv.double().requires_grad_()
+    true = naive_attention(true_q, true_kv[:, 0], true_kv[:, 1], mask_of(plan, keys), 0.17)
+    true.backward(grad.double())
+    plan.to_stream = plan.from_stream = None  # there is nobody to gather from
+    ours_q, ours_kv = q.clone().requires_grad_(), kv.clone().requires_grad_()
+    out = attention._MergedPieces.apply(ours_q, ours_kv, plan, None, 0.17)
+    out.backward(grad)
+    for ours, theirs in ((out, true), (ours_q.grad, true_q.grad), (ours_kv.grad, true_kv.grad)):
+        assert (ours.double() - theirs).norm() / theirs.norm() < 2e-6
+
+
+def attention_inputs(queries: int, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and the gradient of their output, four heads; two heads of keys and values."""
+    draw = torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(queries, 4, 32, generator=draw).to(dtype) for _ in range(2))
+    return q, grad, torch.randn(keys, 2, 2, 32, generator=draw).to(dtype)
+
+
+def mask_of(plan: SpanPlan, keys: int) -> Tensor:
+    """Which keys of the stream every local query sees."""
+    mask = torch.zeros(plan.ids.shape[1], keys, dtype=torch.bool)
+    for pieces in plan.pieces:
+        for q0, q1, k0, k1 in pieces.ranges:
+            block = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+            assert not mask[q0:q1, k0:k1].any(), "a key is counted twice"
+            mask[q0:q1, k0:k1] = block.tril() if pieces.causal else block
+    return mask
+
+
+def test_backward_of_a_piece_takes_the_merged_softmax(backend: Kernels) -> None:
     """Half of the keys with the log-sum-exp of all of them: gradients of that half, exactly."""
     draw = torch.Generator().manual_seed(1)
-    q, k, v, grad = (torch.randn(2, 8, 32, generator=draw) for _ in range(4))
-    whole_k, whole_v = k.clone().requires_grad_(), v.clone().requires_grad_()
-    scores = (q.double() @ whole_k.double().transpose(1, 2)) * 0.2
-    out = scores.softmax(-1) @ whole_v.double()
+    q, k, v, grad = (torch.randn(8, 2, 32, generator=draw) for _ in range(4))
+    whole_k, whole_v = (x.double().requires_grad_() for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), whole_k) * 0.2
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), whole_v)
     out.backward(grad.double())
-    lse = scores.logsumexp(-1).float()
-    _, dk, dv = kernels.backward(grad, q, k[:, :4], v[:, :4], out.float(), lse, False, 0.2)
-    torch.testing.assert_close(dk, whole_k.grad[:, :4], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(dv, whole_v.grad[:, :4], rtol=1e-4, atol=1e-6)
+    lse, half = scores.logsumexp(-1).float(), Pieces(False, ((0, 8, 0, 4),))
+    _, keys, _, dk, dv = next(iter(backend.backward(grad, q, k, v, out.float(), lse, half, 0.2)))
+    assert keys == slice(0, 4)
+    torch.testing.assert_close(dk.double(), whole_k.grad[:4], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dv.double(), whole_v.grad[:4], rtol=1e-4, atol=1e-6)
 
 
 # ---- head
@@ -228,6 +280,16 @@ def test_an_illegal_layout_says_why(layout: Layout, model: dict[str, int], size:
 def test_a_legal_layout_divides_the_world() -> None:
     world = check_layout(Layout(tensor=2, pipeline=2, context=2, expert=4, sequence=True), shape(**MOE), 32)
     assert (world.model, world.data, world.expert_data) == (8, 4, 4)
+
+
+# ---- layers
+
+
+@pytest.mark.parametrize("setting", [{"spec": "te"}, {"fp8": "blockwise"}], ids=str)
+def test_what_needs_transformer_engine_says_so_where_there_is_none(setting: dict[str, str]) -> None:
+    with pytest.raises(SpellError, match=r"policy\.(spec=te|fp8=blockwise) needs Transformer Engine"):
+        uses_transformer_engine(Policy(**setting))  # type: ignore[arg-type]
+    assert not uses_transformer_engine(Policy())
 
 
 # ---- mismatch

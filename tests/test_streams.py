@@ -86,7 +86,8 @@ def visible(plans: list[SpanPlan]) -> dict[int, set[int]]:
         stream = torch.cat([plan.ids[0] for plan in plans])[plans[0].to_stream]
     seen: dict[int, set[int]] = {}
     for plan in plans:
-        for q0, q1, k0, k1, causal in plan.pieces:
+        for pieces, (q0, q1, k0, k1) in ((p, ranges) for p in plan.pieces for ranges in p.ranges):
+            causal = pieces.causal
             assert not causal or q1 - q0 == k1 - k0
             for q in range(q0, q1):
                 last = k0 + (q - q0) + 1 if causal else k1
@@ -100,16 +101,13 @@ def visible(plans: list[SpanPlan]) -> dict[int, set[int]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+@given(shapes, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 16]))
 def test_pieces_are_causal_attention_over_prompt_and_own_response(
-    sizes: list[Shape], cp: int, sequence_parallel: int
+    sizes: list[Shape], cp: int, multiple: int
 ) -> None:
     batch = batch_of(sizes)
     groups = [(g.prompt, [s.tokens for s in g.samples]) for g in batch.groups]
-    plans = [
-        plan_spans(groups, cp_size=cp, cp_rank=rank, sequence_parallel=sequence_parallel)
-        for rank in range(cp)
-    ]
+    plans = [plan_spans(groups, cp_size=cp, cp_rank=rank, multiple=multiple) for rank in range(cp)]
     expected: dict[int, set[int]] = {}
     positions: dict[int, int] = {}
     for prompt, replies in groups:
@@ -121,9 +119,24 @@ def test_pieces_are_causal_attention_over_prompt_and_own_response(
                 positions[token] = len(prompt) + i
     assert visible(plans) == expected
     for plan in plans:
-        assert plan.ids.shape[1] % sequence_parallel == 0
+        assert plan.ids.shape[1] % multiple == 0
         for token, position in zip(plan.ids[0].tolist(), plan.positions[0].tolist(), strict=True):
             assert not token or positions[token] == position
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.sampled_from([1, 2, 4]))
+def test_pieces_that_go_together_share_no_query_and_no_key(sizes: list[Shape], cp: int) -> None:
+    groups = [(g.prompt, [s.tokens for s in g.samples]) for g in batch_of(sizes).groups]
+    for plan in (plan_spans(groups, cp_size=cp, cp_rank=rank) for rank in range(cp)):
+        first, *others = plan.pieces
+        assert first.causal
+        assert first.packed.queries == slice(0, plan.ids.shape[1])
+        assert not any(pieces.causal for pieces in others)
+        for pieces in plan.pieces:
+            for a, b in ((0, 1), (2, 3)):
+                rows = [row for ends in pieces.ranges for row in range(ends[a], ends[b])]
+                assert len(set(rows)) == len(rows)
 
 
 @settings(max_examples=40, deadline=None)
@@ -154,7 +167,7 @@ def test_shared_prompts_cost_p_plus_gr_tokens() -> None:
 
 
 def test_an_empty_stream_predicts_nothing() -> None:
-    plan = plan_spans([], cp_size=2, cp_rank=1, sequence_parallel=2)
+    plan = plan_spans([], cp_size=2, cp_rank=1, multiple=2)
     assert plan.rows.numel() == 0
     assert plan.ids.shape[1] > 0
     assert np.array_equal(plan.targets.numpy(), np.zeros(0))

@@ -2,7 +2,7 @@
 
 A stream is a list of spans; a query span attends to itself, causally, and to whole earlier ranges (its
 group's prompt; its own earlier chunks under context parallelism). That needs no mask and never a score
-matrix: every pair of ranges is one flash-attention call, and the calls of a query are merged by their
+matrix: pairs of ranges go to a flash-attention kernel, and what a query got of each is merged by its
 log-sum-exp. The backward pass calls the flash backward of every piece with the MERGED output and
 log-sum-exp, which is exact, as in ring attention (arXiv 2310.01889).
 
@@ -13,7 +13,6 @@ backward pass (so that a rank keeps only its own between the two), and their gra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +21,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from spell_megatron.policy import kernels
-from spell_megatron.policy.spans import Piece, SpanPlan
-
-_KEY_BLOCK = 16_384
-"""Keys of one backward call: with grouped queries its kernel makes a gradient of the keys for every query head
-before it sums them, which over a whole stream would outweigh all else that a context-parallel rank holds."""
+from spell_megatron.policy.kernels import kernels_for
+from spell_megatron.policy.spans import Rows, SpanPlan
 
 
 class SpanAttention(MegatronModule):
@@ -70,23 +65,14 @@ class _MergedPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, plan: SpanPlan, cp_group: Any, scale: float) -> Tensor:
         keys, values = _stream_kv(kv, plan, cp_group)
-        queries = q.transpose(0, 1)
         out = torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-        merged = out.transpose(0, 1)
-        lse = out.new_empty(merged.shape[:2])
-        for q0, q1, k0, k1, causal in plan.pieces:
-            part, part_lse = kernels.forward(
-                queries[:, q0:q1], keys[:, k0:k1], values[:, k0:k1], causal, scale
-            )
-            into, into_lse = merged[:, q0:q1], lse[:, q0:q1]
-            if causal:  # a span's own causal piece comes first and initialises it
-                into.copy_(part)
-                into_lse.copy_(part_lse)
-                continue
-            total = torch.logaddexp(into_lse, part_lse)
-            into.mul_((into_lse - total).exp_().unsqueeze(-1))
-            into.addcmul_(part.to(into.dtype), (part_lse - total).exp_().unsqueeze(-1))
-            into_lse.copy_(total)
+        lse = out.new_empty(q.shape[1], q.shape[0])
+        for pieces in plan.pieces:
+            for rows, part, part_lse in kernels_for(q).forward(q, keys, values, pieces, scale):
+                if pieces.causal:  # every query has one such piece, and it comes first
+                    out[rows], lse[:, rows] = part.to(out.dtype), part_lse
+                else:
+                    _merge(out, lse, rows, part, part_lse)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, kv, out, lse)
         ctx.plan, ctx.cp_group, ctx.scale = plan, cp_group, scale
@@ -98,45 +84,40 @@ class _MergedPieces(torch.autograd.Function):
         keys, values = _stream_kv(kv, ctx.plan, ctx.cp_group)
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.zeros_like(q, dtype=wide)
-        dkv = torch.zeros(keys.shape[1], *kv.shape[1:], dtype=wide, device=kv.device)
-        d_queries, d_keys, d_values = dq.transpose(0, 1), *(dkv[:, i].transpose(0, 1) for i in range(2))
-        queries, outs, grads = q.transpose(0, 1), out.transpose(0, 1), grad.transpose(0, 1)
-        for q0, q1, k0, k1, causal in _blocks(ctx.plan.pieces, cuda=q.is_cuda):
-            part_q, part_k, part_v = kernels.backward(
-                grads[:, q0:q1],
-                queries[:, q0:q1],
-                keys[:, k0:k1],
-                values[:, k0:k1],
-                outs[:, q0:q1],
-                lse[:, q0:q1],
-                causal,
-                ctx.scale,
-            )
-            d_queries[:, q0:q1] += part_q
-            d_keys[:, k0:k1] += part_k
-            d_values[:, k0:k1] += part_v
+        dkv = torch.zeros(keys.shape[0], *kv.shape[1:], dtype=wide, device=kv.device)
+        d_keys, d_values = dkv.unbind(1)
+        for pieces in ctx.plan.pieces:
+            parts = kernels_for(q).backward(grad, q, keys, values, out, lse, pieces, ctx.scale)
+            for rows, key_rows, part_q, part_k, part_v in parts:
+                dq[rows] += part_q
+                d_keys[key_rows] += part_k
+                d_values[key_rows] += part_v
         del keys, values  # before the gradients are exchanged
         return dq.to(q.dtype), _local_kv_grad(dkv, ctx.plan, ctx.cp_group).to(kv.dtype), None, None, None
 
 
-def _blocks(pieces: Sequence[Piece], *, cuda: bool) -> Iterator[Piece]:
-    """Pieces as the backward kernel wants them: gradients are sums, whatever the cut."""
-    for q0, q1, first, end, causal in pieces:
-        if causal:
-            for a, b, c, d, square in kernels.causal_blocks(q1 - q0, cuda=cuda):
-                yield q0 + a, q0 + b, first + c, first + d, square
-        else:
-            for k0 in range(first, end, _KEY_BLOCK):
-                yield q0, q1, k0, min(k0 + _KEY_BLOCK, end), False
+def _merge(out: Tensor, lse: Tensor, rows: Rows, part: Tensor, part_lse: Tensor) -> None:
+    """Add another piece's output to that of some rows, by their log-sum-exps, in place."""
+    into, into_lse = out[rows], lse[:, rows]
+    total = torch.logaddexp(into_lse, part_lse)
+    into.mul_(_weight(into_lse, total)).addcmul_(part.to(out.dtype), _weight(part_lse, total))
+    if not isinstance(rows, slice):  # then it is a copy
+        out[rows] = into
+    lse[:, rows] = total
+
+
+def _weight(lse: Tensor, total: Tensor) -> Tensor:
+    """Of a piece in the whole softmax, `[rows, heads, 1]`."""
+    return (lse - total).exp_().transpose(0, 1).unsqueeze(-1)
 
 
 def _stream_kv(kv: Tensor, plan: SpanPlan, cp_group: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of the whole stream, in stream order, `[kv heads, tokens, d]` each."""
+    """Keys and values of the whole stream, in stream order, `[tokens, kv heads, d]` each."""
     if plan.to_stream is not None:
         gathered = kv.new_empty(kv.shape[0] * cp_group.size(), *kv.shape[1:])
         dist.all_gather_into_tensor(gathered, kv.contiguous(), group=cp_group)
         kv = gathered.index_select(0, plan.to_stream)
-    return kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
+    return kv[:, 0], kv[:, 1]
 
 
 def _local_kv_grad(dkv: Tensor, plan: SpanPlan, cp_group: Any) -> Tensor:

@@ -6,6 +6,7 @@ divided by their number, exactly, whatever the split over ranks, streams and pip
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.loss import TokenTerms, token_losses
-from spell_megatron.policy.model import SpanModel, build_chunks
+from spell_megatron.policy.model import FP8_TOKENS, SpanModel, build_chunks
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.spans import SpanPlan, plan_spans
 from spell_megatron.policy.stream import Stream, plan_streams
@@ -230,7 +231,9 @@ class Learner:
             stream.layout(batch),
             cp_size=self.world.context_size,
             cp_rank=self.world.context_rank,
-            sequence_parallel=self.world.tensor_size if self.policy.layout.sequence else 1,
+            multiple=math.lcm(
+                self.world.tensor_size if self.policy.layout.sequence else 1, FP8_TOKENS[self.policy.fp8]
+            ),
             device=self.world.device,
         )
 

@@ -11,17 +11,23 @@ import torch.nn.functional as F
 import transformers
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from spell_megatron.config import Policy
+from spell_megatron.policy.attention import SpanAttention
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.layers import torch_block_spec
 from spell_megatron.policy.spans import SpanPlan
+from spell_megatron.types import SpellError
 from spell_megatron.weights.names import Cut, weights_of
 from spell_megatron.weights.shape import ModelShape
+
+FP8_TOKENS = {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""What the number of tokens of a product must be a multiple of."""
 
 
 class SpanModel(GPTModel):
@@ -126,6 +132,10 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
             "moe_router_load_balancing_type": "none",  # an auxiliary loss would pull against the reward
             "moe_router_dtype": "fp32",
         }
+    fp8: dict[str, Any] = {}
+    if policy.fp8 != "off":
+        by_blocks = policy.fp8 in ("blockwise", "mxfp8")  # fine enough for gradients without a wider exponent
+        fp8 = {"fp8_recipe": policy.fp8, "fp8": "e4m3" if by_blocks else "hybrid"}
     recompute_options: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -167,6 +177,7 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         batch_p2p_comm=False,
         calculate_per_token_loss=True,  # sums over ranks and microbatches, divided once by the token count
         **moe,
+        **fp8,
         **recompute_options[policy.recompute],
     )
 
@@ -175,10 +186,6 @@ def block_spec(policy: Policy, config: TransformerConfig, vp_stage: int | None) 
     """Layers of plain torch, or of Transformer Engine with the same parameter names and our attention."""
     if not uses_transformer_engine(policy):
         return torch_block_spec(config, vp_stage)
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    from spell_megatron.policy.attention import SpanAttention
-
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = SpanAttention
@@ -186,8 +193,13 @@ def block_spec(policy: Policy, config: TransformerConfig, vp_stage: int | None) 
 
 
 def uses_transformer_engine(policy: Policy) -> bool:
-    if policy.spec != "auto":
-        return policy.spec == "te"
-    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
-
-    return bool(HAVE_TE) and torch.cuda.is_available()
+    """Whether layers are Transformer Engine's. Raises SpellError where they are asked for and cannot be."""
+    there = bool(HAVE_TE) and torch.cuda.is_available()
+    if there or (policy.spec != "te" and policy.fp8 == "off"):
+        return there and policy.spec != "torch"
+    key = "policy.spec=te" if policy.spec == "te" else f"policy.fp8={policy.fp8}"
+    raise SpellError(
+        f"{key} needs Transformer Engine and a GPU, and here is {'no GPU' if HAVE_TE else 'no Transformer Engine'}:"
+        " pip install 'transformer-engine[pytorch]' on a machine with a GPU, or leave policy.spec=auto and"
+        " policy.fp8=off, which need neither"
+    )

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,8 +24,50 @@ from torch import Tensor
 
 from spell_megatron.types import Tokens
 
-Piece = tuple[int, int, int, int, bool]
-"""Local queries [q0, q1) attend to stream keys [k0, k1); causal means square and aligned."""
+Range = tuple[int, int, int, int]
+"""Local queries [q0, q1) attend to stream keys [k0, k1)."""
+Rows: TypeAlias = "slice | Tensor"
+"""Rows of a tensor: a range, or their numbers."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Ranges that one call of a kernel can take together: no two of them share a query, nor a key.
+
+    Causal ones are square and aligned; in others every query sees every key.
+    """
+
+    causal: bool
+    ranges: tuple[Range, ...]
+    device: torch.device | str = "cpu"
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The same for a kernel of variable lengths, made once for all layers."""
+        queries = [(q0, q1) for q0, q1, _, _ in self.ranges]
+        keys = [(k0, k1) for _, _, k0, k1 in self.ranges]
+        bounds, longest = [], []
+        for ends in (queries, keys):
+            lengths = [end - first for first, end in ends]
+            cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            bounds.append(cumulative.to(self.device))
+            longest.append(max(lengths))
+        return Packed(self._rows(queries), self._rows(keys), (bounds[0], bounds[1], longest[0], longest[1]))
+
+    def _rows(self, ends: Sequence[tuple[int, int]]) -> Rows:
+        if all(end == first for (_, end), (first, _) in pairwise(ends)):
+            return slice(ends[0][0], ends[-1][1])
+        return torch.cat([torch.arange(*pair) for pair in ends]).to(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows of queries and of keys, range after range, and where each range begins among them."""
+
+    queries: Rows
+    keys: Rows
+    lengths: tuple[Tensor, Tensor, int, int]
+    """Cumulative lengths of queries and keys, int32 `[ranges + 1]`; the longest of either."""
 
 
 @dataclass(kw_only=True)
@@ -34,7 +79,8 @@ class SpanPlan(PackedSeqParams):
     """Token ids `[1, tokens / cp]`."""
     positions: Tensor
     """Position ids `[1, tokens / cp]`."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Pieces, ...]
+    """What its queries attend to. Every query is in the first, which is causal."""
     rows: Tensor
     """Local rows whose hidden state predicts a response token, `[n]`."""
     targets: Tensor
@@ -83,12 +129,12 @@ def plan_spans(
     *,
     cp_size: int = 1,
     cp_rank: int = 0,
-    sequence_parallel: int = 1,
+    multiple: int = 1,
     device: torch.device | str = "cpu",
 ) -> SpanPlan:
     """Lay out `(prompt, responses)` groups for one context-parallel rank.
 
-    `sequence_parallel` is the TP size where sequence parallelism is on: the local length is a multiple of it.
+    The local length is a multiple of `multiple`: of the TP size under sequence parallelism, say.
     """
     layout = _Layout(unit=2 * cp_size if cp_size > 1 else 1)
     predecessors: list[np.ndarray] = []
@@ -108,7 +154,7 @@ def plan_spans(
             own = layout.add(reply, len(prompt), keys)
             predecessors.append(np.concatenate(([keys[1] - 1], own + np.arange(len(reply) - 1))))
         rectangles.append((first, len(layout.spans), keys))
-    _pad_to_multiple(layout, cp_size * sequence_parallel)
+    _pad_to_multiple(layout, cp_size * multiple)
 
     ids, positions = np.concatenate(layout.ids), np.concatenate(layout.positions)
     local = [_local_chunks(layout.spans, cp_size, rank) for rank in range(cp_size)]
@@ -134,7 +180,7 @@ def plan_spans(
         qkv_format="spans",
         ids=tensor(ids[mine])[None],
         positions=tensor(positions[mine])[None],
-        pieces=tuple(_pieces(layout.spans, local[cp_rank], rectangles)),
+        pieces=_pieces(layout.spans, local[cp_rank], rectangles, device),
         rows=tensor(at[before[held]]),
         targets=tensor(np.concatenate(targets)[held] if targets else before),
         row_ids=tensor(np.flatnonzero(held)),
@@ -176,19 +222,21 @@ def _pieces(
     spans: Sequence[_Span],
     chunks: Sequence[tuple[int, int, int]],
     rectangles: Sequence[tuple[int, int, tuple[int, int]]],
-) -> list[Piece]:
-    """Own chunk, causal; own earlier chunks, full; a group's responses on their prompt, one rectangle."""
-    pieces: list[Piece] = []
+    device: torch.device | str,
+) -> tuple[Pieces, ...]:
+    """Own chunk, causal; own earlier chunks, of a span's first chunk here and of its second; prompts, full."""
+    own: list[Range] = []
+    earlier: tuple[list[Range], list[Range]] = ([], [])
     begins: dict[int, int] = {}
     ends: dict[int, int] = {}
     query = 0
     for i, first, end in chunks:
-        size = end - first
-        pieces.append((query, query + size, first, end, True))
+        here = (query, query + end - first)
+        own.append((*here, first, end))
         if first > spans[i].start:
-            pieces.append((query, query + size, spans[i].start, first, False))
+            earlier[i in begins].append((*here, spans[i].start, first))
         begins.setdefault(i, query)
-        query += size
-        ends[i] = query
-    pieces += [(begins[a], ends[b - 1], *keys, False) for a, b, keys in rectangles]
-    return pieces
+        query = ends[i] = here[1]
+    prompts = [(begins[a], ends[b - 1], *keys) for a, b, keys in rectangles]
+    full = [Pieces(False, tuple(ranges), device) for ranges in (*earlier, prompts) if ranges]
+    return Pieces(True, tuple(own), device), *full
