@@ -71,7 +71,7 @@ def test_merged_pieces_equal_masked_attention_with_gradients(
     tokens = plan.ids.shape[1]
     q, grad, kv = attention_inputs(tokens, tokens, dtype)
     ours_q, ours_kv = q.clone().requires_grad_(), kv.clone().requires_grad_()
-    out = attention._MergedPieces.apply(ours_q, ours_kv, plan, None, 0.17)
+    out = attention.attend(ours_q, ours_kv, plan, None, 0.17)
     out.backward(grad)
     true_q, true_kv = q.double().requires_grad_(), kv.double().requires_grad_()
     true = naive_attention(true_q, true_kv[:, 0], true_kv[:, 1], mask_of(plan, tokens), 0.17)
@@ -93,7 +93,7 @@ def test_a_context_parallel_rank_attends_to_the_whole_stream(backend: Kernels, r
     true.backward(grad.double())
     plan.to_stream = plan.from_stream = None  # there is nobody to gather from
     ours_q, ours_kv = q.clone().requires_grad_(), kv.clone().requires_grad_()
-    out = attention._MergedPieces.apply(ours_q, ours_kv, plan, None, 0.17)
+    out = attention.attend(ours_q, ours_kv, plan, None, 0.17)
     out.backward(grad)
     for ours, theirs in ((out, true), (ours_q.grad, true_q.grad), (ours_kv.grad, true_kv.grad)):
         assert (ours.double() - theirs).norm() / theirs.norm() < 2e-6

@@ -55,13 +55,16 @@ class SpanAttention(MegatronModule):
         `[tokens / cp, 1, heads / tp * d]`."""
         assert packed_seq_params is not None
         q, kv = query.squeeze(1), torch.stack((key.squeeze(1), value.squeeze(1)), 1)
-        out = _MergedPieces.apply(q, kv, packed_seq_params, self.cp_group, self.scale)
-        return out.flatten(1).unsqueeze(1)
+        return attend(q, kv, packed_seq_params, self.cp_group, self.scale).flatten(1).unsqueeze(1)
+
+
+def attend(q: Tensor, kv: Tensor, plan: SpanPlan, cp_group: Any, scale: float) -> Tensor:
+    """Local queries `[tokens / cp, heads, d]` over the spans of a plan, given this rank's keys and values
+    `[tokens / cp, 2, kv heads, d]`. A collective of `cp_group`, which without context parallelism may be None."""
+    return _MergedPieces.apply(q, kv, plan, cp_group, scale)
 
 
 class _MergedPieces(torch.autograd.Function):
-    """Attention of local queries `[t, heads, d]` over the stream's `[t, 2, kv heads, d]` keys and values."""
-
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, plan: SpanPlan, cp_group: Any, scale: float) -> Tensor:
         keys, values = _stream_kv(kv, plan, cp_group)
