@@ -119,18 +119,20 @@ def journaled(run: Path | None) -> Counter[tuple[int, int, int]]:
 
 
 def wait_for_the_instant(kind: int, runs: Runs, draw: random.Random) -> None:
-    """Somewhere in the start, in a step, or in the writing of a checkpoint."""
+    """Somewhere in the start, in a step, or in the writing of a checkpoint; before the run could end by itself."""
+    asked = len(runs.requests)
     if kind == 0:
-        time.sleep(draw.uniform(0.0, 2.0))
+        moment = time.monotonic() + draw.uniform(0.0, 2.0)
+        until(lambda: time.monotonic() > moment or len(runs.requests) > asked, runs)
     elif kind == 3:
         assert runs.run
         folder, before = runs.run / "checkpoints", set((runs.run / "checkpoints").glob("*"))
         until(lambda: set(folder.glob("*.partial")) - before, runs)
         time.sleep(draw.uniform(0.0, 0.05))
     else:
-        wanted = len(runs.requests) + draw.randrange(1, 300)
+        wanted = asked + draw.randrange(1, 300)
         until(lambda: len(runs.requests) >= wanted, runs)
-        time.sleep(draw.uniform(0.0, 0.2))
+        time.sleep(draw.uniform(0.0, 0.05))
 
 
 def damage_newest(run: Path, draw: random.Random) -> bool:

@@ -65,24 +65,32 @@ def unpatched(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 700])
-def test_swiglu_in_blocks_has_the_bits_of_the_whole(
+def test_swiglu_in_blocks_is_no_further_from_the_truth_than_upstreams(
     tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream = unpatched("fusions/fused_bias_swiglu.py", monkeypatch)
+    monkeypatch.setattr(eager_swiglu, "_BLOCK", 1 << 14)
     draw = torch.Generator().manual_seed(0)
     y, g = (torch.randn(tokens, width, generator=draw).to(dtype) for width in (2 * 320, 320))
     weights = torch.rand(tokens, 1, generator=draw)
     assert torch.equal(eager_swiglu.swiglu(y), upstream.swiglu(y))
-    assert torch.equal(eager_swiglu.swiglu_back(g, y), upstream.swiglu_back(g, y))
-    ours, theirs = (m.weighted_swiglu_back(g, y, weights) for m in (eager_swiglu, upstream))
-    for mine, its in zip(ours, theirs, strict=True):
-        assert mine.dtype == its.dtype
-        assert torch.equal(mine, its)
+
+    exact, factors = y.double().requires_grad_(), weights.double().requires_grad_()
+    whole = torch.nn.functional.silu(exact[:, :320]) * exact[:, 320:]
+    [plain] = torch.autograd.grad(whole, exact, g.double(), retain_graph=True)
+    weighted = torch.autograd.grad(whole * factors, (exact, factors), g.double())
+    for true, results in (
+        ((plain,), [(m.swiglu_back(g, y),) for m in (eager_swiglu, upstream)]),
+        (weighted, [m.weighted_swiglu_back(g, y, weights) for m in (eager_swiglu, upstream)]),
+    ):
+        for truth, ours, theirs in zip(true, *results, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm() + 1e-7 * truth.norm()
 
 
-@pytest.fixture(params=[False, True], ids=["as torch does", "oneDNN"])
+@pytest.fixture(params=["", "AVX2", "AVX512"], ids=["as torch does", "oneDNN for rows", "oneDNN"])
 def either_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "_onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(cpu_products, "_vectors", lambda: request.param)
     monkeypatch.setattr(cpu_products, "_WORTH_IT", 1)
     monkeypatch.setattr(cpu_products, "_GRAIN", 16)
 

@@ -83,7 +83,7 @@ def _compare_activations(
     prompt, replies, reply = STREAM
     tokens, cp = prompt + replies * reply, policy.layout.context
     stream = Stream(local=tokens / cp, whole=tokens, rows=replies * reply / cp)
-    assumed = Assumptions(fused_norms=False, expert_imbalance=1.0)
+    assumed = Assumptions(expert_imbalance=1.0)
     stages = policy.layout.pipeline
     for stage in range(stages):
         planned = activations(

@@ -21,6 +21,7 @@ from spell_megatron.policy.learner import Scores
 from spell_megatron.policy.loss import TokenTerms, token_losses
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.model import uses_transformer_engine
+from spell_megatron.policy.norm import rms_norm
 from spell_megatron.policy.spans import Pieces, SpanPlan, plan_spans
 from spell_megatron.policy.world import World
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch
@@ -130,6 +131,29 @@ def test_backward_of_a_piece_takes_the_merged_softmax(backend: Kernels) -> None:
     assert keys == slice(0, 4)
     torch.testing.assert_close(dk.double(), whole_k.grad[:4], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(dv.double(), whole_v.grad[:4], rtol=1e-4, atol=1e-6)
+
+
+# ---- norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 1, 64), (5, 1, 3, 32), (0, 1, 8)], ids=str)
+def test_norm_equals_its_formula_with_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(3)
+    x, grad = (torch.randn(shape, generator=draw).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[-1], generator=draw).to(dtype)
+    results = []
+    for double in (False, True):
+        inputs = [(t.double() if double else t.clone()).requires_grad_() for t in (x, weight)]
+        if double:
+            out = inputs[0] * (inputs[0].square().mean(-1, keepdim=True) + 1e-3).rsqrt() * inputs[1]
+        else:
+            out = rms_norm(*inputs, 1e-3)
+            assert out.dtype == dtype
+        results.append((out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))))
+    tolerance = 1e-6 if dtype is torch.float32 else 4e-3
+    for ours, true in zip(*results, strict=True):
+        assert (ours.double() - true).norm() <= tolerance * true.norm()
 
 
 # ---- head

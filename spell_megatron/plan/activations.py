@@ -53,7 +53,7 @@ def activations(
     layout, b = policy.layout, width(policy)
     last = stage == layout.pipeline - 1
     residual = stream.local * shape.hidden * b / _sequence(layout)
-    layer = _attention(shape, policy, stream, assumed) + _mlp(shape, layout, stream, b, assumed)
+    layer = _attention(shape, policy, stream) + _mlp(shape, layout, stream, b, assumed)
     per_layer = residual if policy.recompute == "full" else layer
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     kept = _in_flight(layout, stage, microbatches) * (shape.layers / chunks) * per_layer
@@ -61,7 +61,7 @@ def activations(
         kept += stream.local * shape.head_dim * 4  # rotary angles
     vocabulary, c = shape.vocab / layout.tensor, min(policy.head_chunk, stream.rows)
     table = vocabulary * shape.hidden
-    final = residual * _norm_copies(assumed) + stream.rows * shape.hidden * b
+    final = residual + stream.rows * shape.hidden * b
     forward = 16 * c * vocabulary + stream.local * shape.hidden * b
     backward = (4 + b) * table + (12 + b % 4) * c * vocabulary + stream.rows * shape.hidden * b
     return Activations(
@@ -86,33 +86,28 @@ def _sequence(layout: Layout) -> int:
     return layout.tensor if layout.sequence else 1
 
 
-def _norm_copies(assumed: Assumptions) -> int:
-    """A norm keeps its input; one made of single operations keeps the normalised input too."""
-    return 1 if assumed.fused_norms else 2
-
-
 def _heads(shape: ModelShape, layout: Layout) -> tuple[float, float]:
     return shape.heads / layout.tensor, max(shape.kv_heads / layout.tensor, 1.0)
 
 
-def _normed(shape: ModelShape, layout: Layout, tokens: float, b: int, assumed: Assumptions) -> float:
-    """What a norm keeps, and its output, which the next linear layer keeps."""
-    return tokens * shape.hidden * b * (_norm_copies(assumed) + 1) / _sequence(layout)
+def _normed(shape: ModelShape, layout: Layout, tokens: float, b: int) -> float:
+    """The input of a norm, which it keeps, and its output, which the next linear layer keeps."""
+    return tokens * shape.hidden * b * 2 / _sequence(layout)
 
 
-def _attention(shape: ModelShape, policy: Policy, stream: Stream, assumed: Assumptions) -> float:
+def _attention(shape: ModelShape, policy: Policy, stream: Stream) -> float:
     layout, b, d = policy.layout, width(policy), shape.head_dim
     heads, kv = _heads(shape, layout)
     projected, floats = heads + 2 * kv, 0.0
     values = 4.0  # sines and cosines, of queries and of keys; the rest in units of a head
     if shape.qk_norm:  # the merged projection, since the key is a view of it, and the query's copy
-        values += projected + heads + (0 if assumed.fused_norms else heads + kv)
+        values += projected + heads
     if policy.recompute == "selective":
         values += heads + kv + heads + (0 if shape.qk_norm else projected)
     else:
         values += heads + 2 * kv + heads
         floats = heads  # the log-sum-exp
-    return _normed(shape, layout, stream.local, b, assumed) + stream.local * (values * d * b + floats * 4)
+    return _normed(shape, layout, stream.local, b) + stream.local * (values * d * b + floats * 4)
 
 
 def _routed(shape: ModelShape, layout: Layout, stream: Stream, assumed: Assumptions) -> float:
@@ -122,7 +117,7 @@ def _routed(shape: ModelShape, layout: Layout, stream: Stream, assumed: Assumpti
 
 
 def _mlp(shape: ModelShape, layout: Layout, stream: Stream, b: int, assumed: Assumptions) -> float:
-    normed = _normed(shape, layout, stream.local, b, assumed)
+    normed = _normed(shape, layout, stream.local, b)
     if not shape.experts:
         # gate and up (2), and the product of one's silu with the other
         return normed + stream.local * 3 * shape.ffn / layout.tensor * b

@@ -43,8 +43,6 @@ class Assumptions:
     """What a prompt has besides documents; about a whole prompt of the verifier."""
     expert_imbalance: float = 1.25
     """Tokens of the busiest expert-parallel rank over the mean."""
-    fused_norms: bool = True
-    """CUDA has a norm in one kernel; a CPU's keeps one more copy of its input."""
     trainer_gib: float = 3.0
     """CUDA context, NCCL and cuBLAS buffers of a trainer process."""
     engine_gib: float = 2.0

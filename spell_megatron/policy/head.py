@@ -21,6 +21,8 @@ from megatron_patches.cpu_products import product
 
 _BISECTIONS = 28
 _NEGLIGIBLE = 60.0  # a logit that far below the best has no mass in float32
+_CACHED = 1 << 18
+"""Logits that a CPU goes through several times while they are in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,15 @@ class _TokenLogprobs(torch.autograd.Function):
             if sampled.top_p < 1.0:
                 floor[part] = _nucleus_floor(logits, peak, sampled.top_p, tp_group)
                 logits = _cut(logits, floor[part], own, column)
-            weights = (logits - peak[:, None]).exp_()
-            mass = _reduce(weights.sum(-1), dist.ReduceOp.SUM, tp_group)
+            sums = torch.stack((target, peak, peak))
+            for block in _blocks(logits):
+                weights = (logits[block] - peak[block, None]).exp_()
+                sums[1, block] = weights.sum(-1)
+                sums[2, block] = weights.mul_(_finite(logits[block], sampled)).sum(-1)
+            target, mass, total = _reduce(sums, dist.ReduceOp.SUM, tp_group)
             lse[part] = peak + mass.log()
-            total = torch.linalg.vecdot(weights, _finite(logits, sampled))
-            entropy[part] = lse[part] - _reduce(total, dist.ReduceOp.SUM, tp_group) / mass
-            logprobs[part] = _reduce(target, dist.ReduceOp.SUM, tp_group) - lse[part]
+            entropy[part] = lse[part] - total / mass
+            logprobs[part] = target - lse[part]
         if rows:
             ctx.last = (logits, own, column)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy, floor)
@@ -84,14 +89,15 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits, own, column = _logits(hidden[part], weight, targets[part], ctx.sampled, ctx.tp_group)
                 if ctx.sampled.top_p < 1.0:
                     logits = _cut(logits, floor[part], own, column)
-            log_p = logits.sub_(lse[part][:, None])
-            per_p = -d_logprobs[part][:, None]
-            if with_entropy:  # dH / dlogit = -p (log p + H)
-                surprise = _finite(log_p, ctx.sampled) + entropy[part][:, None]
-                per_p = per_p - surprise * d_entropy[part][:, None]
-            grad = log_p.exp_().mul_(per_p)
-            grad.scatter_add_(-1, column, (d_logprobs[part] * own)[:, None])
-            grad = grad.to(weight.dtype)
+            per_row = torch.stack((lse[part], d_logprobs[part], d_entropy[part], entropy[part]))[..., None]
+            for block in _blocks(logits):
+                block_lse, d_logprob, d_entropic, block_entropy = per_row[:, block]
+                log_p, per_p = logits[block].sub_(block_lse), -d_logprob
+                if with_entropy:  # dH / dlogit = -p (log p + H)
+                    per_p = per_p - (_finite(log_p, ctx.sampled) + block_entropy) * d_entropic
+                log_p.exp_().mul_(per_p)
+            logits.scatter_add_(-1, column, (d_logprobs[part] * own)[:, None])
+            grad = logits.to(weight.dtype)
             d_hidden[part] = product(grad, weight)
             d_weight += product(grad.t(), hidden[part])
         if dist.get_world_size(ctx.tp_group) > 1:
@@ -101,6 +107,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _chunks(rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows that are worked on together: all of them where memory is fast and calls are dear."""
+    rows, vocab = logits.shape
+    return _chunks(rows, rows if logits.is_cuda else max(1, _CACHED // vocab))
 
 
 def _logits(

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -35,14 +34,25 @@ from torch import Tensor, nn
 
 from megatron_patches.cpu_products import product_into, product_over
 from spell_megatron.policy.attention import SpanAttention
+from spell_megatron.policy.norm import rms_norm
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(nn.Module):
     """Root-mean-square norm whose gradient is summed over the TP ranks under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        super().__init__()
+        self.weight = _norm_weight(config, hidden_size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
+    weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
@@ -52,15 +62,12 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
     ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        ones = torch.ones(input_size, dtype=config.params_dtype, device=self.weight.device)
-        self.layer_norm_weight = nn.Parameter(ones)
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.layer_norm_weight = _norm_weight(config, input_size)
         self.eps = config.layernorm_epsilon
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`[tokens, batch, hidden]` to `[tokens * tp if sequence parallel, batch, out / tp]`."""
-        normed = F.rms_norm(x, (x.shape[-1],), self.layer_norm_weight, self.eps)
-        return super().forward(normed, *args, **kwargs)
+        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps), *args, **kwargs)
 
 
 class _PerExpert(torch.autograd.Function):
