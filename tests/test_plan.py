@@ -231,5 +231,5 @@ def test_offloaded_state_leaves_the_gpu() -> None:
         planned("qwen3-8b-16k", f"policy.optimizer.cpu_offload={flag}").stages[0].static
         for flag in ("false", "true")
     )
-    assert (off.optimizer, off.host) == (0, on.optimizer)
+    assert (off.optimizer, off.host) == (0, on.optimizer // 12 * 16)
     assert Optimizer().distributed is False  # the recipes set it

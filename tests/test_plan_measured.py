@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 from models import make_model
+from reference import random_batch
 
 from spell_megatron.config import RECIPES, Layout, Optimizer, Policy, load_config
 from spell_megatron.plan import plan_all
 from spell_megatron.plan.activations import Stream, activations
 from spell_megatron.plan.assumptions import Assumptions
+from spell_megatron.plan.parameters import held, static_bytes
 from spell_megatron.plan.planner import ROOM
 from spell_megatron.plan.rehearsal import rehearse
+from spell_megatron.policy.layout import check_layout
+from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.world import World
 from spell_megatron.weights.shape import model_shape
 
 pytestmark = pytest.mark.distributed
@@ -108,6 +113,21 @@ def _measure(world: int, cases: list[dict[str, Any]], tmp_path: Path) -> list[li
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(found.read_text())
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "moe"])
+def test_an_offloaded_optimizer_holds_the_planned_host_memory(
+    kind: str, folders: dict[str, Path], world: World
+) -> None:
+    policy = Policy(optimizer=Optimizer(distributed=True, cpu_offload=True), stream_tokens=2048)
+    learner = Learner(policy, folders[kind], world)
+    learner.update(random_batch(512))
+    offloaded = [o.optimizer for o in getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])]
+    tensors = [t for o in offloaded for t in (*o.inner_param_to_orig_param, *o.cpu_copy_map_grad.values())]
+    tensors += [t for o in offloaded for state in o.state.values() for t in state.values() if t.numel() > 1]
+    host = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    [part] = held(learner.shape, policy.layout)
+    assert host == static_bytes(part, policy, check_layout(policy.layout, learner.shape, 1)).host
 
 
 def test_every_shipped_recipe_is_built_and_fits() -> None:

@@ -35,7 +35,7 @@ class Static:
     gradients: int
     optimizer: int
     host: int = 0
-    """In host memory: an offloaded optimizer's state."""
+    """In host memory: an offloaded optimizer's state, and the gradients that it is given."""
 
     @property
     def device(self) -> int:
@@ -89,5 +89,5 @@ def static_bytes(part: Held, policy: Policy, world: WorldShape) -> Static:
         owned = part.total
     weights, gradients = part.total * width(policy), part.total * 4
     if optimizer.cpu_offload:
-        return Static(weights, gradients, 0, host=12 * owned)
+        return Static(weights, gradients, 0, host=(state + 4) * owned)
     return Static(weights, gradients, state * owned)

@@ -59,7 +59,8 @@ class _TokenLogprobs(torch.autograd.Function):
             if sampled.top_p < 1.0:
                 floor[part] = _nucleus_floor(logits, peak, sampled.top_p, tp_group)
                 logits = _cut(logits, floor[part], own, column)
-            sums = torch.stack((target, peak, peak))
+            sums = logits.new_empty(3, len(target))
+            sums[0] = target
             for block in _blocks(logits):
                 weights = (logits[block] - peak[block, None]).exp_()
                 sums[1, block] = weights.sum(-1)
