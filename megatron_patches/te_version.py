@@ -45,4 +45,5 @@ PATCH = Patch(
     breaks="TypeError where optimizer state is offloaded, without Transformer Engine",
     needed=_needed,
     apply=_apply,
+    versions=("0.16.1",),
 )
