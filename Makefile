@@ -33,7 +33,7 @@ test-newest:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy spell_megatron megatron_patches tokenizer eval launchers
+	$(BIN)/mypy spell_megatron megatron_patches tokenizer eval launchers benchmarks
 
 setup: $(INSTALLED)
 

@@ -194,7 +194,7 @@ def steps(
     as_json: AsJson = False,
 ) -> None:
     """A whole training step: forward, backward, clipping, AdamW. An unshared answer is a stream by itself."""
-    cases = []
+    cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for entry in model:
             name, _, layers = entry.rpartition(":")
