@@ -11,7 +11,6 @@ that MFU is of what a step needs, not of what it does. Without a GPU everything 
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -130,7 +129,7 @@ def attention(
     heads: Annotated[int, typer.Option()] = 32,
     kv_heads: Annotated[int, typer.Option()] = 4,
     head_dim: Annotated[int, typer.Option()] = 128,
-    rounds: int = 5,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Forward and backward of one layer's attention: a group that shares its prompt, against SDPA on each sequence."""
@@ -189,7 +188,7 @@ def steps(
     recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "full",
     unshared: Annotated[bool, typer.Option(help="Also with the prompt repeated for every answer.")] = True,
     spec: Annotated[str, typer.Option(help="auto, torch or te.")] = "auto",
-    rounds: int = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     peak: Annotated[float, typer.Option(help="Operations a second that the GPU is sold with.")] = 989e12,
     as_json: AsJson = False,
 ) -> None:
@@ -257,7 +256,7 @@ def _seconds(work: Callable[[], Any], rounds: int) -> float:
         work()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return median(times[1:]) if rounds else math.nan
+    return median(times[1:])
 
 
 def _device_type() -> str:

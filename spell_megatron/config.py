@@ -254,6 +254,11 @@ class Policy:
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """A collective that takes longer fails."""
 
+    @property
+    def master_weights(self) -> bool:
+        """The optimizer has float32 weights of its own, beside those in computation."""
+        return self.dtype != "float32"
+
 
 @dataclass(frozen=True, config=_STRICT)
 class HeldOut:
@@ -383,7 +388,7 @@ def _contradictions(config: Config, where: str) -> None:
     if config.policy.optimizer.overlap and not config.policy.optimizer.distributed:
         faults.append("policy.optimizer.overlap needs policy.optimizer.distributed=true")
     if config.policy.optimizer.cpu_offload and not (
-        config.policy.optimizer.distributed and config.policy.dtype == "bfloat16"
+        config.policy.optimizer.distributed and config.policy.master_weights
     ):
         faults.append(
             "policy.optimizer.cpu_offload is for sharded master weights: it needs policy.optimizer.distributed=true"

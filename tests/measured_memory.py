@@ -34,6 +34,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     """One learner, one update: this rank's bytes."""
     from spell_megatron.config import Layout, Optimizer, Policy
     from spell_megatron.policy.learner import Learner
+    from spell_megatron.policy.residence import torch_optimizers
     from spell_megatron.policy.world import start_world
     from spell_megatron.types import Group, Sample, TrainBatch
 
@@ -55,8 +56,9 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         learner.gradients(batch)
     learner.update(batch)
     parameters = [p for _, p in learner.named_parameters()]
-    states = [t for o in _optimizers(learner.optimizer) for s in o.state.values() for t in s.values()]
-    masters = [p for o in _optimizers(learner.optimizer) for g in o.param_groups for p in g["params"]]
+    optimizers = list(torch_optimizers(learner.optimizer))
+    states = [t for o in optimizers for s in o.state.values() for t in s.values()]
+    masters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     weights = {p.untyped_storage()._cdata for p in parameters}
     return {
         "rank": world.rank,
@@ -67,11 +69,6 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         + storage_bytes(m for m in masters if m.untyped_storage()._cdata not in weights),
         "peak": live.peak,
     }
-
-
-def _optimizers(optimizer: Any) -> list[Any]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in parts if part.optimizer is not None]
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from spell_megatron.plan.planner import ROOM
 from spell_megatron.plan.rehearsal import rehearse
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.residence import torch_optimizers
 from spell_megatron.policy.world import World
 from spell_megatron.weights.shape import model_shape
 
@@ -122,7 +123,7 @@ def test_an_offloaded_optimizer_holds_the_planned_host_memory(
     policy = Policy(optimizer=Optimizer(distributed=True, cpu_offload=True), stream_tokens=2048)
     learner = Learner(policy, folders[kind], world)
     learner.update(random_batch(512))
-    offloaded = [o.optimizer for o in getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])]
+    offloaded: list[Any] = list(torch_optimizers(learner.optimizer))
     tensors = [t for o in offloaded for t in (*o.inner_param_to_orig_param, *o.cpu_copy_map_grad.values())]
     tensors += [t for o in offloaded for state in o.state.values() for t in state.values() if t.numel() > 1]
     host = sum({t.data_ptr(): t.nbytes for t in tensors}.values())

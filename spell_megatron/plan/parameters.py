@@ -80,7 +80,7 @@ def width(policy: Policy) -> int:
 
 def static_bytes(part: Held, policy: Policy, world: WorldShape) -> Static:
     """Weights, float32 gradients, and AdamW's float32 master copy and two moments."""
-    state = 8 if policy.dtype == "float32" else 12
+    state = 12 if policy.master_weights else 8
     optimizer = policy.optimizer
     if optimizer.distributed:
         copies = world.data * policy.layout.context

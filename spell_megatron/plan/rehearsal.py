@@ -256,7 +256,7 @@ def _optimizer_bytes(policy: Policy, models: Sequence[Any], parameters: Iterable
 
     if policy.optimizer.cpu_offload:
         return 0
-    state = 8 if policy.dtype == "float32" else 12
+    state = 12 if policy.master_weights else 8
     if not policy.optimizer.distributed:
         return state * sum(p.numel() for p in parameters if p.requires_grad)
     owned = 0

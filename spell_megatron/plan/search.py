@@ -24,7 +24,7 @@ def search(config: Config, gpus: int | None = None, gpu_memory_gib: float | None
     fitting = []
     for candidate in _candidates(config):
         # To the host only what does not fit otherwise, and has master weights.
-        for offload in (False, True) if config.policy.dtype == "bfloat16" else (False,):
+        for offload in (False, True) if config.policy.master_weights else (False,):
             found = _estimate(changed(candidate, {"policy.optimizer.cpu_offload": offload}), assumed)
             if found is not None and found.fits and found.headroom >= ROOM:
                 fitting.append(found)
@@ -109,7 +109,7 @@ def _steps(found: Plan) -> Iterator[tuple[str, Any]]:
     servers = config.rollout.servers
     if servers.count > 1 and servers.count % 2 == 0:
         yield "rollout.servers", replace(servers, count=servers.count // 2, tensor=servers.tensor * 2)
-    if not policy.optimizer.cpu_offload and policy.dtype == "bfloat16":
+    if not policy.optimizer.cpu_offload and policy.master_weights:
         yield "policy.optimizer", replace(policy.optimizer, cpu_offload=True, distributed=True)
     yield "cluster.nodes", config.cluster.nodes * 2
 

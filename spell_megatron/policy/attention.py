@@ -69,9 +69,9 @@ class _MergedPieces(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, kv: Tensor, plan: SpanPlan, cp_group: Any, scale: float) -> Tensor:
         keys, values = _stream_kv(kv, plan, cp_group)
         out = torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-        lse = out.new_empty(q.shape[1], q.shape[0])
+        lse, kernels = out.new_empty(q.shape[1], q.shape[0]), kernels_for(q)
         for pieces in plan.pieces:
-            for rows, part, part_lse in kernels_for(q).forward(q, keys, values, pieces, scale):
+            for rows, part, part_lse in kernels.forward(q, keys, values, pieces, scale):
                 if pieces.causal:  # every query has one such piece, and it comes first
                     out[rows], lse[:, rows] = part.to(out.dtype), part_lse
                 else:
@@ -88,9 +88,9 @@ class _MergedPieces(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.zeros_like(q, dtype=wide)
         dkv = torch.zeros(keys.shape[0], *kv.shape[1:], dtype=wide, device=kv.device)
-        d_keys, d_values = dkv.unbind(1)
+        (d_keys, d_values), kernels = dkv.unbind(1), kernels_for(q)
         for pieces in ctx.plan.pieces:
-            parts = kernels_for(q).backward(grad, q, keys, values, out, lse, pieces, ctx.scale)
+            parts = kernels.backward(grad, q, keys, values, out, lse, pieces, ctx.scale)
             for rows, key_rows, part_q, part_k, part_v in parts:
                 dq[rows] += part_q
                 d_keys[key_rows] += part_k

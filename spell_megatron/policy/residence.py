@@ -74,18 +74,18 @@ def _optimizer(learner: Learner) -> Iterator[Tensor]:
     for model in learner.models:
         for buffer in (*model.buffers, *model.expert_parallel_buffers):
             yield buffer.grad_data
-    for optimizer in _torch_optimizers(learner.optimizer):
+    for optimizer in torch_optimizers(learner.optimizer):
         for group in optimizer.param_groups:
             yield from (parameter.data for parameter in group["params"])
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+def torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     """Megatron's optimizers hold others, at last torch's."""
     chained = getattr(optimizer, "chained_optimizers", None)
     if chained is not None:
         for part in chained:
-            yield from _torch_optimizers(part)
+            yield from torch_optimizers(part)
     elif getattr(optimizer, "optimizer", None) is not None:
         yield optimizer.optimizer

@@ -44,20 +44,17 @@ class Pieces:
     @cached_property
     def packed(self) -> Packed:
         """The same for a kernel of variable lengths, made once for all layers."""
-        queries = [(q0, q1) for q0, q1, _, _ in self.ranges]
-        keys = [(k0, k1) for _, _, k0, k1 in self.ranges]
-        bounds, longest = [], []
-        for ends in (queries, keys):
-            lengths = [end - first for first, end in ends]
-            cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            bounds.append(cumulative.to(self.device))
-            longest.append(max(lengths))
-        return Packed(self._rows(queries), self._rows(keys), (bounds[0], bounds[1], longest[0], longest[1]))
+        queries, query_bounds, longest_query = self._packed([(q0, q1) for q0, q1, _, _ in self.ranges])
+        keys, key_bounds, longest_key = self._packed([(k0, k1) for _, _, k0, k1 in self.ranges])
+        return Packed(queries, keys, (query_bounds, key_bounds, longest_query, longest_key))
 
-    def _rows(self, ends: Sequence[tuple[int, int]]) -> Rows:
+    def _packed(self, ends: Sequence[tuple[int, int]]) -> tuple[Rows, Tensor, int]:
+        """Rows of one side, cumulative lengths, the longest."""
+        lengths = [end - first for first, end in ends]
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device)
         if all(end == first for (_, end), (first, _) in pairwise(ends)):
-            return slice(ends[0][0], ends[-1][1])
-        return torch.cat([torch.arange(*pair) for pair in ends]).to(self.device)
+            return slice(ends[0][0], ends[-1][1]), bounds, max(lengths)
+        return torch.cat([torch.arange(*pair) for pair in ends]).to(self.device), bounds, max(lengths)
 
 
 @dataclass(frozen=True, slots=True)
