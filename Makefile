@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 PYTHON312 ?= python3.12
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest setup lint clean
+.PHONY: demo test test-newest gpu-check setup lint clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -29,6 +29,10 @@ test-newest:
 	$(NEWEST)/bin/pip install --quiet -e ".[dev]" torch==2.13.0 megatron-core==0.19.2
 	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python tests/layouts.py --table
 	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python -m pytest tests/test_patches.py tests/test_checkpoint.py
+
+# On a machine with a GPU, in the environment of `pip install '.[gpu]'`: what a CPU cannot prove, in ten minutes.
+gpu-check:
+	python -m benchmarks.gpu_check --write docs/gpu.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -37,6 +37,8 @@ from spell_megatron.weights.shape import model_shape
 
 G = 8
 LENGTHS = (4096, 16_384, 32_768, 100_000)
+PEAK = 989e12
+"""bfloat16 operations a second that an H100 SXM is sold with."""
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")]
 
@@ -46,11 +48,11 @@ def precision(as_json: AsJson = False) -> None:
     """Loss, log-probs and gradients of small models; transformers in bfloat16 stands beside ours."""
     world, cases = start_world(Layout(), seed=0, timeout_seconds=600), []
     with tempfile.TemporaryDirectory() as scratch:
-        for family, folder in _families(Path(scratch)).items():
+        for family, folder in families(Path(scratch)).items():
             for by, errors in errors_of(folder, world).items():
                 cases.append({"model": family, "by": by, **errors})
     stop_world()
-    show(f"against transformers in float32, on {_device()}", cases, as_json)
+    show(f"against transformers in float32, on {device_name()}", cases, as_json)
 
 
 def errors_of(folder: Path, world: World) -> dict[str, dict[str, float]]:
@@ -68,7 +70,8 @@ def errors_of(folder: Path, world: World) -> dict[str, dict[str, float]]:
     return errors
 
 
-def _families(scratch: Path) -> dict[str, Path]:
+def families(scratch: Path) -> dict[str, Path]:
+    """Write a small model of every family."""
     shape = {**SMALL, "hidden_size": 512, "head_dim": 64}
     qwen2 = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in shape.items() if k != "head_dim"}))
     qwen2.save_pretrained(scratch / "qwen2.5")
@@ -136,15 +139,16 @@ def attention(
     world = start_world(Layout(), seed=0, timeout_seconds=600)
     shape = (heads, kv_heads, head_dim)
     cases = [
-        _group_attention(prompt, max(prompt // 32, 1), shape, world, rounds) for prompt in tokens or LENGTHS
+        group_attention(prompt, max(prompt // 32, 1), shape, world, rounds) for prompt in tokens or LENGTHS
     ]
     stop_world()
-    show(f"span attention over one group of {G}, on {_device()}", cases, as_json)
+    show(f"span attention over one group of {G}, on {device_name()}", cases, as_json)
 
 
-def _group_attention(
+def group_attention(
     prompt: int, reply: int, shape: tuple[int, int, int], world: World, rounds: int
 ) -> dict[str, Any]:
+    """Attention of heads, key-value heads and width `shape` over one prompt and G answers of `reply` tokens."""
     heads, kv_heads, d = shape
     like: dict[str, Any] = {"device": world.device, "requires_grad": True}
     like["dtype"] = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -189,7 +193,7 @@ def steps(
     unshared: Annotated[bool, typer.Option(help="Also with the prompt repeated for every answer.")] = True,
     spec: Annotated[str, typer.Option(help="auto, torch or te.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    peak: Annotated[float, typer.Option(help="Operations a second that the GPU is sold with.")] = 989e12,
+    peak: Annotated[float, typer.Option(help="Operations a second that the GPU is sold with.")] = PEAK,
     as_json: AsJson = False,
 ) -> None:
     """A whole training step: forward, backward, clipping, AdamW. An unshared answer is a stream by itself."""
@@ -197,7 +201,7 @@ def steps(
     with tempfile.TemporaryDirectory() as scratch:
         for entry in model:
             name, _, layers = entry.rpartition(":")
-            folder = _random_model(name, int(layers), Path(scratch) / str(len(cases)))
+            folder = random_model(name, int(layers), Path(scratch) / str(len(cases)))
             vocab = model_shape(folder).vocab
             for length in tokens or LENGTHS:
                 group = random_group(length - G * (length // 32), G, length // 32, vocab)
@@ -210,12 +214,13 @@ def steps(
                         optimizer=Optimizer(distributed=True),
                     )
                     cases.append(
-                        {"model": entry, "tokens": length, **_step(policy, folder, group, rounds, peak)}
+                        {"model": entry, "tokens": length, **step(policy, folder, group, rounds, peak)}
                     )
-    show(f"training steps, recompute={recompute}, on {_device()}", cases, as_json)
+    show(f"training steps, recompute={recompute}, on {device_name()}", cases, as_json)
 
 
-def _step(policy: Policy, folder: Path, group: Group, rounds: int, peak: float) -> dict[str, Any]:
+def step(policy: Policy, folder: Path, group: Group, rounds: int, peak: float) -> dict[str, Any]:
+    """One update by a group, timed: its work, as a share of `peak` too, and the memory that it took."""
     world: World = start_world(Layout(), seed=0, timeout_seconds=1800)
     learner, batch = Learner(policy, folder, world), TrainBatch((group,))
     if torch.cuda.is_available():
@@ -236,7 +241,8 @@ def _step(policy: Policy, folder: Path, group: Group, rounds: int, peak: float) 
     }
 
 
-def _random_model(name: str, layers: int, folder: Path) -> Path:
+def random_model(name: str, layers: int, folder: Path) -> Path:
+    """Write so many layers of a model that the planner knows, with random weights in bfloat16."""
     config = AutoConfig.from_pretrained(architecture(name), num_hidden_layers=layers)
     if "layer_types" in config.to_dict():
         config.layer_types = config.layer_types[:layers]
@@ -263,7 +269,8 @@ def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _device() -> str:
+def device_name() -> str:
+    """Of the device that everything here runs on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
 
 
