@@ -151,6 +151,45 @@ def parity(model: Path, tokens: int = 256, json: Json = False, debug: Debug = Fa
 
 
 @command
+def corpus(
+    source: Annotated[
+        str, typer.Argument(help="A recipe, or the path of a source: a folder, a file, a hub id.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value: of the recipe, or of the source (group_by=random).")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Clusters to show.")] = 3,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a run would read: clusters, lengths, duplicates, what is left out and why, samples."""
+    from spell_megatron.corpus import survey
+    from spell_megatron.corpus.survey import meant
+
+    config = meant(source, overrides or [])
+    count, how = _counter(config.model.path)
+    found = survey(config.corpus, count, config.seed, samples)
+    _err.print(found.shown())
+    _err.print(how, style="dim", highlight=False, soft_wrap=True)
+    if json:
+        _print_json(found.to_dict())
+
+
+def _counter(model: str) -> tuple[Callable[[str], int], str]:
+    """What counts tokens, and how: by the model's tokenizer where its folder is here."""
+    from spell_megatron.weights.locate import local_folder
+    from tokenizer.chat import ChatTokenizer
+
+    folder = local_folder(model)
+    if folder is None:
+        return (
+            lambda text: -(-len(text) // 4),
+            "tokens: estimated, four characters each (model.path is not here)",
+        )
+    return ChatTokenizer.load(folder).count, f"tokens: by the tokenizer in {folder}"
+
+
+@command
 def report(run: Path, debug: Debug = False) -> None:
     """Write the HTML report of a run."""
     from spell_megatron.record import write_report

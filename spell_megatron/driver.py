@@ -6,6 +6,7 @@ run on a thread of their own (`ahead`); everything else is called, and runs, on 
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.staleness import importance, staleness
 from spell_megatron.preemption import Stop
 from spell_megatron.record import Console, Journal, Live, Metrics, RunFolder, logging_to, write_report
+from spell_megatron.record.folder import replace_text
 from spell_megatron.rollout.engine import Engine, EngineStats
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
@@ -68,6 +70,7 @@ class Driver:
         self.prompts = Prompts(settings.model.prompts)
         self._questions = load_heldout(settings.heldout)
         clusters = ClusterSampler(settings.corpus, self.codec.count, settings.seed, run.corpus)
+        replace_text(run.sources, json.dumps(clusters.facts))
         self.engine = _engine(settings, run, model, self.codec.eos_ids, alone)
         stack.callback(self.engine.close)
         self.selfplay = SelfPlay(

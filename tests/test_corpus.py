@@ -103,7 +103,7 @@ def test_one_kind_of_fault_does_not_flood_the_log(tmp_path: Path, caplog: pytest
 def test_a_huge_text_is_read_in_parts_that_lose_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spell_megatron.corpus.reading.BLOCK_BYTES", 101)
+    monkeypatch.setattr("spell_megatron.corpus.reading.files.PART", 101)
     text = "\n\n".join(f"Absatz {i} mit Umläuten äöü und dem Zeichen 𝄞." for i in range(60))
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     texts, skipped = texts_of(tmp_path)
@@ -113,7 +113,7 @@ def test_a_huge_text_is_read_in_parts_that_lose_nothing(
 
 
 def test_json_lines_survive_every_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spell_megatron.corpus.reading.ROW_BYTES", 4096)
+    monkeypatch.setattr("spell_megatron.corpus.reading.tables.ROW_BYTES", 4096)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(
         b"\xef\xbb\xbf" + b'{"text": "first", "cluster": 7, "title": "T"}\n'

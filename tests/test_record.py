@@ -558,6 +558,15 @@ def test_a_page_needs_nothing_but_itself(run: RunFolder) -> None:
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", html)
 
 
+def test_the_report_says_what_of_the_corpus_was_left_out(run: RunFolder) -> None:
+    full_run(run, 2)
+    facts = {"clusters": 1234, "documents": 5678, "tokens": 9, "duplicates": 3, "skipped": {"not UTF-8": 17}}
+    run.sources.write_text(json.dumps({"web": {**facts, "examples": {"not UTF-8": f"{HOSTILE}: not UTF-8"}}}))
+    page = Page(write_report(run.path).read_text(encoding="utf-8"))
+    assert all(shown in page.text for shown in ("1,234", "5,678", "3 duplicates", "17 not UTF-8"))
+    assert "script" not in page.tags
+
+
 def test_a_run_without_steps_has_no_report(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(SpellError, match="has no finished step to report"):
         write_report(run.path)

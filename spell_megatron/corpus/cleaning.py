@@ -8,7 +8,9 @@ from hashlib import blake2b
 
 import numpy as np
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ufeff]")
+_BREAK = re.compile("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
+"""Whatever some system ends a line, a page or a record with."""
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x9f\ufeff]")
 _BLANK = re.compile(r"\n{3,}")
 
 SHINGLE = 5
@@ -23,7 +25,7 @@ _MULTIPLIERS = np.random.default_rng(20250923).integers(1, 2**63, BANDS * ROWS, 
 
 def clean(text: str) -> str:
     """Unix line ends, no control characters, no trailing spaces, at most one blank line in a row."""
-    text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").replace("\f", "\n")
+    text = _BREAK.sub("\n", text.encode("utf-8", "replace").decode("utf-8")).replace("\x1f", " ")
     text = _CONTROL.sub("", text)
     return _BLANK.sub("\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip("\n")
 

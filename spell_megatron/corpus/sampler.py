@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Clusters(Protocol):
-    """A source's clusters, by number."""
+    """A source's clusters, by number, and what is known of them."""
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
 
     def __len__(self) -> int: ...
 
@@ -74,6 +77,11 @@ class ClusterSampler:
     def domains(self) -> dict[str, int]:
         """Number of clusters of each domain."""
         return {stream.domain: len(stream.clusters) for stream in self._streams}
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What each source held and what of it was left out, by domain."""
+        return {stream.domain: stream.clusters.facts for stream in self._streams}
 
     def draw(self, n: int) -> list[tuple[Cluster, Task]]:
         """The next `n` pairs. Every cluster holds the configured token and document limits exactly."""
@@ -158,6 +166,10 @@ class _ToyWorld:
 
     def __init__(self, seed: int, size: int, domain: str) -> None:
         self._seed, self._size, self._domain = seed, size, domain
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"clusters": self._size}
 
     def __len__(self) -> int:
         return self._size

@@ -30,6 +30,10 @@ Count = Callable[[str], int]
 
 COUNTED = 20_000
 """Documents whose tokens are counted; of later ones every 50th, the others by their characters."""
+_PIECE = 1 << 15
+"""Characters that are counted at a time: a tokenizer takes a hundred bytes of memory for each."""
+_PIECES = 16
+"""Of a longer text so many pieces are counted, evenly spread."""
 SPLIT = 8
 """Passages of a long text that fill one cluster."""
 _CACHE_KIB = 64 << 10
@@ -124,7 +128,12 @@ class _Build:
             "duplicates": self._duplicates,
             "split": self._split,
             "divided": self._divided,
-            "skipped": dict(self._skipped.counts),
+            "lengths": {
+                "documents": self._spread("count(*)"),
+                "tokens": self._spread("sum(tokens)"),
+            },
+            "skipped": dict(self._skipped.counts.most_common()),
+            "examples": self._skipped.first,
         }
         self._db.executemany(
             "insert into facts values (?, ?)", [(k, json.dumps(v)) for k, v in facts.items()]
@@ -219,12 +228,18 @@ class _Build:
     def _one(self, query: str, *values: int) -> int:
         return int(self._db.execute(query, values).fetchone()[0])
 
+    def _spread(self, measure: str) -> list[int]:
+        """The least, the median and the largest of a measure of clusters."""
+        query = f"select {measure} from members join documents on id = document group by cluster order by 1"
+        values = [value for (value,) in self._db.execute(query)]
+        return [values[0], values[len(values) // 2], values[-1]]
+
     def _nothing(self) -> str:
         left_out = f"skipped: {self._skipped}" if self._skipped.counts else "it has no files"
         causes = "".join(f"\n  {message}" for message in self._skipped.first.values())
         return (
             f"the corpus {self._source.path} has no usable text; {left_out}{causes}\n"
-            "A corpus is a folder of UTF-8 .txt or .md files, or .jsonl, .json or .parquet rows."
+            "A corpus is a folder of UTF-8 text, Markdown or HTML, or rows of JSON lines, CSV or Parquet."
         )
 
 
@@ -249,8 +264,16 @@ class _Meter:
     def __call__(self, text: str) -> int:
         self._calls += 1
         if self._calls <= COUNTED or self._calls % 50 == 0:
-            tokens = max(1, self._count(text))
+            tokens = max(1, self._counted(text))
             self._characters += len(text)
             self._tokens += tokens
             return tokens
         return max(1, len(text) * self._tokens // self._characters)
+
+    def _counted(self, text: str) -> int:
+        starts = range(0, len(text), _PIECE)
+        if len(starts) <= _PIECES:
+            return sum(self._count(text[start : start + _PIECE]) for start in starts)
+        sample = starts[:: -(-len(starts) // _PIECES)]
+        read = sum(len(text[start : start + _PIECE]) for start in sample)
+        return sum(self._count(text[start : start + _PIECE]) for start in sample) * len(text) // read

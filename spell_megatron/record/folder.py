@@ -8,6 +8,7 @@ runs/<name>-<time>/
     checkpoints/           learner and run state, committed together
     hf/                    the exported model
     corpus/                prepared clusters (corpus.store)
+    corpus.json            what its sources held, and what of them was left out
     report.html  run.log
 """
 
@@ -56,6 +57,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.hf = path / "hf"
         self.corpus = path / "corpus"
+        self.sources = path / "corpus.json"
         self.report = path / "report.html"
         self.log = path / "run.log"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def write_report(run_dir: str | Path) -> Path:
             sections=sections(rows),
             samples=[("Early", early), ("Late", late)],
             table=_table(rows),
+            sources=json.loads(folder.sources.read_bytes()) if folder.sources.exists() else {},
             config=folder.config.read_text(encoding="utf-8", errors="replace"),
         )
     )

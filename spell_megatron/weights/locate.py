@@ -10,6 +10,12 @@ _SHIPPED = Path(__file__).parent.parent / "assets"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
+def local_folder(path: str) -> Path | None:
+    """The folder of a model that is on this machine under its path, or shipped; None where it is not."""
+    folders = (Path(path).expanduser(), _SHIPPED / path) if path else ()
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
 def model_folder(path: str) -> Path:
     """The local folder of a model: a path, the name of a shipped model, or a hub id (which is downloaded).
 
@@ -19,9 +25,8 @@ def model_folder(path: str) -> Path:
         raise SpellError(
             "model.path is empty: give a Hugging Face model folder, or a hub id such as Qwen/Qwen3-4B"
         )
-    for folder in (Path(path).expanduser(), _SHIPPED / path):
-        if (folder / "config.json").is_file():
-            return folder
+    if (folder := local_folder(path)) is not None:
+        return folder
     if Path(path).expanduser().exists() or path.count("/") != 1:
         raise SpellError(f"{path} is not a model folder: it has no config.json (model.path)")
     try:

@@ -1,0 +1,63 @@
+"""Which column of a row is a text. Layouts are told apart by their columns:
+
+text_field [, cluster_field] [, title]   the general layout
+content                                  Ultra-FineWeb (openbmb/Ultra-FineWeb)
+paragraphs, question_id                  DocMath-Eval (yale-nlp/DocMath-Eval): a row is one long
+                                         text of its own cluster; its questions are not read
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from spell_megatron.config import Source
+from spell_megatron.corpus.reading.text import Skipped, Text
+
+Row = Mapping[str, Any]
+
+
+def texts(rows: Iterable[Row], name: str, source: Source, skipped: Skipped) -> Iterator[Text]:
+    """Rows to texts. The first row tells the file's layout."""
+    column = None
+    for number, row in enumerate(rows, start=1):
+        where = f"{name}#{number}"
+        if column is None and (column := text_column(row, source)) is None:
+            return missing_column(row, name, source, skipped)
+        value = row.get(column)
+        if column == "paragraphs" and isinstance(value, list):
+            value = "\n\n".join(paragraph for paragraph in value if isinstance(paragraph, str))
+        if value is None or value == "":
+            skipped.add("empty", where)
+        elif not isinstance(value, str):
+            skipped.add(f"without text in {column!r}", where, f"found {type(value).__name__}")
+        else:
+            given = row.get(source.cluster_field)
+            if given is None and column == "paragraphs":
+                given = row.get("question_id", where)
+            title = row.get("title")
+            yield from Text(
+                where, value, name if given is None else str(given), title if isinstance(title, str) else ""
+            ).parts()
+
+
+def text_column(columns: Iterable[str], source: Source) -> str | None:
+    """The column that holds the text; None where there is none."""
+    names = set(columns)
+    default = source.text_field == Source().text_field
+    known = [source.text_field, *(("content", "paragraphs") if default else ())]
+    return next((column for column in known if column in names), None)
+
+
+def wanted_columns(columns: Iterable[str], source: Source) -> list[str]:
+    """Those of `columns` that `texts` looks at."""
+    wanted = {source.text_field, source.cluster_field, "content", "paragraphs", "question_id", "title"}
+    return [column for column in columns if column in wanted]
+
+
+def missing_column(columns: Iterable[str], name: str, source: Source, skipped: Skipped) -> None:
+    names = sorted(map(str, columns))
+    near = difflib.get_close_matches(source.text_field, names, n=1, cutoff=0.5)
+    detail = f"did you mean text_field: {near[0]}? " if near else ""
+    skipped.add(f"without a column {source.text_field!r}", name, f"{detail}columns: {', '.join(names[:20])}")
