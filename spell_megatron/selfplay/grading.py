@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from spell_megatron.selfplay import numbers
 from spell_megatron.selfplay.numbers import parse_number
-from spell_megatron.selfplay.parsing import strip_thinking
 from spell_megatron.selfplay.reading import letters, texts
 from spell_megatron.selfplay.reading.statements import opened, statements
 from spell_megatron.selfplay.reading.texts import normalise
+from spell_megatron.selfplay.reading.thoughts import strip_thinking
 from spell_megatron.types import Question
 
 TOLERANCE = 0.0015
