@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from spell_megatron.selfplay.grading import last_box
+from spell_megatron.selfplay.reading.statements import last_box
 
 PLACEHOLDER = "insert answer here"
 TAIL = 32_768

@@ -21,8 +21,8 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from eval.benchmark import Ask, Grade, Item, Mode, Unjudged, Unreadable, Verdict
 from eval.endpoint import Endpoint, Refused, Unanswered
 from eval.journal import Journal, key_of
-from spell_megatron.selfplay.parsing import strip_thinking
 from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.reading.thoughts import strip_thinking
 from spell_megatron.types import Question
 
 T = TypeVar("T")

@@ -45,6 +45,10 @@ class Ahead(Generic[Played]):
         finally:
             self._plays.pop(step - 1, None)
 
+    def forget(self) -> None:
+        """Every play begins anew when it is asked for. None may be under way."""
+        self._plays.clear()
+
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of something else that is asynchronous; waits for it."""
         return self._submit(work).result()

@@ -148,8 +148,9 @@ class Servers:
     """Tensor-parallel size of each started server."""
     host: str = "127.0.0.1"
     """Address that started servers, and the trainer's end of a transfer, listen on."""
-    transfer: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
-    """How weights travel: `nccl` to other GPUs, `ipc` to the trainer's own, `gloo` between CPUs."""
+    transfer: Literal["auto", "gloo", "nccl", "ipc", "shm"] = "auto"
+    """How weights travel. From every rank to the engines on its own device: `ipc` on a GPU, `shm` on a CPU. From rank 0
+    to engines anywhere: `nccl` between GPUs, `gloo` between CPUs."""
     in_flight: Literal["finish", "restart"] = "finish"
     """At a resync, running requests end on the old weights, or start over on the new ones."""
     start_seconds: float = Field(default=1800.0, gt=0)
@@ -159,7 +160,7 @@ class Servers:
     request_seconds: float = Field(default=3600.0, gt=0)
     """A completion that takes longer is replayed elsewhere."""
     sync_seconds: float = Field(default=300.0, gt=0)
-    """A tensor (or a call of the weight-update API) that takes longer fails the transfer."""
+    """A transfer of weights that takes longer fails; running requests may end before it begins."""
     verify: Literal["version", "checksum"] = "version"
     """After a resync every engine must name its version; `checksum` compares each tensor that it was given, too."""
     max_restarts: int = Field(default=5, ge=0)

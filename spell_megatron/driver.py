@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from spell_megatron import config
 from spell_megatron.ahead import Ahead
@@ -108,6 +106,11 @@ class Driver:
         with self.phase("play"):
             return self._ahead.play(step)
 
+    def rewind(self, state: dict[str, Any]) -> None:
+        """Have a play that broke off begin again, from a `Played.state`; its finished episodes are on disk."""
+        self._ahead.forget()
+        self.selfplay.restore(state)
+
     async def _play(self, step: int) -> Played:
         began, before = time.monotonic(), self.engine.stats()
         self._journal, self._before = Journal(self.run, step), before
@@ -119,9 +122,6 @@ class Driver:
         seconds = time.monotonic() - began
         metrics = {"time/rollout": seconds, **_token_metrics(before, self.engine.stats())}
         return Played(play, self.selfplay.state(), metrics)
-
-    def resync(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
-        self.engine.update_weights(weights, version=step)
 
     def measure(self, step: int) -> dict[str, float]:
         """Scores of the present weights, those after `step`: on held-out questions, and on benchmarks."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -22,6 +22,8 @@ from spell_megatron.policy.world import Value, World, agreed, start_world, stop_
 from spell_megatron.preemption import Preempted, Stop, listen, preempted
 from spell_megatron.record import RunFolder, forget_episodes, same_episodes
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.engine import Engine, WeightsWanted
+from spell_megatron.rollout.follower import Follower
 from spell_megatron.rollout.residence import EngineResidence
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.locate import model_folder
@@ -70,6 +72,12 @@ class Session:
             if world.is_main
             else None
         )
+        self._engine: Engine | Follower
+        if self.driver:
+            self._engine = self.driver.engine
+        else:
+            self._engine = Follower(model, config.rollout, scratch=run.path.parent / ".engine")
+            stack.callback(self._engine.close)
         if colocated and self.driver:
             self._placement.admit(EngineResidence(self.driver.engine))
         record = config.record
@@ -86,15 +94,7 @@ class Session:
 
     def play(self, step: int) -> TrainBatch:
         """The step's batch, on every rank. Where there is none, the state is saved and the reason raised."""
-        self._placement.enter(Phase.GENERATE)
-        turn = _Turn()
-        if self.driver:
-            try:
-                self._played = self.driver.play(step)
-                turn = _Turn(self._played.play.batch.train if self._played else None)
-            except SpellError as error:
-                turn = _Turn(fault=str(error))
-        turn = self._shared(turn)
+        turn = self._with_engines(lambda driver: self._turn(driver, step), step - 1)
         if turn.batch is not None:
             return turn.batch
         self._save()
@@ -107,6 +107,35 @@ class Session:
         )
         dist.barrier()  # no rank leaves before the run is marked as saved
         raise leaving
+
+    def _turn(self, driver: Driver, step: int) -> _Turn:
+        try:
+            self._played = driver.play(step)
+        except WeightsWanted:
+            driver.rewind(self._state)
+            raise
+        except SpellError as error:
+            return _Turn(fault=str(error))
+        return _Turn(self._played.play.batch.train if self._played else None)
+
+    def _with_engines(self, work: Callable[[Driver], Value], step: int) -> Value:
+        """What rank 0 does with engines that hold the weights of `step`; its result, on every rank.
+
+        Of weights that go from every rank to its own device no copy is kept: where all engines ended and came
+        back, they are sent again, and the work is done again.
+        """
+        while True:
+            self._placement.enter(Phase.GENERATE)
+            result: tuple[Value | None, bool] = None, False
+            if self.driver:
+                try:
+                    result = work(self.driver), True
+                except WeightsWanted as wanted:
+                    self.driver.live.note(str(wanted))
+            value, done = self._shared(result)
+            if done:
+                return cast("Value", value)
+            self.resync(step)
 
     def update(self, batch: TrainBatch) -> Update:
         """One update, of the groups that are within `record.mismatch_bound` where others are to be dropped."""
@@ -126,22 +155,16 @@ class Session:
         return batch.without(self._dropped)
 
     def resync(self, step: int) -> None:
-        """Give the engine the weights that `step` made. The stream is a collective: every rank drains it."""
+        """Give the engine the weights that `step` made. A collective: every rank takes its part in it."""
         self._placement.enter(Phase.RESYNC)
         with self._phase("resync"):
-            if self.driver:
-                self.driver.resync(self.learner.weights(), step)
-            else:
-                for _ in self.learner.weights():
-                    pass
+            self._engine.update_weights(self.learner.weights(), step)
 
     def measure(self, step: int) -> dict[str, float]:
         """Scores by name, where they are due: before the first step, every so many, and after the last."""
         every = self.config.heldout.every
         due = step in (0, self.config.steps) or (every and step % every == 0)
-        if due:
-            self._placement.enter(Phase.GENERATE)
-        return self.driver.measure(step) if self.driver and due else {}
+        return self._with_engines(lambda driver: driver.measure(step), step) if due else {}
 
     def record(self, step: int, update: Update, scores: Mapping[str, float]) -> None:
         """Write the step's row, then its checkpoint if one is due: a resumed run forgets rows beyond its

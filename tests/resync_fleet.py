@@ -1,17 +1,22 @@
-"""Program of test_resync_fleet.py under torchrun: two ranks train, two vLLM servers follow.
+"""Program of test_resync_fleet.py under torchrun: ranks train, two vLLM servers on their devices follow.
 
     torchrun --nproc-per-node 2 tests/resync_fleet.py OUT KIND=FOLDER …
 
 For every model two servers are started once; then every layout makes two training steps with a learner of its
-own, starting over from the folder. After each resync the servers sample, and the learner scores what they did.
+own, starting over from the folder. After each resync the servers sample, and the learner scores what they did. At
+the end the last model's servers are stopped and killed in the middle of a resync.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import signal
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +27,28 @@ from spell_megatron.config import Layout, Optimizer, Policy, Rollout, Servers
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.world import World, start_world, stop_world
+from spell_megatron.rollout import backend
+from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
+from spell_megatron.rollout.follower import Follower
+from spell_megatron.rollout.health import State
 from spell_megatron.session import share
 from spell_megatron.types import Group, Sample, TrainBatch
 
-LAYOUTS = {"tp2": Layout(tensor=2, sequence=True), "dp2": Layout()}
+LAYOUTS = {
+    2: {
+        "tp2": Layout(tensor=2, sequence=True),
+        "dp2": Layout(),
+        "pp2": Layout(pipeline=2),
+        "ep2": Layout(expert=2),
+    },
+    4: {"tp2pp2": Layout(tensor=2, sequence=True, pipeline=2), "ep2pp2": Layout(expert=2, pipeline=2)},
+}
 STEPS = 2
+FAULTS = {"stopped": (1, signal.SIGSTOP), "killed": (0, signal.SIGKILL)}
+"""In the middle of a resync, and after it nobody else is left: which server, and how."""
+BUCKET_BYTES = 48 << 10
+"""So little that layers are cut in pieces, and that one tensor does not fit."""
 # A rate so large that stale weights would show at once.
 POLICY = Policy(dtype="float32", stream_tokens=512, optimizer=Optimizer(lr=1e-2))
 SETTINGS = Rollout(
@@ -36,77 +57,142 @@ SETTINGS = Rollout(
     max_num_seqs=16,
     max_batched_tokens=512,
     kv_cache_mib=32,
-    servers=Servers(count=2, verify="checksum", start_seconds=300, sync_seconds=60),
+    servers=Servers(count=2, transfer="shm", verify="checksum", start_seconds=300, sync_seconds=15),
 )
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
-def follow(kind: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Train in every layout; rows of `mismatch` after each resync, and of the same batch one step later."""
-    rows: list[dict[str, Any]] = []
-    fleet: Fleet | None = None
-    version, draw = 0, random.Random(0)
-    try:
-        for name, layout in LAYOUTS.items():
-            world = start_world(layout, seed=0, timeout_seconds=600)
-            if world.is_main and fleet is None:
-                fleet = Fleet(folder, SETTINGS, scratch=scratch / "vllm", logs=scratch / kind, stop=())
-            learner = Learner(replace(POLICY, layout=layout), folder, world)
-            batch: TrainBatch | None = None
-            for step in range(STEPS + 1):
-                row: dict[str, Any] = {"kind": kind, "layout": name, "step": step}
-                if batch is not None:
-                    learner.update(batch)
-                    row["stale"] = _gap(learner, batch)
-                version += 1
-                _resync(fleet, learner, version)
-                batch = _sampled(fleet, draw, world)
-                rows.append({**row, **_report(fleet), "version": version, "gap": _gap(learner, batch)})
-    finally:
-        if fleet is not None:
-            fleet.close()
-    return rows
+class Following:
+    """Two servers and a learner after another; rows of what became of each resync."""
+
+    def __init__(self, kind: str, folder: Path, scratch: Path) -> None:
+        self.kind, self.folder = kind, folder
+        self.rows: list[dict[str, Any]] = []
+        self._scratch = scratch
+        self._version, self._draw = 0, random.Random(0)
+        self._engine: Fleet | Follower | None = None
+
+    @property
+    def fleet(self) -> Fleet | None:
+        return self._engine if isinstance(self._engine, Fleet) else None
+
+    def through(self, layouts: dict[str, Layout], faults: bool) -> None:
+        """Train in every layout; `stale` is the gap of the batch before, which older weights made."""
+        try:
+            for name, layout in layouts.items():
+                if layout.expert > 1 and self.kind != "moe":
+                    continue
+                self._begin(layout)
+                batch: TrainBatch | None = None
+                for step in range(STEPS + 1):
+                    row: dict[str, Any] = {"layout": name, "step": step}
+                    if batch is not None:
+                        self._learner.update(batch)
+                        row["stale"] = self._gap(batch)
+                    batch = self._resync(row)
+            if faults:
+                self._break(batch)
+        finally:
+            if self._engine is not None:
+                self._engine.close()
+
+    def _begin(self, layout: Layout) -> None:
+        self._world = start_world(layout, seed=0, timeout_seconds=600)
+        scratch = self._scratch / "vllm"
+        if self._engine is None and self._world.is_main:
+            logs = self._scratch / self.kind
+            self._engine = Fleet(self.folder, SETTINGS, scratch=scratch, logs=logs, stop=())
+        elif self._engine is None:
+            self._engine = Follower(self.folder, SETTINGS, scratch=scratch)
+        self._learner = Learner(replace(POLICY, layout=layout), self.folder, self._world)
+
+    def _resync(self, row: dict[str, Any], fault: tuple[int, int] | None = None) -> TrainBatch:
+        """A new version for the servers, and a batch of theirs; sent again where nobody holds it."""
+        assert self._engine is not None
+        self._version += 1
+        began, sent = time.monotonic(), 0
+        batch: TrainBatch | None = None
+        while batch is None:
+            weights = self._learner.weights()
+            if fault and self.fleet and not sent:
+                weights = striking(weights, self.fleet.process_groups()[f"engine-{fault[0]}"], fault[1])
+            self._engine.update_weights(weights, self._version)
+            if not sent:
+                row |= {"kind": self.kind, "version": self._version, "seconds": time.monotonic() - began}
+                row["held"] = self._held()
+            sent += 1
+            batch = self._sampled()
+        self.rows.append({**row, "sent": sent, "gap": self._gap(batch)})
+        return batch
+
+    def _break(self, batch: TrainBatch | None) -> None:
+        """One server is stopped, and while its successor starts the other one is killed; then both come back."""
+        for name, fault in FAULTS.items():
+            assert batch is not None
+            self._learner.update(batch)
+            batch = self._resync({"layout": name, "step": 1}, fault)
+        while self.fleet and not all(
+            health.state in (State.SYNCING, State.HEALTHY) for health in self.fleet.states().values()
+        ):
+            time.sleep(0.2)
+        self._resync({"layout": "recovered", "step": 1})
+
+    def _held(self) -> list[int | None]:
+        states = self.fleet.states().values() if self.fleet else ()
+        return [health.held if health.serves else None for health in states]
+
+    def _sampled(self) -> TrainBatch | None:
+        """Groups of random prompts, answered by whoever serves; None where they ask for weights first."""
+        try:
+            batch = asyncio.run(self._groups(self.fleet)) if self.fleet else None
+        except WeightsWanted:
+            batch = None
+        return share(batch, self._world)
+
+    async def _groups(self, engine: Fleet) -> TrainBatch:
+        async def group() -> Group:
+            prompt = [self._draw.randrange(3, 256) for _ in range(24)]
+            seeds = [self._draw.randrange(1 << 30) for _ in range(3)]
+            rollouts = await engine.generate(prompt, seeds=seeds, max_tokens=16, temperature=1.0, top_p=1.0)
+            samples = (
+                Sample(r.tokens, [self._draw.gauss(0, 1)] * len(r.tokens), r.logprobs) for r in rollouts
+            )
+            return Group(prompt, tuple(samples))
+
+        return TrainBatch(tuple(await asyncio.gather(*(group() for _ in range(4)))))
+
+    def _gap(self, batch: TrainBatch) -> float:
+        scores = self._learner.score(batch)
+        return mismatch(batch, scores, ["all"] * len(batch.groups)).get("mismatch/max", 0.0)
+
+    _learner: Learner
+    _world: World
 
 
-def _resync(fleet: Fleet | None, learner: Learner, version: int) -> None:
-    if fleet is not None:
-        fleet.update_weights(learner.weights(), version)
-    else:
-        for _ in learner.weights():
-            pass
-
-
-def _sampled(fleet: Fleet | None, draw: random.Random, world: World) -> TrainBatch:
-    """Groups of random prompts, answered by both servers."""
-
-    async def group(engine: Fleet) -> Group:
-        prompt = [draw.randrange(3, 256) for _ in range(24)]
-        seeds = [draw.randrange(1 << 30) for _ in range(3)]
-        rollouts = await engine.generate(prompt, seeds=seeds, max_tokens=16, temperature=1.0, top_p=1.0)
-        return Group(
-            prompt, tuple(Sample(r.tokens, [draw.gauss(0, 1)] * len(r.tokens), r.logprobs) for r in rollouts)
-        )
-
-    async def groups(engine: Fleet) -> TrainBatch:
-        return TrainBatch(tuple(await asyncio.gather(*(group(engine) for _ in range(4)))))
-
-    return share(asyncio.run(groups(fleet)) if fleet is not None else TrainBatch(()), world)
-
-
-def _gap(learner: Learner, batch: TrainBatch) -> float:
-    return mismatch(batch, learner.score(batch), ["all"] * len(batch.groups)).get("mismatch/max", 0.0)
-
-
-def _report(fleet: Fleet | None) -> dict[str, Any]:
-    return {"held": [health.held for health in fleet.states().values() if health.serves]} if fleet else {}
+def striking(weights: Weights, group: int, number: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """A stream in the middle of which a process group is sent a signal."""
+    for index, weight in enumerate(weights):
+        if index == 10:
+            os.killpg(group, number)
+        yield weight
 
 
 def main() -> None:
     torch.set_num_threads(1)
     out, *models = sys.argv[1:]
+    scratch = Path(out).parent
+    backend.quiet()
+    with backend.undisturbed(scratch):
+        from spell_megatron.rollout.transfer import shm
+
+        shm._BUCKET_BYTES = BUCKET_BYTES
+    layouts = LAYOUTS[int(os.environ["WORLD_SIZE"])]
     rows = []
     for model in models:
         kind, folder = model.split("=")
-        rows += follow(kind, Path(folder), Path(out).parent)
+        following = Following(kind, Path(folder), scratch)
+        following.through(layouts, faults=model == models[-1] and "tp2" in layouts)
+        rows += following.rows
     main_rank = torch.distributed.get_rank() == 0
     stop_world()
     if main_rank:

@@ -20,8 +20,8 @@ from eval.benchmarks.reading import covers_words, longbench_f1
 from eval.judge import bracketed_verdict, official_verdict
 from eval.prompting import middle_cut
 from eval.scoring import isolated
+from eval.squad import normalise
 from eval.statistics import figure, paired, pass_at_k, pass_at_k_bootstrap
-from spell_megatron.selfplay.grading import normalise
 
 pytestmark = pytest.mark.unit
 VECTORS = Path(__file__).parent / "vectors"

@@ -6,8 +6,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -191,21 +194,54 @@ def test_kept_weights_are_the_streams_and_survive_a_half_read_one() -> None:
     store = WeightStore(Manifest(dict.fromkeys("abc", (2, 3))), torch.device("cpu"))
     for version, value in ((1, 1.0), (2, 2.0)):
         stream = weights(value)
-        store.offer(stream.items())
+        store.begin()
+        assert store.version is None
+        store.fill(stream.items(), version)
         for name, _ in store:
             if name == "b":
                 break  # a transfer that failed
-        assert store.version is None
-        store.keep(version)
+        assert store.version == version
         stream["a"].fill_(-1)  # the trainer goes on; what is kept does not change
         assert {name: tensor.unique().item() for name, tensor in store} == dict.fromkeys("abc", value)
         assert [meta.name for meta in store.metadata()] == ["a", "b", "c"]
-    store.offer({"a": torch.zeros(2, 3)}.items())
+    store.begin()
+    with pytest.raises(EngineError, match="lacks 2 tensors"):
+        store.fill({"a": torch.zeros(2, 3)}.items(), 3)
     with pytest.raises(EngineError, match="lacks 2 tensors"):
         list(store)
-    with pytest.raises(EngineError, match="lacks 2 tensors"):
-        store.keep(3)
     assert store.version is None
+
+
+def test_a_reader_follows_a_stream_that_fills_and_a_slow_one_holds_up_nobody() -> None:
+    from spell_megatron.rollout.transfer.store import WeightStore
+
+    names, seen = "abcdef", threading.Semaphore(0)
+
+    def streamed() -> Iterator[tuple[str, torch.Tensor]]:
+        for place, name in enumerate(names):
+            if place == 3:
+                assert seen.acquire(timeout=20)  # the reader is given the first while the rest is to come
+            yield name, torch.full((2,), float(place))
+
+    def read(pause: Callable[[], object]) -> dict[str, float]:
+        got = {}
+        for name, tensor in store:
+            got[name] = tensor[0].item()
+            pause()
+        return got
+
+    store = WeightStore(Manifest(dict.fromkeys(names, (2,))), torch.device("cpu"))
+    store.begin()
+    filled = threading.Event()
+    with ThreadPoolExecutor(3) as pool:
+        known = pool.submit(store.metadata)
+        quick = pool.submit(read, seen.release)
+        slow = pool.submit(read, lambda: filled.wait(20))
+        store.fill(streamed(), 1)
+        filled.set()
+        expected = {name: float(place) for place, name in enumerate(names)}
+        assert quick.result(20) == slow.result(20) == expected
+        assert [meta.name for meta in known.result(20)] == list(names)
 
 
 FAMILY = (

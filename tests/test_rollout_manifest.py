@@ -95,8 +95,8 @@ def test_kept_weights_come_with_their_checksums() -> None:
 
     store = WeightStore(Manifest(dict.fromkeys("ab", (2, 3))), torch.device("cpu"), summed=True)
     weights = {name: torch.randn(2, 3) for name in "ab"}
-    store.offer(weights.items())
+    store.begin()
+    store.fill(weights.items(), 1)
     list(store)
-    store.keep(1)
     assert store.sums == {name: checksum(tensor) for name, tensor in weights.items()}
     assert store.reached == "b"

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spell_megatron.selfplay.grading import extract_answer, math_equal
-from spell_megatron.selfplay.parsing import Failure, parse_question, parse_verdict, strip_thinking
+from spell_megatron.selfplay.parsing import Failure, parse_question, parse_verdict
+from spell_megatron.selfplay.reading.thoughts import strip_thinking
 from spell_megatron.types import Question
 
 pytestmark = pytest.mark.unit

@@ -10,7 +10,7 @@ import re
 
 from eval.benchmark import Benchmark, Grade, Item, Mode
 from eval.data import Data, Row, Source, identity, text
-from spell_megatron.selfplay.grading import last_box
+from spell_megatron.selfplay.reading.statements import last_box
 
 _LONGEST = 1_000
 _DEGREES = re.compile(r"\^\{?\\circ\}?|°")

@@ -17,7 +17,7 @@ import numpy as np
 
 from eval.benchmark import Ask, Benchmark, Grade, Item, Mode, Unjudged, Verdict, fill
 from eval.data import BadRow, Data, Row, Source, identity, text, texts
-from spell_megatron.selfplay.parsing import strip_thinking
+from spell_megatron.selfplay.reading.thoughts import strip_thinking
 
 BOOKS = Source(
     "xinrongzhang2022/InfiniteBench", ("longbook_sum_eng.jsonl", "*/longbook_sum_eng.jsonl"), "helmet"

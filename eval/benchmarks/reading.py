@@ -10,7 +10,7 @@ from collections import Counter
 from eval import extract
 from eval.benchmark import Ask, Benchmark, Grade, Item, Mode, Verdict, fill
 from eval.judge import equivalence
-from spell_megatron.selfplay.grading import cover_exact_match, exact_match, f1, normalise
+from eval.squad import cover_exact_match, exact_match, f1, normalise
 
 PROMPT = """Please read the following text and answer the question below.
 

@@ -48,6 +48,8 @@ class Backend:
 # request's random generator by an offset that CPU generators do not have, and dies.
 CPU = Backend("cpu", eager=True, block_size=32, kv_cache_mib=512, cuts_prompts=False, sleeps=False)
 CUDA = Backend("cuda", eager=False, block_size=None, kv_cache_mib=None, cuts_prompts=True, sleeps=True)
+LOCAL = ("ipc", "shm")
+"""Transfers from every rank of the trainer to the engines on its own devices."""
 SLEEP_TAGS = {"weights": "weights", "cache": "kv_cache"}
 """vLLM's names for what an engine takes back when it wakes."""
 
@@ -57,7 +59,9 @@ def current() -> Backend:
     return CUDA if torch.cuda.is_available() else CPU
 
 
-def transfer(name: Literal["auto", "gloo", "nccl", "ipc"]) -> Literal["gloo", "nccl", "ipc"]:
+def transfer(
+    name: Literal["auto", "gloo", "nccl", "ipc", "shm"],
+) -> Literal["gloo", "nccl", "ipc", "shm"]:
     """The weight-transfer backend. `auto` is `nccl` where there is CUDA: it reaches engines anywhere."""
     if name != "auto":
         return name

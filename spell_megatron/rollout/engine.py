@@ -23,6 +23,10 @@ class EngineError(SpellError):
     """The engine cannot do what it was asked, or has died."""
 
 
+class WeightsWanted(EngineError):
+    """Engines are ready, and none serves before it is given the present weights once more: nobody kept them."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine started, and what it is doing now. All in tokens or requests."""
@@ -50,7 +54,7 @@ class Engine(Protocol):
 
         Log-probs are of the distribution sampled from, temperature and top-p applied. `max_tokens` shrinks
         to what the context window leaves. Cancelling the call aborts its requests. Raises EngineError where
-        the prompt fills the window or the engine cannot serve.
+        the prompt fills the window or the engine cannot serve, WeightsWanted where it can after another update.
         """
         ...
 
@@ -59,7 +63,7 @@ class Engine(Protocol):
 
         A tensor must stay valid until the call returns. Raises EngineError if `version` does not grow, if
         a tensor is missing, unknown or misshapen, or if the transfer fails; the engine then serves nothing
-        until an update succeeds.
+        until an update succeeds. After `WeightsWanted` the version may be the present one.
         """
         ...
 

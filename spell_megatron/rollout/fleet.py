@@ -25,7 +25,14 @@ from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.client import Aborted, Unavailable
 from spell_megatron.rollout.dispatch import Dispatcher
-from spell_megatron.rollout.engine import EngineError, EngineStats, Memory, check_version, room_for
+from spell_megatron.rollout.engine import (
+    EngineError,
+    EngineStats,
+    Memory,
+    WeightsWanted,
+    check_version,
+    room_for,
+)
 from spell_megatron.rollout.health import (
     Exited,
     Failed,
@@ -43,7 +50,8 @@ from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.types import Rollout, Tokens
 
 if TYPE_CHECKING:
-    from spell_megatron.rollout.transfer.session import Sender
+    from spell_megatron.rollout.transfer.fanout import Peer
+    from spell_megatron.rollout.transfer.session import Faults, Sender
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 20
@@ -79,6 +87,8 @@ class Fleet:
         self._counted = EngineStats()
         self._waiting = 0
         self._fault = ""
+        self._updating = False
+        self._local = backend.transfer(servers.transfer) in backend.LOCAL
         self._manifest = Manifest.of(folder)
         self._scratch = scratch
         launch = Launch(folder, settings, scratch, logs, backend.transfer(servers.transfer))
@@ -122,25 +132,27 @@ class Fleet:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `Engine`. Gathers in the calling thread, where the trainer's collectives belong.
 
-        Engines that fail are left to be restarted and brought to the new version; returns as soon as one
-        engine serves it.
+        Engines that fail are left to be restarted. Where the weights are kept, they are brought to the new version
+        then, and this returns as soon as one engine serves it; where they are not, who generates is told.
         """
-        check_version(self._version, version)
+        if not (self._local and version == self._version):  # which may come again, for those that lack it
+            check_version(self._version, version)
         self._run(self._transfers.acquire())
+        self._updating = True
         try:
             self._version = version
-            self._sender.store.offer(weights)
             members = self._run(self._retarget(version))
-            outcome = self._send(members)
-            self._sender.store.keep(version)
-            self._run(self._conclude(members, version, outcome))
+            faults = self._sender.update(_peers(members), version, weights)
+            self._run(self._conclude(members, version, faults))
         except BaseException:
             self._run(self._serve_nothing(f"the update to version {version} did not finish"))
             raise
         finally:
+            self._updating = False
             self._loop.call_soon_threadsafe(self._transfers.release)
         self._fault = ""
-        self._run(self._one_serves())
+        if not self._local:
+            self._run(self._one_serves())
 
     def stats(self) -> EngineStats:
         return replace(self._counted, running=self._dispatcher.running(), waiting=self._waiting)
@@ -180,9 +192,9 @@ class Fleet:
         """Made for the first transfer: it takes vLLM into this process."""
         backend.quiet()
         with backend.undisturbed(self._scratch):
-            from spell_megatron.rollout.transfer.session import Sender
+            from spell_megatron.rollout.transfer.session import sender
 
-            return Sender(self._manifest, self._servers)
+            return sender(self._manifest, self._servers)
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run in the fleet's loop and wait, from another thread."""
@@ -223,25 +235,10 @@ class Fleet:
                 except Unavailable as error:
                     _log.warning("%s: %s", member.name, error)
                     return await member.happened(SyncFailed())
-            if self._sender.store.version == version:
-                outcome = await asyncio.to_thread(self._send, [member])
-                return await self._conclude([member], version, outcome)
-        await member.wait_for_change()  # an update that failed: another will come
-
-    def _send(self, members: Sequence[Member]) -> EngineError | None:
-        """Transfer to `members`; the error, if any, is for `_conclude`. Runs outside the fleet's loop."""
-        from spell_megatron.rollout.transfer.fanout import Peer
-        from spell_megatron.rollout.transfer.session import TransferError
-
-        if not members:
-            return None
-        try:
-            self._sender.send(
-                [Peer(m.name, m.client.url, m.world_size, m.incarnation) for m in members], self._version
-            )
-        except TransferError as error:
-            return error
-        return None
+            faults = await asyncio.to_thread(self._sender.repeat, _peers([member]), version)
+            if faults is not None:
+                return await self._conclude([member], version, faults)
+        await member.wait_for_change()  # not kept, or incomplete: another update will come
 
     async def _retarget(self, version: int) -> list[Member]:
         """Announce a version; returns the members that can receive it."""
@@ -250,15 +247,13 @@ class Fleet:
             await member.happened(NewVersion(version))
         return [member for member in self._members if member.health.state is State.SYNCING]
 
-    async def _conclude(self, members: Sequence[Member], version: int, error: EngineError | None) -> None:
-        culprits: frozenset[str] = getattr(error, "culprits", frozenset())
-        if error is not None:
-            _log.warning("%s", error)
+    async def _conclude(self, members: Sequence[Member], version: int, faults: Faults) -> None:
         for member in members:
-            if error is None:
+            fault = faults.get(member.name)
+            if fault is None:
                 await member.happened(Synced(version))
             else:
-                await member.happened(Exited() if member.name in culprits else SyncFailed())
+                await member.happened(Exited() if fault.silent else SyncFailed())
 
     async def _complete(
         self, prompt: Tokens, seed: int, max_tokens: int, temperature: float, top_p: float
@@ -341,6 +336,14 @@ class Fleet:
         if all(member.health.state is State.LOST for member in self._members):
             faults = "\n".join(f"{member.name}: {member.fault()}" for member in self._members)
             raise EngineError(f"all {len(self._members)} engines are lost\n{faults}")
+        if self._hungry():
+            raise WeightsWanted(f"no engine holds the weights of version {self._version}: send them again")
+
+    def _hungry(self) -> bool:
+        """Whether whoever lives waits for weights that nobody kept."""
+        living = {member.health.state for member in self._members} - {State.LOST}
+        told = self._version != self._first_version and not self._updating
+        return self._local and told and living == {State.SYNCING}
 
     async def _one_serves(self) -> None:
         async with self._serving:
@@ -380,3 +383,9 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tending, return_exceptions=True)
         await asyncio.gather(*(member.close() for member in self._members))
+
+
+def _peers(members: Iterable[Member]) -> list[Peer]:
+    from spell_megatron.rollout.transfer.fanout import Peer
+
+    return [Peer(m.name, m.client.url, m.world_size, m.incarnation) for m in members]

@@ -1,7 +1,8 @@
-"""Numbers as people write them: "$1,234.5 million", "approximately 12 %", "3/4", "2 x 10^6".
+"""Numbers as people write them: "$1,234.5 million", "1{,}234", "1 1/2", "4.5 × 10⁴", "approximately 12 %".
 
 A small recursive-descent parser over a bounded text. Nothing is evaluated: the grammar has numbers,
-the four operations, powers and brackets, and the result is a finite float or None.
+the four operations, powers, roots and brackets, and the result is a finite float or None. Dates,
+ranges, quarters and ordinals are no numbers.
 
 Signs of currency, percent and words of scale are read and carry no factor: numeric equality holds
 up to the factors that they stand for (see `grading.math_equal`).
@@ -11,27 +12,77 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
+from collections.abc import Iterator
+
+from spell_megatron.selfplay.reading.latex import plain
 
 _LONGEST = 200
-"""Characters of a number; anything longer is not one. Bounds the parser's depth, too."""
+"""Characters of a number; anything longer is not one."""
+_DEEPEST = 32
+"""Brackets within each other."""
 
-_LOOKALIKES = {0x2212: "-", 0x2013: "-", 0x2248: "="}
-"""Minus sign, en dash and "approximately equal", as ASCII."""
+# --- One spelling: ASCII digits and signs, no separators of thousands, no units.
 
+_LOOKALIKES = str.maketrans(
+    {
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d", "-"),
+        **dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4`", "'"),
+        **dict.fromkeys("\u2248\u2243\u2245\u223c", "="),
+        **dict.fromkeys("\u00d7\u00b7\u22c5\u2217\u2219", "*"),
+        **dict.fromkeys("\u2044\u2215\u00f7", "/"),
+        **{"\u066b": ".", "\u066c": ",", "\u221a": "sqrt"},
+    }
+)
+_RAISED = re.compile("[\u207b\u207a]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
+_HTML_SPACES = re.compile(r"&(?:nbsp|thinsp|ensp|emsp|#160|#8239);")
 _WORDS = re.compile(
-    r"approximately|approx\.?|about|around|roughly|nearly|almost|circa"
+    r"(?<![a-z])(?:approximately|approx\.?|about|around|roughly|nearly|almost|circa|ca\.|exactly|equal to|equals"
     r"|thousands?|millions?|billions?|trillions?|per ?cent|percentage points?"
-    r"|us\$|usd|eur|gbp|rmb|cny|jpy|us|dollars?|euros?|pounds?|yuan|yen|cents?",
+    r"|us\$|hk\$|ca?\$|au?\$|usd|eur|gbp|rmb|cny|jpy|chf|inr|krw|cad|aud|hkd|sgd|rs\.?|us"
+    r"|dollars?|euros?|pounds?|yuan|yen|rupees?|cents?|and(?= \d{1,4} ?/ ?\d))(?![a-z])",
     re.IGNORECASE,
 )
-_SIGNS = re.compile(r"\\(?:text|mathrm|mbox)(?=\{)|\\(?:left|right|,|;|!)|[$£€¥₹%°`~{}\\]")
-_LOOSE_SIGN = re.compile(r"([-+])\s+(?=[\d.])")
-_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,60})\}\{([^{}]{1,60})\}")
-_TIMES = re.compile(r"\\times|\\cdot|\u00d7|\u00b7|(?<=\d) ?[xX] ?(?=\d)")
-_TOKEN = re.compile(
-    r"\s*(?:(\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3})?|\.\d+(?:[eE][+-]?\d{1,3})?)|(\*\*|[-+*/^()]))"
+_SIGNS = re.compile(r"[$£€¥₹₩₽%‰°~{}\[\]\"\u201c\u201d\u00ab\u00bb]|\\")
+_GROUPS = re.compile(
+    r"(?<![\d.,'])(?<!\d[ _])(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}"  # 1,234,567 and 12,34,567
+    r"|\d{1,3}(?: \d{3})+|\d{1,3}(?:'\d{3})+|\d{1,3}(?:_\d{3})+"
+    r"|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:\.\d{3})+(?=,\d))(?!['_]?\d)(?![, ]\d{3}(?!\d))(?!\.\d+[.,]\d)"
 )
-_FOUND = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?(?:\s?/\s?\d+(?:\.\d+)?)?")
+_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d+)(?![\d.,]*\d)")
+_TIMES = re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(])")
+_MIXED = re.compile(r"(?<![\d.])(\d+) ?\(\((\d+)\)/\((\d+)\)\)")
+_LOOSE_SIGN = re.compile(r"([-+])\s+(?=[\d.])")
+_NAMED = re.compile(r"^[A-Za-z]\w{0,20} ?=")
+
+# --- What has digits and is no number.
+
+_MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
+    r"|Nov(?:ember)?|Dec(?:ember)?)\b\.?"
+)
+_DATES = re.compile(
+    r"(?<![\d.])\d{4}([-/.])\d{1,2}\1\d{1,2}(?![\d])"  # 2019-03-05
+    r"|(?<![\d.])\d{1,2}([-/.])\d{1,2}\2(?:\d{4}|\d\d)(?!\d)"  # 05.03.2019
+    rf"|(?:\b\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?\b{_MONTH}(?:[ -]\d{{1,2}}(?:st|nd|rd|th)?\b,?)?(?:,?[ -]\d{{2,4}}\b)?"
+    r"|\b(?:[QqHh][1-4]|[1-4][QqHh]|FY|CY)[ -]?'?(?:\d{4}|\d\d)?\b"  # Q3, 2H 2020, FY19
+    r"|\b(?:quarter|half|year|years)(?: of)?(?: fiscal)?(?: year)? \d{4}\b"
+    r"|\b\d+(?:st|nd|rd|th)\b"
+    r"|\d+(?::\d+)+"  # 12:30, 3:1
+    r"|(?<![\d.-])\d+(?:-\d+){2,}(?![\d.])"  # 555-12-34
+)
+_DATE = "\u00a7"
+"""Stands for one of them: neither a number nor nothing."""
+_YEARS = range(1500, 2200)
+
+# --- Tokens.
+
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)|(?P<sign>\*\*|[-+*/^()=]|sqrt)"
+    r"|(?P<other>[^\W\d]\w*(?:-\w+)*|.))",
+    re.DOTALL,
+)
 
 
 def parse_number(text: str) -> float | None:
@@ -39,44 +90,126 @@ def parse_number(text: str) -> float | None:
     if len(text) > _LONGEST:
         return None
     text = _tidy(text)
-    value = _Expression(text).value()
-    if value is None:
-        found = _FOUND.findall(text)
-        if len(found) == 1:
-            value = _Expression(found[0]).value()
+    value = _equation(text)
+    if value is None and len(runs := list(_runs(text))) == 1:
+        value = _value(runs[0].rpartition("=")[2])
     return value
 
 
-def first_number(text: str) -> str | None:
-    """The first number written in a sentence, as it stands there without thousands separators."""
-    match = _FOUND.search(_tidy(text[: 2 * _LONGEST]))
-    return match.group() if match else None
+def is_calculation(text: str) -> bool:
+    """Whether a short text is nothing but a number or a calculation with one."""
+    return len(text) <= _LONGEST and _equation(_tidy(text)) is not None
+
+
+def stated(statement: str) -> str | None:
+    """The number with which a statement begins, or that it gives behind its last colon or equals sign."""
+    for part in (statement, *_last_sides(statement)):
+        text = _NAMED.sub("", _tidy(part[: 2 * _LONGEST]))
+        run = next(_runs(text), None)
+        if run is not None and text.lstrip(" (=").startswith(run.lstrip(" (=")):
+            number = run.rpartition("=")[2].strip()
+            if _value(number) is not None:
+                return number
+    return None
+
+
+def mentioned(statement: str) -> str | None:
+    """The first number written in a statement."""
+    for run in _runs(_tidy(statement[: 2 * _LONGEST])):
+        number = run.rpartition("=")[2].strip()
+        if _value(number) is not None:
+            return number
+    return None
+
+
+def _last_sides(statement: str) -> Iterator[str]:
+    for mark in ("=", "\u2248", ": "):
+        before, found, side = statement.rpartition(mark)
+        if found and before:
+            yield side
 
 
 def _tidy(text: str) -> str:
-    """ASCII signs only, no separators, no units; of an equation the last side."""
-    text = text.strip(" \t\r\n*").rstrip(" .*").translate(_LOOKALIKES)
-    text = _FRACTION.sub(r"((\1)/(\2))", text)
-    text = _TIMES.sub("*", text)
-    text = re.sub(r"(?<=\d),(?=\d)", "", text).rpartition("=")[2]
+    """ASCII digits and signs, no separators, no units, one sign in the place of a date."""
+    text = plain(_HTML_SPACES.sub(" ", text))
+    text = _VULGAR.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])}", text)
+    text = _RAISED.sub(_raised, text)
+    text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)[: 4 * _LONGEST]
+    text = re.sub(r"(?<=\d)[\s~](?=\d)", " ", text).strip(" \t\r\n*").rstrip(" .*;,!")
+    text = _DATES.sub(_dated, text)
+    text = _GROUPS.sub(lambda match: re.sub(r"[^\d]", "", match[0]), text)
+    text = _COMMA.sub(r"\1.\2", text)
     text = _SIGNS.sub(" ", _WORDS.sub(" ", text))
+    text = _MIXED.sub(r"\1 \2/\3", _TIMES.sub("*", text))
     return _LOOSE_SIGN.sub(r"\1", text).strip()
 
 
+def _raised(match: re.Match[str]) -> str:
+    """An exponent behind a digit or bracket; that of a unit (m²) goes."""
+    before = match.string[match.start() - 1 : match.start()]
+    return f"^({unicodedata.normalize('NFKC', match[0])})" if before.isdigit() or before == ")" else ""
+
+
+def _dated(match: re.Match[str]) -> str:
+    """The sign of a date; a month's name without any digit is only a word."""
+    return f" {_DATE} " if any(map(str.isdigit, match[0])) or match[0][:2] in ("FY", "CY") else match[0]
+
+
+def _runs(text: str) -> Iterator[str]:
+    """Stretches of digits and signs that hold a number or a date; what is glued to a word (Q3, m^2) is no number."""
+    start = end = word = -1  # where the stretch begins and ends, and where the last word ends
+    depth, full = 0, False
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup or ""
+        token, begin = match[kind], match.start(kind)
+        is_number = kind == "number" or token == _DATE
+        if begin == word and token not in ("(", "="):
+            word = match.end()
+        elif (kind == "other" and not is_number) or (token == ")" and not depth):
+            if full:
+                yield _balanced(text[start:end])
+            start, depth, full = -1, 0, False
+            word = match.end() if token[-1].isalnum() else -1
+        elif start >= 0 or is_number or token in ("(", "-", "+", "sqrt"):
+            start = begin if start < 0 else start
+            depth += {"(": 1, ")": -1}.get(token, 0)
+            if is_number or token == ")":
+                full, end = full or is_number, match.end()
+    if full:
+        yield _balanced(text[start:end])
+
+
+def _balanced(run: str) -> str:
+    """Without the brackets that open a stretch and are closed outside of it."""
+    while run.startswith("(") and run.count("(") > run.count(")"):
+        run = run[1:].lstrip()
+    return run
+
+
+def _equation(text: str) -> float | None:
+    """The last side of an equation whose other sides are names or calculations."""
+    *others, last = text.split("=")
+    if any(_value(side) is None and any(map(str.isdigit, side)) for side in others):
+        return None
+    return _value(last)
+
+
+def _value(text: str) -> float | None:
+    return _Expression(text).value()
+
+
 class _Expression:
-    """sum := product ((+|-) product)*; product := power ((*|/) power)*; power := (+|-)* atom (^ power)?"""
+    """sum := product ((+|-) product)*; product := power ((*|/) power)*; power := (+|-)* atom (^ power)?
+
+    atom := number | number number/number (a mixed fraction) | sqrt? ( sum )
+    """
 
     def __init__(self, text: str) -> None:
-        self.tokens: list[str] = []
-        position = 0
-        text = text.strip()
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if match is None:
-                self.tokens = []
-                return
-            self.tokens.append(match.group(1) or match.group(2))
-            position = match.end()
+        matches = list(_TOKEN.finditer(text.strip()))
+        known = len(matches) <= _LONGEST and all(match.lastgroup != "other" for match in matches)
+        self.tokens = [match[match.lastgroup or 0] for match in matches] if known else []
+        self.close = re.search(r"\d-\d", text) is not None
+        self.depth = 0
 
     def value(self) -> float | None:
         """The whole expression, finite, or None."""
@@ -85,7 +218,23 @@ class _Expression:
             value = self._sum()
         except (ValueError, OverflowError, ZeroDivisionError):
             return None
-        return value if self.at == len(self.tokens) and math.isfinite(value) else None
+        whole = self.at == len(self.tokens) and math.isfinite(value)
+        return value if whole and not self._is_range() else None
+
+    def _is_range(self) -> bool:
+        """3-5, 2018-19, 2018/19: an ascending pair, or a year and the next."""
+        tokens = self.tokens
+        while len(tokens) > 2 and tokens[0] == "(" and tokens[-1] == ")":
+            tokens = tokens[1:-1]
+        negative = tokens[:1] == ["-"]
+        if len(tokens) - negative != 3 or tokens[-2] not in ("-", "/") or not tokens[negative][0].isdigit():
+            return False
+        first, sign, second = tokens[negative:]
+        low, high = float(first) * (-1 if negative else 1), float(second)
+        is_year = first.isdigit() and low in _YEARS
+        if sign == "/":
+            return is_year and high in (low + 1, (low + 1) % 100)
+        return low < high or (is_year and high < 100 and self.close)
 
     def _take(self, *wanted: str) -> str | None:
         if self.at < len(self.tokens) and self.tokens[self.at] in wanted:
@@ -112,12 +261,27 @@ class _Expression:
         return math.pow(value, self._power()) if self._take("^", "**") else value
 
     def _atom(self) -> float:
+        if self._take("sqrt"):
+            return math.sqrt(self._atom())
         if self._take("("):
+            self.depth += 1
+            if self.depth > _DEEPEST:
+                raise ValueError("too many brackets")
             value = self._sum()
             if not self._take(")"):
                 raise ValueError("an open bracket")
+            self.depth -= 1
             return value
         if self.at == len(self.tokens):
             raise ValueError("a number is missing")
         self.at += 1
-        return float(self.tokens[self.at - 1])
+        return float(self.tokens[self.at - 1]) + self._fraction()
+
+    def _fraction(self) -> float:
+        """The proper fraction right behind a whole number, else 0."""
+        match self.tokens[self.at - 1 : self.at + 3]:
+            case [whole, above, "/", below] if whole.isdigit() and above.isdigit() and below.isdigit():
+                if int(above) < int(below):
+                    self.at += 3
+                    return int(above) / int(below)
+        return 0.0

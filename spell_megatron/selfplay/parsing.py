@@ -2,26 +2,26 @@
 
 Model output is hostile: it may be huge, nested a million levels deep or broken anywhere. Every
 function here takes any string, returns in bounded time and never raises. Only the tail of a text is
-read, because an answer stands at the end of the reasoning; the JSON decoder is tried at a bounded
-number of places.
+read, because an answer stands at the end of the reasoning.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from spell_megatron.selfplay.grading import rule_reward
 from spell_megatron.selfplay.numbers import parse_number
+from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.reading.objects import last_object
+from spell_megatron.selfplay.reading.texts import normalise
+from spell_megatron.selfplay.reading.thoughts import is_outside, strip_thinking
 from spell_megatron.types import Question
 
 LETTERS = ("A", "B", "C", "D")
-
-_TAIL = 32_768
-"""Characters at the end of a text in which the JSON object is looked for."""
-_ATTEMPTS = 32
-"""Opening braces at which the decoder is tried, from the last one back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,11 @@ BAD_FORMAT = Failure("bad_format")
 OVER_LONG = Failure("dropped:over_long")
 NOT_A_NUMBER = Failure("dropped:not_a_number")
 LONG_REFERENCE = Failure("dropped:long_reference")
+UNREACHABLE = Failure("dropped:unreachable_reference")
 
 
-def strip_thinking(text: str) -> str | None:
-    """The text after the last `</think>`; None where a `<think>` was opened and never closed."""
-    answer = text.rpartition("</think>")[2]
-    return None if "<think>" in answer else answer
+_UNFILLED = re.compile(r"[\s.\u2026_?()\[\]<>\u2010-\u2015-]*")
+"""A gap that was left as it stands in a form."""
 
 
 def parse_question(
@@ -50,29 +49,32 @@ def parse_question(
     *,
     count: Callable[[str], int] = lambda text: len(text.split()),
     max_reference_tokens: int = 40,
+    examples: Collection[str] | None = None,
 ) -> Question | Failure:
     """The question that a questioner wrote, or why there is none.
 
     `key` is the letter under which a `doc_mc` question was asked to put the correct choice; `count`
-    measures references of `doc_general_qa` in tokens.
+    measures references of `doc_general_qa` in tokens. `examples` are the texts of the prompt's own example
+    (`Prompts.examples`), whose echo is no question; without them, those of the shipped prompts.
     """
-    answer = strip_thinking(text)
-    if answer is None:
-        return OVER_LONG
-    fields = _last_object(answer)
-    question, reference = _text(fields.get("question")), fields.get("answer")
-    if not question:
+    found = last_object(text, "question")
+    if found is None or not is_outside(text, found.start, found.end):
+        return OVER_LONG if strip_thinking(text) is None else BAD_FORMAT
+    question, reference = _text(found.value["question"]), found.value.get("answer")
+    echoes = _shipped(task) if examples is None else examples
+    if _UNFILLED.fullmatch(question) or _echo(question, echoes):
         return BAD_FORMAT
     if task == "doc_mc":
-        return _choice(question, reference, fields.get("options"), key)
-    if task == "docmath_qa":
-        return _number(question, reference)
-    reference = _text(reference)
-    if not reference:
+        return _choice(question, reference, found.value.get("options"), key)
+    text = _scalar(reference) if task == "docmath_qa" else _text(reference)
+    if _UNFILLED.fullmatch(text) or _echo(text, echoes):
         return BAD_FORMAT
-    if len(reference) > 64 * max_reference_tokens or count(reference) > max_reference_tokens:
+    if task == "docmath_qa":
+        return Question(task, question, text) if parse_number(text) else NOT_A_NUMBER
+    if len(text) > 64 * max_reference_tokens or count(text) > max_reference_tokens:
         return LONG_REFERENCE
-    return Question(task, question, reference)
+    asked = Question(task, question, text)
+    return asked if rule_reward(task, f"The correct answer is ({text}).", asked) else UNREACHABLE
 
 
 def parse_verdict(text: str) -> int | None:
@@ -80,14 +82,6 @@ def parse_verdict(text: str) -> int | None:
     decision = (strip_thinking(text) or "").upper()
     yes, no = "[[YES]]" in decision, "[[NO]]" in decision
     return None if yes == no else int(yes)
-
-
-def _number(question: str, reference: Any) -> Question | Failure:
-    """A `docmath_qa` question: the reference is one number that is not zero."""
-    text = _scalar(reference)
-    if text is None:
-        return BAD_FORMAT
-    return Question("docmath_qa", question, text) if parse_number(text) else NOT_A_NUMBER
 
 
 def _choice(question: str, reference: Any, options: Any, key: str | None) -> Question | Failure:
@@ -101,6 +95,8 @@ def _choice(question: str, reference: Any, options: Any, key: str | None) -> Que
     ordered = {name: text for name in LETTERS if (text := choices[name])}
     if len({text.casefold() for text in ordered.values()}) != len(LETTERS):
         return BAD_FORMAT
+    if any(map(_UNFILLED.fullmatch, ordered.values())):
+        return BAD_FORMAT
     return Question("doc_mc", question, letter, ordered)
 
 
@@ -109,37 +105,16 @@ def _text(value: Any) -> str:
     return value.encode("utf-8", "replace").decode("utf-8").strip() if isinstance(value, str) else ""
 
 
-def _scalar(value: Any) -> str | None:
-    """A string or a number as text; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    return _text(value) if isinstance(value, str) else repr(value)
+def _scalar(value: Any) -> str:
+    """A string or a number as text; empty for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return repr(value) if is_number else _text(value)
 
 
-def _last_object(text: str) -> dict[str, Any]:
-    """The last JSON object that has a question; an empty one where there is none.
-
-    Reading from the last brace back finds inner objects (the options) first: they have no question
-    and are passed over.
-    """
-    tail = text[-_TAIL:]
-    start = len(tail)
-    for _ in range(_ATTEMPTS):
-        start = tail.rfind("{", 0, start)
-        if start < 0:
-            break
-        try:
-            value, _end = _DECODER.raw_decode(tail, start)
-        except (ValueError, RecursionError):
-            continue
-        fields = {name.strip(): field for name, field in value.items()}
-        if "question" in fields:
-            return fields
-    return {}
+def _echo(text: str, examples: Collection[str]) -> bool:
+    return normalise(text) in examples
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
+@cache
+def _shipped(task: str) -> Collection[str]:
+    return Prompts("full").examples(task)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from random import Random
 from typing import Any, TypeVar
 
@@ -63,6 +64,7 @@ class Pipeline:
     ) -> None:
         self._settings, self._prompts, self._codec, self._generator = settings, prompts, codec, generator
         self._seed, self._max_model_len = seed, max_model_len
+        self._examples = cache(prompts.examples)
 
     async def run(self, job: Job) -> Episode:
         """The whole episode. Raises what the generator raises; cancelling it cancels its requests."""
@@ -117,6 +119,7 @@ class Pipeline:
                 key,
                 count=self._codec.count,
                 max_reference_tokens=self._settings.max_reference_tokens,
+                examples=self._examples(job.task),
             )
         episode = replace(episode, asked=rollout, asked_text=text, cut_tokens=prompt.cut)
         if isinstance(question, Failure):

@@ -277,6 +277,7 @@ _REMEDIES = {
     "dropped:over_long": ["selfplay.sampling.questioner_tokens (higher)", "rollout.max_model_len (higher)"],
     "dropped:long_reference": ["selfplay.max_reference_tokens (higher)", "corpus.sources (tasks)"],
     "dropped:not_a_number": ["corpus.sources (no docmath_qa where texts have no figures)"],
+    "dropped:unreachable_reference": ["model.prompts (references in words)", "corpus.sources (tasks)"],
     "dropped:prompt_too_long": ["rollout.max_model_len (higher)", "corpus.cluster_tokens (lower)"],
 }
 _LAST_RESORT = [

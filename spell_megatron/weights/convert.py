@@ -40,7 +40,7 @@ def stream_weights(
     """
     pipeline = mpu.get_pipeline_model_parallel_group()
     stage, stages = dist.get_rank(pipeline), dist.get_world_size(pipeline)
-    local = {weight.order: weight for weight in weights_of(chunks, shape.tied)}
+    local = {weight.order: weight for weight in weights_of(chunks, shape.tied) if not weight.shadow}
     owners: dict[tuple[int, ...], int] = dict.fromkeys(local, stage)
     if stages > 1:
         gathered: list[Any] = [None] * stages

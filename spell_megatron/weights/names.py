@@ -38,6 +38,8 @@ class Weight:
     hf_names: tuple[str, ...]
     order: tuple[int, ...]
     """Position in the model: sorts equally on every rank."""
+    shadow: bool = False
+    """A copy, for its own stage, of what another parameter holds: loaded with it, and streamed by that one alone."""
     expert: int | None = None
     """Index among this rank's experts; `hf_names` then name expert `{expert}` of EP rank 0 as a template."""
 
@@ -71,7 +73,7 @@ _EXPERT_NAME = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
 
 def weights_of(chunks: Sequence[Any], tied: bool) -> Iterator[Weight]:
     """Every parameter of this rank's pipeline chunks (each a GPTModel). With tied embeddings the last
-    stage's copy is listed under the embedding's name, with an order of its own."""
+    stage's copy is listed under the embedding's name, as its shadow."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield _weight(name, parameter, chunk, tied)
@@ -81,7 +83,8 @@ def _weight(name: str, parameter: nn.Parameter, chunk: Any, tied: bool) -> Weigh
     if name in _OUTER:
         cut, hf_name = _OUTER[name]
         rank = {_EMBEDDING: -1, _FINAL_NORM: 10**6, _HEAD: 10**6 + 1}[hf_name]
-        return Weight(parameter, cut, (_EMBEDDING if tied and hf_name == _HEAD else hf_name,), (rank,))
+        shadow = tied and hf_name == _HEAD
+        return Weight(parameter, cut, (_EMBEDDING if shadow else hf_name,), (rank,), shadow)
     match = _LAYER_NAME.fullmatch(name)
     assert match, f"no Hugging Face name for {name}"
     layer = chunk.decoder.layers[int(match[1])].layer_number - 1
@@ -90,7 +93,9 @@ def _weight(name: str, parameter: nn.Parameter, chunk: Any, tied: bool) -> Weigh
         cut, leaves = _EXPERT[expert[1]]
         names = tuple(f"{prefix}mlp.experts.{{expert}}.{leaf}" for leaf in leaves)
         index = int(expert[2])
-        return Weight(parameter, cut, names, (layer, len(_LAYER), *_EXPERT_ORDER[expert[1]], index), index)
+        return Weight(
+            parameter, cut, names, (layer, len(_LAYER), *_EXPERT_ORDER[expert[1]], index), expert=index
+        )
     cut, leaves = _LAYER[rest]
     return Weight(parameter, cut, tuple(prefix + leaf for leaf in leaves), (layer, list(_LAYER).index(rest)))
 

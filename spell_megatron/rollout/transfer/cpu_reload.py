@@ -58,6 +58,21 @@ class CpuReload:
         for rest in self._rest:
             finalize_layerwise_reload(rest, self._config)
 
+    def keep_from(self, memory: Tensor) -> None:
+        """Own what lies in `memory` and waits for the rest of its layer."""
+        for rest in self._rest:
+            keep_from(memory, rest)
+
+
+def keep_from(memory: Tensor, model: nn.Module) -> None:
+    """Have vLLM's reload own what it has collected of incomplete layers, as far as it lies in `memory`."""
+    place = memory.untyped_storage().data_ptr()
+    for layer in model.modules():
+        for _, call in get_layerwise_info(layer).loaded_weights:
+            for name, value in call.arguments.items():
+                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == place:
+                    call.arguments[name] = value.clone()
+
 
 class _InPlace:
     """A plain matrix that counts the parts it receives. Nothing can be multiplied by it meanwhile."""

@@ -1,4 +1,4 @@
-"""Loaded by every vLLM worker (`--worker-extension-cls`): makes our transfer backend known to it, and lets
+"""Loaded by every vLLM worker (`--worker-extension-cls`): makes our transfer backends known to it, and lets
 the trainer ask which weights it was given."""
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from spell_megatron.rollout.transfer import gloo
+from spell_megatron.rollout.transfer import gloo, shm
 from spell_megatron.rollout.transfer.checksum import noted
 
 gloo.register()
+shm.register()
 
 
 class Extension:

@@ -8,6 +8,7 @@ that the engine was started from.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,19 @@ class Manifest:
         tied = config.get("tie_word_embeddings", False)
         return cls(shapes, frozenset({"lm_head.weight"}) if tied else frozenset())
 
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(math.prod(shape) for shape in self.shapes.values())
+
     def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass a stream on; raise EngineError at the first wrong tensor, or at the end if any is missing."""
         missing = set(self.shapes) - self.optional
+        seen: set[str] = set()
         for name, tensor in weights:
+            if name in seen:
+                raise EngineError(f"the update brings {name!r} twice")
+            seen.add(name)
             if name not in self.shapes and name not in self.optional:
                 raise EngineError(f"the update brings {name!r}, which the engine's model does not have")
             shape = self.shapes.get(name)

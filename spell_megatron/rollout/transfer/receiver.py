@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from spell_megatron.rollout.transfer.cpu_reload import CpuReload
+from spell_megatron.rollout.transfer.cpu_reload import CpuReload, keep_from
 
 Init = TypeVar("Init", bound=WeightTransferInitInfo)
 Update = TypeVar("Update", bound=WeightTransferUpdateInfo)
@@ -36,6 +36,9 @@ class LayerwiseReload:
 
     def finish(self) -> None:
         finalize_layerwise_reload(self._model, self._config)
+
+    def keep_from(self, memory: torch.Tensor) -> None:
+        keep_from(memory, self._model)
 
 
 class Receiver(WeightTransferEngine[Init, Update]):
@@ -67,6 +70,11 @@ class Receiver(WeightTransferEngine[Init, Update]):
         """Give tensors to the model. What it does not copy, it keeps until their layer is complete."""
         model: Any = self.model  # every vLLM model has load_weights, torch's Module does not
         model.load_weights(iter(weights))
+
+    def keep_from(self, memory: torch.Tensor) -> None:
+        """Copy what was loaded from `memory` and is still to be processed: the memory is about to change."""
+        assert self._reload is not None, "weights come within an update"
+        self._reload.keep_from(memory)
 
     def shutdown(self) -> None:
         """Nothing to release."""

@@ -1,19 +1,26 @@
-"""One transfer from the trainer to a set of engine servers, from the pause to the verified version.
+"""Transfers from the trainer to engine servers, from the pause to the verified version.
 
-Whatever fails, and wherever, the engines that took part serve nothing before another transfer succeeds, and
-the error says what was on its way and who did not answer.
+Weights travel in one of two ways. Engines elsewhere share a communicator with the trainer's rank 0 (`Elsewhere`).
+Engines on the trainer's own devices are given them by the ranks there (`local`), every rank's by itself.
+
+Whatever fails, and wherever: a transfer ends in time, an engine that is not verified to hold the new weights serves
+nothing before another transfer succeeds, and the error says what was on its way and who did not answer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import socket
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Protocol
 
 import torch
+import vllm
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from spell_megatron.config import Servers
@@ -21,96 +28,229 @@ from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.server import free_port
 from spell_megatron.rollout.transfer import gloo
-from spell_megatron.rollout.transfer.fanout import FanOut, Peer
+from spell_megatron.rollout.transfer.checksum import noted
+from spell_megatron.rollout.transfer.fanout import FanOut, Fault, Peer
+from spell_megatron.rollout.transfer.local import LocalSender
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.rollout.transfer.store import WeightStore
 
-
-class TransferError(EngineError):
-    """A transfer failed. `culprits` are the engines that did not answer; the others hold half the weights."""
-
-    def __init__(self, message: str, culprits: frozenset[str]) -> None:
-        super().__init__(message)
-        self.culprits = culprits
+_log = logging.getLogger(__name__)
+Weights = Iterable[tuple[str, torch.Tensor]]
+Faults = dict[str, Fault]
+"""By engine; who is not in it holds the weights, verified."""
 
 
-class Sender:
-    """The trainer's end of all transfers. Connects anew whenever the set of engines changes.
+class Sender(Protocol):
+    """Rank 0's end of all transfers."""
 
-    `store` is where the weights come from: offer them there first.
+    def update(self, peers: Sequence[Peer], version: int, weights: Weights) -> Faults:
+        """Bring `peers` to a new version; they serve it when this returns. Consumes the stream, whoever fails;
+        raises what the stream raises."""
+        ...
+
+    def repeat(self, peers: Sequence[Peer], version: int) -> Faults | None:
+        """The same version once more, for engines that were not there. None where it is not kept."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def sender(manifest: Manifest, settings: Servers) -> Sender:
+    way = backend.transfer(settings.transfer)
+    if way in backend.LOCAL:
+        return Nearby(way, manifest, settings)
+    on_cpu = way == gloo.NAME
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    return Elsewhere(way, manifest, settings, device)
+
+
+class Nearby:
+    """To engines on the trainer's devices: rank 0 is one of the ranks that hand over weights, and speaks for all.
+
+    Engines have nothing in common but rank 0, so the failure of one is its own. Nothing is kept.
     """
 
-    def __init__(self, manifest: Manifest, settings: Servers) -> None:
-        self._backend = backend.transfer(settings.transfer)
-        self._host = _reachable(settings.host)
-        self._timeout = settings.sync_seconds
-        self._pause = "wait" if settings.in_flight == "finish" else "abort"
-        self._drain_seconds = settings.request_seconds
-        self._summed = settings.verify == "checksum"
-        device = torch.device("cpu" if self._backend == gloo.NAME else "cuda")
-        self.store = WeightStore(manifest, device, summed=self._summed)
-        self._connection: tuple[tuple[Peer, ...], TrainerWeightTransferEngine[Any]] | None = None
+    def __init__(self, way: str, manifest: Manifest, settings: Servers) -> None:
+        self._protocol = _Protocol(way, settings)
+        self._local = LocalSender(way, manifest)
 
-    def send(self, peers: Sequence[Peer], version: int) -> None:
-        """Bring `peers` to `version`, with weights from the store; they serve it when this returns.
-
-        Raises TransferError; then none of them may serve before another transfer succeeds.
-        """
-        client = FanOut(peers, version, self._timeout)
+    def update(self, peers: Sequence[Peer], version: int, weights: Weights) -> Faults:
+        client = self._protocol.client(peers, version, apart=True)
+        sums: dict[str, int] = {}
+        source = _watched(noted(weights, sums) if self._protocol.summed else weights, client)
         try:
-            client.greet()
-            client.post("/pause", params={"mode": self._pause}, timeout=self._drain_seconds)
-            trainer = self._connect(tuple(peers), client)
-            trainer.client = client
-            if self._summed:
-                client.watch()
-            self.store.reached = ""
-            trainer.send_weights()
-            client.post("/reset_prefix_cache")
-            client.verify()
-            if self._summed:
-                client.compare(self.store.sums)
-            client.post("/resume")
-        except Exception as error:
-            self._disconnect()
-            silent = client.silent()
-            client.abandon()
-            names = ", ".join(peer.name for peer in peers)
-            where = f" by {self.store.reached}" if self.store.reached else ""
-            among = f"; no answer from {', '.join(sorted(silent))}" if silent else ""
-            raise TransferError(
-                f"the {self._backend} transfer of version {version} to {names} failed{where}: {error}{among}",
-                silent,
-            ) from error
+            self._protocol.run(client, lambda: self._local.send(source, client), sums)
+        except Exception as error:  # the stream's own, on every rank
+            client.fail(error)
+            raise
         finally:
+            client.abandon()
             client.close()
+        return self._protocol.reported(client, peers, version)
+
+    def repeat(self, peers: Sequence[Peer], version: int) -> Faults | None:
+        return None
+
+    def close(self) -> None:
+        self._local.close()
+
+
+class Elsewhere:
+    """To engines that share a communicator with rank 0. Connects anew whenever the set of engines changes.
+
+    The communicator belongs to a thread of its own: it may never return. Whoever fails ends the transfer for all.
+    """
+
+    def __init__(self, way: str, manifest: Manifest, settings: Servers, device: torch.device) -> None:
+        self._way, self._device = way, device
+        self._protocol = _Protocol(way, settings)
+        self._host = _reachable(settings.host)
+        self._seconds = settings.sync_seconds
+        self._store = WeightStore(manifest, device, summed=self._protocol.summed)
+        self._peers: tuple[Peer, ...] = ()
+        self._trainer: TrainerWeightTransferEngine[Any] | None = None
+
+    def update(self, peers: Sequence[Peer], version: int, weights: Weights) -> Faults:
+        self._store.begin()
+        with self._sending(peers, version) as faults:
+            self._store.fill(weights, version)
+        return faults
+
+    def repeat(self, peers: Sequence[Peer], version: int) -> Faults | None:
+        if self._store.version != version:
+            return None
+        with self._sending(peers, version) as faults:
+            pass
+        return faults
 
     def close(self) -> None:
         self._disconnect()
 
-    def _connect(self, peers: tuple[Peer, ...], client: FanOut) -> TrainerWeightTransferEngine[Any]:
-        if self._connection is None or self._connection[0] != peers:
+    @contextlib.contextmanager
+    def _sending(self, peers: Sequence[Peer], version: int) -> Iterator[Faults]:
+        """Send what is in the store while the block runs, and wait for the end of it."""
+        faults: Faults = {}
+        if not peers:
+            yield faults
+            return
+        client = self._protocol.client(peers, version)
+        client.reached = lambda: self._store.reached
+        sent = _on_a_thread(lambda: self._send(tuple(peers), client))
+        try:
+            yield faults
+        finally:
+            self._conclude(sent, client)
+            faults |= self._protocol.reported(client, peers, version)
+            client.close()
+
+    def _send(self, peers: tuple[Peer, ...], client: FanOut) -> None:
+        """Runs on the communicator's thread."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        self._protocol.run(client, lambda: self._connected(peers, client).send_weights(), self._store.sums)
+
+    def _conclude(self, sent: Future[None], client: FanOut) -> None:
+        """Wait for a transfer to end, and see to it that it does."""
+        wait((sent, client.failing), client.remaining, FIRST_COMPLETED)
+        if (
+            not sent.done()
+        ):  # an engine has failed, or the time is over: whoever waits for the others does so in vain
+            self._disconnect()
+            wait((sent,), client.remaining)
+        error = sent.exception() if sent.done() else EngineError("it did not end in time")
+        if error is not None:
+            self._disconnect()
+            client.fail(error)
+            client.abandon()
+
+    def _connected(self, peers: tuple[Peer, ...], client: FanOut) -> TrainerWeightTransferEngine[Any]:
+        if self._trainer is None or self._peers != peers:
+            client.release(self._peers)
             self._disconnect()
             world_size = 1 + sum(peer.world_size for peer in peers)
             trainer = WeightTransferTrainerFactory.trainer_init(
-                self._init_info(world_size), client=client, source=self.store
+                self._init_info(world_size), client=client, source=self._store
             )
-            self._connection = (peers, trainer)
-        return self._connection[1]
+            if client.failing.done():  # called off meanwhile
+                trainer.shutdown()
+                raise EngineError("the engines were connected too late")
+            self._trainer, self._peers = trainer, peers
+        self._trainer.client = client
+        return self._trainer
 
     def _init_info(self, world_size: int) -> TrainerInitInfo:
-        if self._backend == "ipc":
-            return IPCTrainerInitInfo(rank=0, packed=True)
         port = free_port(self._host)
-        if self._backend == "nccl":
-            return NCCLTrainerInitInfo(self._host, port, world_size, rank=0)
+        if self._way == "nccl":
+            # Before 0.33 a receiver may overwrite one of two buffers while a reload still reads it.
+            buffers = 1 if vllm.__version_tuple__ < (0, 33) else 2
+            return NCCLTrainerInitInfo(self._host, port, world_size, packed_num_buffers=buffers, rank=0)
         gloo.register()
-        return gloo.GlooTrainerInit(self._host, port, world_size, self._timeout, rank=0)
+        return gloo.GlooTrainerInit(self._host, port, world_size, self._seconds, rank=0)
 
     def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection[1].shutdown()
-            self._connection = None
+        """Abort the communicator: who is in a collective of it, here or there, gets out."""
+        trainer, self._trainer, self._peers = self._trainer, None, ()
+        if trainer is not None:
+            trainer.shutdown()
+
+
+class _Protocol:
+    """What is said to the servers around a transfer, whichever way the weights go."""
+
+    def __init__(self, way: str, settings: Servers) -> None:
+        self._way = way
+        self._seconds = settings.sync_seconds
+        self._pause = "wait" if settings.in_flight == "finish" else "abort"
+        self._drain_seconds = settings.request_seconds
+        self.summed = settings.verify == "checksum"
+
+    def client(self, peers: Sequence[Peer], version: int, *, apart: bool = False) -> FanOut:
+        return FanOut(peers, version, self._seconds, apart=apart)
+
+    def run(self, client: FanOut, send: Callable[[], None], sums: dict[str, int]) -> None:
+        """See whether everybody is there, before anything waits for them; `send`; have the engines serve it."""
+        client.greet()
+        client.post("/pause", params={"mode": self._pause}, timeout=self._drain_seconds)
+        if self.summed:
+            client.watch()
+        send()
+        client.post("/reset_prefix_cache")
+        client.verify()
+        if self.summed:
+            client.compare(sums)
+        client.post("/resume")
+
+    def reported(self, client: FanOut, peers: Collection[Peer], version: int) -> Faults:
+        """The client's faults, told to the log as well."""
+        if client.faults:
+            names = ", ".join(peer.name for peer in peers)
+            _log.warning("the %s transfer of version %d to %s failed%s", self._way, version, names, client)
+        return dict(client.faults)
+
+
+def _watched(weights: Weights, client: FanOut) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass a stream on, and tell the client how far it is."""
+    reached = ""
+    client.reached = lambda: reached
+    for name, tensor in weights:
+        reached = name
+        yield name, tensor
+
+
+def _on_a_thread(work: Callable[[], None]) -> Future[None]:
+    """A thread that a program can end without: an executor's would be waited for."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="weight transfer", daemon=True).start()
+    return done
 
 
 def _reachable(host: str) -> str:

@@ -14,9 +14,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from spell_megatron.selfplay.reading.objects import last_object
+from spell_megatron.selfplay.reading.texts import normalise
 from spell_megatron.types import Document, Question, SpellError
 
 _FOLDER = Path(__file__).parent
+_KEY = "A"
+"""The letter for which an example is shown."""
 
 
 class Prompts:
@@ -57,6 +61,20 @@ class Prompts:
         return self.render(
             "verifier", question.task, question=question, answer=answer, reference=question.answer
         )
+
+    def examples(self, task: str) -> frozenset[str]:
+        """Texts of the JSON example in the questioner's prompts of a task, normalised: the echo of one is no question.
+
+        The letter of an example's answer is none of them, since it is the key that was asked for.
+        """
+        texts: set[str] = set()
+        for history in ((), (Question(task, "?", "?"),)):
+            found = last_object(self.questioner(task, (), history, _KEY), "question")
+            fields = found.value if found else {}
+            options = fields.get("options")
+            texts.update(options.values() if isinstance(options, dict) else ())
+            texts.update(str(fields.get(name, "")) for name in ("question", "answer"))
+        return frozenset(filter(None, map(normalise, texts - {_KEY})))
 
     def render(self, role: str, task: str, **variables: Any) -> str:
         """The message of a role. `task` is known to every template."""

@@ -1,0 +1,232 @@
+"""Transfer through memory of the host: vLLM's `ipc` for engines and a trainer that compute on CPUs.
+
+Every rank of the trainer stages a bucket in a buffer of its own; every worker loads it from the buffer of one rank of
+its node, in place, while the ranks gather the next bucket. The memory belongs to no file: it is gone with the last
+process that has it open, however that ends, and no limit of /dev/shm applies to it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+import torch.distributed as dist
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.transfer.manifest import buckets
+from spell_megatron.rollout.transfer.receiver import Receiver
+
+NAME = "shm"
+_BUCKET_BYTES = 64 << 20
+_ALIGNMENT = 64
+Bucket: TypeAlias = "list[tuple[str, torch.Tensor]]"
+
+
+@dataclass
+class ShmInit(WeightTransferInitInfo):
+    """There is nobody to meet."""
+
+
+@dataclass
+class ShmUpdate(WeightTransferUpdateInfo):
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+    """Of each tensor in a buffer, in bytes: the same in all of them."""
+    buffers: list[tuple[str, str]]
+    """Path and label of every rank's buffer, by rank."""
+
+
+class Buffer:
+    """Memory that processes of this node can open by its name. Grows where it must, under a new name."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self.name = ("", "")
+
+    def stage(self, bucket: Bucket) -> list[int]:
+        """Copy tensors into it; returns where each one begins."""
+        offsets, end = [], 0
+        for _, tensor in bucket:
+            offsets.append(end)
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if end > len(self._memory):
+            self._allocate(max(end, _BUCKET_BYTES))
+        for (_, tensor), offset in zip(bucket, offsets, strict=True):
+            _part(self._memory, offset, tensor.dtype, tensor.shape).copy_(tensor)
+        return offsets
+
+    def close(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _allocate(self, size: int) -> None:
+        self.close()
+        label = f"spell-{secrets.token_hex(8)}"
+        self._descriptor = os.memfd_create(label)
+        os.ftruncate(self._descriptor, size)
+        self._memory = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
+        self.name = (f"/proc/{os.getpid()}/fd/{self._descriptor}", label)
+
+
+class ShmReceiver(Receiver[ShmInit, ShmUpdate]):
+    """The engine's end."""
+
+    init_info_cls = ShmInit
+    update_info_cls = ShmUpdate
+    _opened: tuple[list[Any], torch.Tensor] | None = None
+
+    def init_transfer_engine(self, init_info: ShmInit) -> None:
+        """Nothing to set up."""
+
+    def receive_weights(self, update_info: ShmUpdate) -> None:
+        memory = self._open(update_info.buffers)
+        described = zip(
+            update_info.names, update_info.dtype_names, update_info.shapes, update_info.offsets, strict=True
+        )
+        self.load(
+            (name, _part(memory, offset, getattr(torch, dtype), shape))
+            for name, dtype, shape, offset in described
+        )
+        self.keep_from(memory)  # the trainer writes the next bucket over this one
+
+    def shutdown(self) -> None:
+        self._opened = None
+
+    def _open(self, buffers: Sequence[Sequence[str]]) -> torch.Tensor:
+        """The buffer of a rank of this node; of several, the workers of a node take one after the other."""
+        names = [list(name) for name in buffers]
+        if self._opened is None or self._opened[0] != names:
+            first = self.parallel_config.rank % len(names)
+            mapped = (_mapped(*name) for name in (*names[first:], *names[:first]))
+            memory = next((memory for memory in mapped if memory is not None), None)
+            if memory is None:
+                raise EngineError(
+                    "no rank of the trainer shares memory with this worker: rollout.servers.transfer=shm wants one"
+                    " on every node with engines, of the same user and in the same container"
+                )
+            self._opened = names, memory
+        return self._opened[1]
+
+
+@dataclass
+class ShmTrainerInit(TrainerInitInfo):
+    backend: ClassVar[str] = NAME
+
+    buffer: Buffer
+
+
+class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
+    """The trainer's end, on every rank. Rank 0 tells the servers; the ranks meet before and after they read."""
+
+    init_info_cls = ShmTrainerInit
+    source: WeightSource
+
+    def __init__(
+        self, client: VLLMWeightSyncClient, source: WeightSource, buffer: Buffer, *, is_sender: bool
+    ) -> None:
+        super().__init__(client=client, source=source, is_sender=is_sender)
+        self._buffer = buffer
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: ShmTrainerInit, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+    ) -> ShmTrainer:
+        if source is None:
+            raise ValueError("the shm backend sends whole models: it needs a WeightSource")
+        if init_info.is_sender:
+            client.init_weight_transfer_engine({})
+        return cls(client, source, init_info.buffer, is_sender=init_info.is_sender)
+
+    def send_weights(self) -> None:
+        if self.is_sender:
+            self.client.start_weight_update()
+        loaded: Future[None] | None = None
+        with ThreadPoolExecutor(1) as pool:
+            for bucket in buckets(self.source, _BUCKET_BYTES):
+                if loaded is not None:
+                    loaded.result()
+                _meet()  # nobody reads the bucket before
+                offsets = self._buffer.stage(bucket)
+                names = _everyones(self._buffer.name)  # and nobody is still writing this one
+                if self.is_sender:
+                    loaded = pool.submit(
+                        self.client.update_weights, asdict(_described(bucket, offsets, names))
+                    )
+            if loaded is not None:
+                loaded.result()
+            _meet()  # who goes on may write the next version
+        if self.is_sender:
+            self.client.finish_weight_update()
+
+
+def _described(bucket: Bucket, offsets: list[int], buffers: list[tuple[str, str]]) -> ShmUpdate:
+    return ShmUpdate(
+        [name for name, _ in bucket],
+        [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        [list(tensor.shape) for _, tensor in bucket],
+        offsets,
+        buffers,
+    )
+
+
+def _part(memory: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return memory[offset : offset + size].view(dtype).view(shape)
+
+
+def _mapped(path: str, label: str) -> torch.Tensor | None:
+    """The memory of that name, or None where it is another node's."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        if os.readlink(f"/proc/self/fd/{descriptor}") != f"/memfd:{label} (deleted)":
+            return None  # a number that somebody else has here
+        return torch.frombuffer(mmap.mmap(descriptor, 0), dtype=torch.uint8)
+    finally:
+        os.close(descriptor)
+
+
+def _alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def _meet() -> None:
+    if not _alone():
+        dist.barrier()
+
+
+def _everyones(name: tuple[str, str]) -> list[tuple[str, str]]:
+    if _alone():
+        return [name]
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    return names
+
+
+def register() -> None:
+    """Make the backend known to vLLM, once in a process."""
+    if NAME not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(NAME, ShmReceiver)
+        WeightTransferTrainerFactory.register_engine(NAME, ShmTrainer)

@@ -1,0 +1,106 @@
+"""Where a text states an answer: behind "answer is", in a box, between answer tags. The last one counts.
+
+A statement is the text of one place. What it states is for the reader of the asked kind to say: a
+later statement that holds nothing of the kind does not win over an earlier one that does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+TAIL = 32_768
+"""Characters at the end of a text in which answers are looked for."""
+LONGEST = 1_000
+"""Characters of a statement."""
+_MOST = 64
+"""Statements that are read, from the last one back."""
+
+_SENTENCE = re.compile(r"answer[\s*_]{1,6}is\b", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]?\{|<answer>", re.IGNORECASE)
+_DISPLAYS = (
+    "equation",
+    "equation*",
+    "align",
+    "align*",
+    "aligned",
+    "gather",
+    "gather*",
+    "displaymath",
+    "math",
+)
+_BOXED = "\\boxed{"
+_PAIRS = {
+    **{"(": ")", "[": "]", "{": "}", "\uff08": "\uff09", "\u3010": "\u3011", "\u300c": "\u300d"},
+    **{"\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb", "\u201e": "\u201c", "\u2039": "\u203a"},
+    **{'"': '"', "`": "`", "$": "$", "$$": "$$", "```": "```", "**": "**", "__": "__"},
+    **{"\\(": "\\)", "\\[": "\\]", "\\boxed{": "}", "\\fbox{": "}", "<answer>": "</answer>"},
+    **{f"\\begin{{{name}}}": f"\\end{{{name}}}" for name in _DISPLAYS},
+}
+_OPENING = re.compile(
+    "|".join(re.escape(mark) for mark in sorted(_PAIRS, key=len, reverse=True)), re.IGNORECASE
+)
+_MARGIN = " \t\r\n:*_>\u2022"
+"""What may stand between "answer is" and the answer: blanks, a colon, emphasis, marks of a quote or list."""
+
+
+def statements(text: str) -> Iterator[str]:
+    """Every statement of the text's tail, the last one first."""
+    text = text[-TAIL:]
+    places = [(match.end(), False) for match in _SENTENCE.finditer(text)]
+    places += [(match.end(), True) for match in _BOX.finditer(text)]
+    for start, boxed in sorted(places, reverse=True)[:_MOST]:
+        if not boxed:
+            yield _sentence(text[start : start + 2 * LONGEST])
+        elif text[start - 1] == "{" and (content := _braced(text, start)) is not None:
+            yield content
+        elif text[start - 1] == ">":
+            yield text[start : start + LONGEST].partition("</answer>")[0].partition("</ANSWER>")[0]
+
+
+def opened(statement: str) -> tuple[str, str] | None:
+    """What stands between the brackets, quotes or delimiters that open a statement, and what follows them."""
+    match = _OPENING.match(statement)
+    if match is None:
+        return None
+    start, closer = match.end(), _PAIRS[match[0].lower()]
+    if closer in (")", "]", "}"):
+        end = _closing(statement, start, statement[start - 1], closer)
+    else:
+        end = statement.lower().find(closer, start)
+    return (statement[start:end], statement[end + len(closer) :]) if end >= start else None
+
+
+def last_box(text: str) -> str | None:
+    """The contents of the last `\\boxed{…}`, braces balanced. Where official scorers look, too."""
+    start = text.rfind(_BOXED)
+    return None if start < 0 else _braced(text, start + len(_BOXED))
+
+
+def _sentence(rest: str) -> str:
+    """The line behind "answer is", or more lines where it opens something that ends on a later one."""
+    rest = rest.lstrip(_MARGIN)
+    line = rest.partition("\n")[0]
+    within = opened(rest)
+    if within is not None and opened(line) is None:
+        shown = len(rest) - len(within[1])
+        line = rest[:shown] + within[1].partition("\n")[0]
+    return line[:LONGEST]
+
+
+def _braced(text: str, start: int) -> str | None:
+    end = _closing(text, start, "{", "}")
+    return text[start:end] if end >= 0 else None
+
+
+def _closing(text: str, start: int, opener: str, closer: str) -> int:
+    """Where the bracket that opened before `start` is closed; -1 where it is not."""
+    depth = 1
+    for at in range(start, min(len(text), start + LONGEST)):
+        if text[at] == opener:
+            depth += 1
+        elif text[at] == closer:
+            depth -= 1
+            if depth == 0:
+                return at
+    return -1

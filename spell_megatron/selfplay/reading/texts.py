@@ -1,0 +1,93 @@
+"""Answers in words, and when two of them are the same.
+
+"(Paris), because …", "“Paris”" and "Paris." state an answer; "in document 2" and "rounded to 2
+decimals" are remarks about one, and count only where no answer is stated.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+
+from spell_megatron.selfplay.reading.latex import plain
+from spell_megatron.selfplay.reading.statements import opened
+
+_LONGEST = 1_000
+_PLACEHOLDERS = {
+    "insert answer here",
+    "insert your answer here",
+    "your answer",
+    "answer",
+    "insert letter here",
+    "",
+}
+_REMARK = re.compile(
+    r"(?:also |not |only |already |clearly |directly |explicitly )*(?:in|on|at|from|by|with|within|about|as follows"
+    r"|based|rounded|given|found|stated|supported|derived|taken|helpful|useful|clear|correct|right|wrong|incorrect|expressed"
+    r"|shown|provided|explained|obtained|calculated|computed|determined|confirmed|consistent|verified|mentioned"
+    r"|contained|located|above|below|here|checked|final|complete|accurate|valid|justified|reasonable|sound|needed|required|appreciated|reported|listed"
+    r"|unique|unambiguous|straightforward|simple|easy|that|because|since|to be)\b",
+    re.IGNORECASE,
+)
+_ENDS = re.compile(
+    r"\W*$|\s*[.,;:!?)]|\s*[*_\"\u201d]*[.,;:!]|[\s*_]+(?:because|since|as|which|and|according|based|for|given|due)\b"
+)
+_EDGES = " \t\r\n*_"
+_QUOTES = "\"'`$\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb\u2039\u203a\u300c\u300d"
+
+_ACCENTS = {0xB4: "'", 0xA8: '"'}
+"""Accents that are typed for an apostrophe or quotation mark, and decompose into a blank and more."""
+
+
+class _Dropped(dict[int, int | None]):
+    """For `str.translate`: what is left out of every script's text, found out character by character."""
+
+    _CATEGORIES = ("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sk", "Sm", "Cf")
+    """Punctuation, modifiers, signs of mathematics, and what is invisible."""
+    _APOSTROPHES = "\u02b9\u02ba\u02bb\u02bc\u02bd\u02cb"
+    """Letters to Unicode."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        drop = character in string.punctuation + self._APOSTROPHES
+        drop = drop or unicodedata.category(character) in self._CATEGORIES
+        return self.setdefault(code, None if drop else code)
+
+
+_DROPPED = _Dropped()
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+def stated(statement: str) -> str | None:
+    """The answer in words that a statement is; None for a remark, or an echo of the placeholder."""
+    text = statement.strip(_EDGES)
+    within = opened(text)
+    if within is not None and _ENDS.match(within[1]):
+        return _answer(within[0])
+    return None if _REMARK.match(text) else _answer(text)
+
+
+def mentioned(statement: str) -> str | None:
+    return _answer(statement)
+
+
+def normalise(text: str) -> str:
+    """Case, width, composition, punctuation of any script, articles and surplus white space are left out.
+
+    SQuAD's convention for every script: texts that look the same are the same.
+    """
+    text = unicodedata.normalize("NFKC", text.translate(_ACCENTS)).casefold()
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).translate(_DROPPED))
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def _answer(text: str) -> str | None:
+    """The words themselves: no dress, brackets, quotes or full stop around them."""
+    text = plain(text) if "\\" in text or "</" in text else text
+    text = text[:_LONGEST].strip(_EDGES).rstrip(". *_")
+    while (within := opened(text)) is not None and not within[1].strip(" .,;:!*_"):
+        text = within[0].strip(_EDGES)
+    if len(text) > 1 and text[0] in _QUOTES and text[-1] in _QUOTES:
+        text = text[1:-1].strip(_EDGES)
+    return None if normalise(text) in _PLACEHOLDERS else text
