@@ -116,7 +116,7 @@ class _Pair:
     def sleep(self) -> Figures:
         self._placement.enter(Phase.GENERATE)
         awake = _free()
-        self._placement.enter(Phase.TRAIN)
+        self._placement.enter(Phase.SAVE)
         asleep = _free()
         gap = self._agree(self._sampled())
         return {"GiB free": awake / GIB, "GiB free, trainer in its place": asleep / GIB, "mean gap": gap}
@@ -126,7 +126,7 @@ class _Pair:
         seconds, gaps, stale = [], [], []
         batch = self._sampled()
         for version in (1, 2, 3):
-            self._placement.enter(Phase.TRAIN)
+            self._placement.enter(Phase.UPDATE)
             self._learner.update(batch)
             stale.append(self._gap(batch))
             self._placement.enter(Phase.RESYNC)
@@ -193,7 +193,7 @@ class _Pair:
         return gap
 
     def _gap(self, batch: TrainBatch) -> float:
-        self._placement.enter(Phase.TRAIN)
+        self._placement.enter(Phase.SAVE)
         return mismatch(batch, self._learner.score(batch), ["all"] * len(batch.groups))["mismatch/mean"]
 
 

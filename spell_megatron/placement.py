@@ -9,21 +9,31 @@ has done so, and only then takes what it does. At no moment is there more than t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, Protocol
 
 Part = Literal["parameters", "optimizer", "engine weights", "engine cache"]
 
 
-class Phase(Enum):
-    """A part of the step, with its residents."""
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a phase has in memory, and what may be lost when it begins: nobody reads that before it is overwritten."""
 
-    BUILD = frozenset[Part]()
+    holds: frozenset[Part] = frozenset()
+    loses: frozenset[Part] = frozenset()
+
+
+class Phase(Enum):
+    """A part of the step, with what is in memory. `optimizer` stands for gradients, too."""
+
+    BUILD = Memory()
     """The engine is made: it measures what is free, and takes a share of it."""
-    GENERATE = frozenset[Part](("engine weights", "engine cache"))
-    RESYNC = frozenset[Part](("parameters", "engine weights"))
-    TRAIN = frozenset[Part](("parameters", "optimizer"))
-    """`optimizer` stands for gradients, too."""
+    GENERATE = Memory(frozenset({"engine weights", "engine cache"}))
+    UPDATE = Memory(frozenset({"parameters", "optimizer"}), loses=frozenset({"engine weights"}))
+    """A resync follows, which brings the engine new weights."""
+    RESYNC = Memory(frozenset({"parameters", "engine weights"}), loses=frozenset({"engine weights"}))
+    SAVE = Memory(frozenset({"parameters", "optimizer"}))
 
 
 class Resident(Protocol):
@@ -32,7 +42,9 @@ class Resident(Protocol):
     @property
     def parts(self) -> frozenset[Part]: ...
 
-    def free(self, parts: frozenset[Part]) -> None: ...
+    def free(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
+        """Let `parts` leave; the content of those in `lost` need not be kept."""
+        ...
 
     def take(self, parts: frozenset[Part]) -> None: ...
 
@@ -40,7 +52,8 @@ class Resident(Protocol):
 class Placement:
     """Moves residents in and out, phase by phase. `barrier` returns when every rank has called it.
 
-    Without residents (`disaggregated`) nothing ever moves. The same phases on every rank, please.
+    Without residents (`disaggregated`) nothing ever moves. Every rank has to enter the same phases in the same order:
+    one that does not is waited for at the barrier.
     """
 
     def __init__(self, barrier: Callable[[], None] = lambda: None) -> None:
@@ -57,12 +70,12 @@ class Placement:
     def enter(self, phase: Phase) -> None:
         if not self._residents or phase is self._phase:
             return
-        leaving, coming = self._present - phase.value, phase.value - self._present
+        leaving, coming = self._present - phase.value.holds, phase.value.holds - self._present
         for resident in self._residents:
             if own := leaving & resident.parts:
-                resident.free(own)
+                resident.free(own, phase.value.loses)
         self._barrier()
         for resident in self._residents:
             if own := coming & resident.parts:
                 resident.take(own)
-        self._present, self._phase = phase.value, phase
+        self._present, self._phase = phase.value.holds, phase

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
+from torch import Tensor
 
 from spell_megatron.checkpoint import Checkpoints
 from spell_megatron.config import Config, dump_config, load_config
@@ -18,6 +19,7 @@ from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.mismatch import groups_beyond
 from spell_megatron.policy.residence import LearnerResidence
+from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, agreed, start_world, stop_world
 from spell_megatron.preemption import Preempted, Stop, listen, preempted
 from spell_megatron.record import RunFolder, forget_episodes, same_episodes
@@ -52,10 +54,11 @@ class Session:
         config: Config,
         run: RunFolder,
         world: World,
+        main: MainRank,
         stack: ExitStack,
-        benchmarks: Measurement | None = None,
+        benchmarks: Benchmarks | None = None,
     ) -> None:
-        self.config, self.run, self.world = config, run, world
+        self.config, self.run, self.world, self._main = config, run, world, main
         self._stop: Stop = listen()
         sampling = config.selfplay.sampling
         model = model_folder(config.model.path)
@@ -63,15 +66,12 @@ class Session:
             config.policy, model, world, sampled=Sampled(sampling.temperature, sampling.top_p)
         )
         colocated = backend.colocated(config)
-        self._placement = Placement(dist.barrier)
+        self._placement = Placement(self._together)
         if colocated:
             self._placement.admit(LearnerResidence(self.learner))
         self._placement.enter(Phase.BUILD)
-        self.driver = (
-            Driver(config, run, model, stack, alone=world.size == 1, stop=self._stop, benchmarks=benchmarks)
-            if world.is_main
-            else None
-        )
+        self.driver: Driver | None = None
+        main.work("reads the corpus and starts the engines", lambda: self._drive(model, stack, benchmarks))
         self._engine: Engine | Follower
         if self.driver:
             self._engine = self.driver.engine
@@ -88,18 +88,25 @@ class Session:
         self._played: Played | None = None
         self._dropped: frozenset[int] = frozenset()
         self.step = self._resume()
-        self._state = self.driver.selfplay.state() if self.driver else {}
+        self._state: dict[str, Any] = self.driver.selfplay.state() if self.driver else {}
         if self.driver:
             self.driver.begin(self.step)
 
+    def _drive(self, model: Path, stack: ExitStack, benchmarks: Benchmarks | None) -> None:
+        """Build rank 0's part."""
+        measurement = benchmarks(self.config) if benchmarks else None
+        alone = self.world.size == 1
+        self.driver = Driver(
+            self.config, self.run, model, stack, alone=alone, stop=self._stop, benchmarks=measurement
+        )
+
     def play(self, step: int) -> TrainBatch:
         """The step's batch, on every rank. Where there is none, the state is saved and the reason raised."""
-        turn = self._with_engines(lambda driver: self._turn(driver, step), step - 1)
+        turn = self._with_engines(f"plays step {step}", lambda driver: self._turn(driver, step), step - 1)
         if turn.batch is not None:
             return turn.batch
         self._save()
-        if self.driver:
-            self.driver.report()
+        self._report()
         if turn.fault:
             raise SpellError(turn.fault)
         leaving = (
@@ -118,7 +125,7 @@ class Session:
             return _Turn(fault=str(error))
         return _Turn(self._played.play.batch.train if self._played else None)
 
-    def _with_engines(self, work: Callable[[Driver], Value], step: int) -> Value:
+    def _with_engines(self, doing: str, work: Callable[[Driver], Value], step: int) -> Value:
         """What rank 0 does with engines that hold the weights of `step`; its result, on every rank.
 
         Of weights that go from every rank to its own device no copy is kept: where all engines ended and came
@@ -126,20 +133,23 @@ class Session:
         """
         while True:
             self._placement.enter(Phase.GENERATE)
-            result: tuple[Value | None, bool] = None, False
-            if self.driver:
-                try:
-                    result = work(self.driver), True
-                except WeightsWanted as wanted:
-                    self.driver.live.note(str(wanted))
-            value, done = self._shared(result)
+            value, done = self._main.work(doing, lambda: self._once(work))
             if done:
                 return cast("Value", value)
             self.resync(step)
 
+    def _once(self, work: Callable[[Driver], Value]) -> tuple[Value | None, bool]:
+        """Its result and True, or False where the engines have to be given the weights again."""
+        assert self.driver is not None, "work is rank 0's"
+        try:
+            return work(self.driver), True
+        except WeightsWanted as wanted:
+            self.driver.live.note(str(wanted))
+            return None, False
+
     def update(self, batch: TrainBatch) -> Update:
         """One update, of the groups that are within `record.mismatch_bound` where others are to be dropped."""
-        self._placement.enter(Phase.TRAIN)
+        self._placement.enter(Phase.UPDATE)
         with self._phase("update"):
             if self.config.record.mismatch_action == "drop":
                 batch = self._within_bound(batch)
@@ -158,28 +168,42 @@ class Session:
         """Give the engine the weights that `step` made. A collective: every rank takes its part in it."""
         self._placement.enter(Phase.RESYNC)
         with self._phase("resync"):
-            self._engine.update_weights(self.learner.weights(), step)
+            self._engine.update_weights(self._at_once(self.learner.weights()), step)
+
+    def _at_once(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A stream that begins on every rank when rank 0 begins it: engines may have to finish requests before."""
+        self._main.meet()
+        yield from stream
 
     def measure(self, step: int) -> dict[str, float]:
         """Scores by name, where they are due: before the first step, every so many, and after the last."""
         every = self.config.heldout.every
         due = step in (0, self.config.steps) or (every and step % every == 0)
-        return self._with_engines(lambda driver: driver.measure(step), step) if due else {}
+        doing = f"measures after step {step}"
+        return self._with_engines(doing, lambda driver: driver.measure(step), step) if due else {}
 
     def record(self, step: int, update: Update, scores: Mapping[str, float]) -> None:
         """Write the step's row, then its checkpoint if one is due: a resumed run forgets rows beyond its
         checkpoint, but could not make up for one that is missing."""
-        gap = 0.0
-        if self.driver and self._played:
-            gap = self.driver.record(step, self._played, self._dropped, update, scores)
-            self._state = self._played.state
-        self.step, gap = step, self._shared(gap)
+        gap = self._main.work(f"records step {step}", lambda: self._recorded(step, update, scores))
+        self.step = step
         drifted, every = gap > self.config.record.mismatch_bound, self.config.record.checkpoint_every
         if drifted or (every and step % every == 0):
             self.commit(step)
         if drifted:
             self._save()
             raise self._mismatch(step, f"by {gap:.3f} on average")
+
+    def _recorded(self, step: int, update: Update, scores: Mapping[str, float]) -> float:
+        """Rank 0's part of it: the gap between engine and learner."""
+        assert self.driver is not None and self._played is not None, "rank 0 has played"
+        self._state = self._played.state
+        return self.driver.record(step, self._played, self._dropped, update, scores)
+
+    def _report(self) -> None:
+        if self.driver:
+            self.driver.report()
+        self._main.meet()
 
     def _mismatch(self, step: int, how: str) -> MismatchError:
         return MismatchError(
@@ -190,7 +214,7 @@ class Session:
 
     def commit(self, step: int) -> None:
         """Save the state after `step`, on every rank; with `record.async_save` it is on its way to the disk."""
-        self._placement.enter(Phase.TRAIN)
+        self._placement.enter(Phase.SAVE)
         with self._phase("record"):
             self._checkpoints.save(step, self.learner, {"selfplay": self._state})
 
@@ -203,14 +227,13 @@ class Session:
     def finish(self) -> None:
         """The last checkpoint, the exported model and the report."""
         self._save()
-        self._placement.enter(Phase.TRAIN)
+        self._placement.enter(Phase.SAVE)
         self.learner.save_hf(self.run.hf)
-        if self.driver:
-            self.driver.report()
+        self._report()
 
     def _resume(self) -> int:
         """Take over the newest whole checkpoint; the step that it was made after, 0 where there is none."""
-        self._placement.enter(Phase.TRAIN)
+        self._placement.enter(Phase.SAVE)
         found = self._checkpoints.restore(self.learner)
         if found is not None and self.driver:
             self.driver.selfplay.restore(found.run["selfplay"])
@@ -218,6 +241,11 @@ class Session:
         if step or self.config.rollout.servers.urls:
             self.resync(step)
         return step
+
+    def _together(self) -> None:
+        """Return when every rank is here; rank 0 may have had engines to put to sleep."""
+        self._main.meet()
+        dist.barrier()
 
     def _shared(self, value: Value) -> Value:
         return share(value, self.world)
@@ -237,17 +265,15 @@ def open_session(config: Config, run: Path | None, benchmarks: Benchmarks | None
     world = start_world(config.policy.layout, seed=config.seed, timeout_seconds=config.policy.timeout_seconds)
     with ExitStack() as stack:
         stack.callback(stop_world)
+        main = MainRank(world)
+        stack.callback(main.close)
         before = read_run_config(run) if run else config
         if run is None:
-            made = RunFolder.create(config.runs, config.name).path if world.is_main else None
-            run = share(made, world)
-        assert run is not None
+            run = main.work("makes the run folder", lambda: RunFolder.create(config.runs, config.name).path)
         folder = RunFolder(run)
         if world.is_main:
             folder.save_config(dump_config(before))
-        session = Session(
-            config, folder, world, stack, benchmarks(config) if benchmarks and world.is_main else None
-        )
+        session = Session(config, folder, world, main, stack, benchmarks)
         if world.is_main:
             if not same_episodes(before, config):
                 forget_episodes(folder, after=session.step)

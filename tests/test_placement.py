@@ -27,7 +27,7 @@ class Tenant:
     def __init__(self, log: list[tuple[str, str]], *parts: Part) -> None:
         self.parts, self._log = frozenset(parts), log
 
-    def free(self, parts: frozenset[Part]) -> None:
+    def free(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
         self._log += [("free", part) for part in sorted(parts)]
 
     def take(self, parts: frozenset[Part]) -> None:
@@ -42,7 +42,7 @@ def placed(log: list[tuple[str, str]]) -> Placement:
     return placement
 
 
-@pytest.mark.parametrize("phases", list(permutations((Phase.GENERATE, Phase.RESYNC, Phase.TRAIN))))
+@pytest.mark.parametrize("phases", list(permutations((Phase.GENERATE, Phase.RESYNC, Phase.UPDATE))))
 def test_nobody_comes_before_the_others_have_left(phases: tuple[Phase, ...]) -> None:
     log: list[tuple[str, str]] = []
     placement = placed(log)
@@ -58,8 +58,8 @@ def test_nobody_comes_before_the_others_have_left(phases: tuple[Phase, ...]) -> 
                 present.remove(part)
             elif move == "take":
                 present.add(part)
-            assert present <= before or present <= set(phase.value)
-        assert present == set(phase.value)
+            assert present <= before or present <= set(phase.value.holds)
+        assert present == set(phase.value.holds)
 
 
 def test_the_engine_is_built_in_empty_memory() -> None:
@@ -74,7 +74,7 @@ def test_every_rank_meets_at_the_same_barriers() -> None:
     other = Placement(lambda: logs[1].append(("barrier", "")))  # a rank without the engine
     other.admit(Tenant(logs[1], "parameters", "optimizer"))
     other.enter(Phase.BUILD)
-    for phase in (Phase.GENERATE, Phase.TRAIN, Phase.TRAIN, Phase.RESYNC, Phase.GENERATE):
+    for phase in (Phase.GENERATE, Phase.UPDATE, Phase.UPDATE, Phase.RESYNC, Phase.GENERATE):
         for placement in (first, other):
             placement.enter(phase)
         assert logs[0].count(("barrier", "")) == logs[1].count(("barrier", ""))
@@ -83,7 +83,7 @@ def test_every_rank_meets_at_the_same_barriers() -> None:
 def test_a_step_moves_nothing_twice() -> None:
     log: list[tuple[str, str]] = []
     placement = placed(log)
-    for phase in (Phase.GENERATE, Phase.GENERATE, Phase.TRAIN, Phase.RESYNC, Phase.GENERATE):
+    for phase in (Phase.GENERATE, Phase.GENERATE, Phase.UPDATE, Phase.RESYNC, Phase.GENERATE):
         placement.enter(phase)
     takes = [part for move, part in log if move == "take"]
     assert takes == ["optimizer", "parameters", "engine weights", "engine cache"]
@@ -103,8 +103,8 @@ class Engine:
     def __init__(self, log: list[str]) -> None:
         self._log = log
 
-    def sleep(self) -> None:
-        self._log.append("sleep")
+    def sleep(self, keep: bool = True) -> None:
+        self._log.append("sleep" if keep else "discard")
 
     def wake(self, part: str) -> None:
         self._log.append(part)
@@ -114,10 +114,18 @@ def test_an_engine_leaves_as_a_whole_and_comes_back_in_parts() -> None:
     log: list[str] = []
     placement = Placement()
     placement.admit(EngineResidence(Engine(log)))  # type: ignore[arg-type]
-    for phase in (Phase.RESYNC, Phase.GENERATE, Phase.TRAIN, Phase.RESYNC, Phase.GENERATE):
+    for phase in (
+        *(Phase.SAVE, Phase.RESYNC, Phase.GENERATE, Phase.UPDATE, Phase.RESYNC),
+        Phase.SAVE,
+        Phase.GENERATE,
+    ):
         log.append(phase.name)
         placement.enter(phase)
-    expected = "RESYNC sleep weights GENERATE cache TRAIN sleep RESYNC weights GENERATE cache"
+    expected = (
+        "SAVE sleep RESYNC weights GENERATE cache"
+        " UPDATE discard RESYNC weights"  # nobody reads the old weights again
+        " SAVE sleep GENERATE weights cache"  # but these are the new ones
+    )
     assert log == expected.split()
 
 
@@ -144,13 +152,16 @@ def test_a_learner_is_the_same_when_it_comes_back(
     batch = random_batch(256)
     for _ in range(3):
         expected = stayed.update(batch)
-        placement.enter(Phase.TRAIN)
+        placement.enter(Phase.UPDATE)
         update = travelled.update(batch)
         assert (update.loss, update.grad_norm) == (expected.loss, expected.grad_norm)
         placement.enter(Phase.RESYNC)
         pairs = zip(stayed.weights(), travelled.weights(), strict=True)
         assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
-        assert _held(buffer.grad_data for model in travelled.models for buffer in model.buffers) == 0
+        gradients = [buffer.grad_data for model in travelled.models for buffer in model.buffers]
+        assert _held(iter(gradients)) == 0
+        placement.enter(Phase.SAVE)
+        assert all(gradient.untyped_storage().nbytes() and not gradient.any() for gradient in gradients)
         placement.enter(Phase.GENERATE)
         assert _held(parameter.data for chunk in travelled.chunks for parameter in chunk.parameters()) == 0
 

@@ -24,6 +24,7 @@ from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.health import (
     Answered,
     Event,
+    Evicted,
     Exited,
     Failed,
     Health,
@@ -31,9 +32,11 @@ from spell_megatron.rollout.health import (
     NewVersion,
     Ready,
     Restarted,
+    Slept,
     State,
     Synced,
     SyncFailed,
+    Woke,
     after,
 )
 from spell_megatron.rollout.transfer.manifest import Manifest
@@ -49,6 +52,11 @@ EVENTS: list[Event] = [
     Failed(),
     Exited(),
     Restarted(),
+    Evicted(),
+    Slept(kept=True),
+    Slept(kept=False),
+    Woke("weights"),
+    Woke("cache"),
     *map(Synced, VERSIONS),
     *map(NewVersion, VERSIONS),
 ]
@@ -88,13 +96,30 @@ def test_the_only_ways_to_health_are_a_sync_and_an_answer_of_the_synced_process(
         if new.serves and not old.serves:
             synced = isinstance(event, Synced) and old.state is State.SYNCING and event.version == new.target
             answered = isinstance(event, Answered) and old.state is State.SUSPECT and old.held == old.target
-            assert synced or answered
+            woke = isinstance(event, Woke) and old.asleep == {event.memory} and old.held == old.target
+            assert synced or answered or woke
+
+
+def test_who_sleeps_serves_nothing_and_is_given_weights_only_where_they_are_awake() -> None:
+    for health in GRAPH:
+        assert not (health.asleep and health.serves)
+        assert not (health.receives and "weights" in health.asleep)
+        assert (health.state is State.ASLEEP) <= bool(health.asleep)
+        assert not (health.asleep and health.state in (State.SUSPECT, State.DEAD, State.STARTING, State.LOST))
+
+
+def test_weights_that_were_given_up_are_of_no_version() -> None:
+    for old, event, new in STEPS:
+        assert not (new.blank and new.held is not None)
+        if old.blank and not new.blank:
+            assert isinstance(event, (Synced, Exited, Failed, SyncFailed))
 
 
 def test_a_process_knows_no_version_before_its_own_sync() -> None:
     for old, event, new in STEPS:
         if new.held != old.held:
             assert new.held is None or event == Synced(new.held)
+            assert new.held is not None or not isinstance(event, Woke)
         if new.state in (State.STARTING, State.DEAD, State.LOST):
             assert new.held is None
 

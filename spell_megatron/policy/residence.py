@@ -1,7 +1,8 @@
 """A learner's tensors, moved to host memory while somebody else needs the device.
 
 The bytes go, the tensors stay: a storage is emptied and later filled again, so that every view of it (a
-parameter in its buffer, a gradient in its bucket) is valid again when it is back.
+parameter in its buffer, a gradient in its bucket) is valid again when it is back. Gradients are not copied: every
+update clears them before it adds to them.
 """
 
 from __future__ import annotations
@@ -24,16 +25,23 @@ class LearnerResidence:
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
         self._away: dict[Part, list[tuple[torch.UntypedStorage, Tensor]]] = {}
+        self._cleared: list[tuple[torch.UntypedStorage, int]] = []
+        self._host = _HostMemory()
 
-    def free(self, parts: frozenset[Part]) -> None:
+    def free(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
         self._learner.settle()
         device = self._learner.world.device
         parameters = _storages(_parameters(self._learner), device)
+        gradients = _storages(_gradients(self._learner), device, besides=parameters)
         # In float32 an optimizer works on the parameters themselves.
-        optimizer = _storages(_optimizer(self._learner), device, besides=parameters)
+        optimizer = _storages(_optimizer(self._learner), device, besides={**parameters, **gradients})
         for part in parts:
             storages = parameters if part == "parameters" else optimizer
-            self._away[part] = [(storage, _emptied(storage)) for storage in storages.values()]
+            self._away[part] = [(storage, self._host.copy(storage)) for storage in storages.values()]
+        if "optimizer" in parts:
+            self._cleared = [(storage, storage.nbytes()) for storage in gradients.values()]
+        for storage, _ in (*(pair for part in parts for pair in self._away[part]), *self._cleared):
+            storage.resize_(0)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # other processes cannot have what torch keeps for itself
 
@@ -41,7 +49,32 @@ class LearnerResidence:
         for part in parts:
             for storage, held in self._away.pop(part):
                 storage.resize_(held.numel())
-                _bytes(storage).copy_(held)
+                _bytes(storage).copy_(held, non_blocking=True)
+        if "optimizer" in parts:
+            for storage, size in self._cleared:
+                storage.resize_(size)
+                _bytes(storage).zero_()
+            self._cleared = []
+
+
+class _HostMemory:
+    """Host memory for storages that come and go: one piece for each, kept for the next time.
+
+    Pinned on CUDA, piece by piece: torch's own pinned memory is rounded up to powers of two.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, Tensor] = {}
+
+    def copy(self, storage: torch.UntypedStorage) -> Tensor:
+        """A copy of the storage's bytes."""
+        piece = self._pieces.get(storage._cdata)
+        if piece is None or piece.numel() != storage.nbytes():
+            piece = self._pieces[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
+            if storage.device.type == "cuda" and piece.numel():
+                status = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.numel(), 0)
+                torch.cuda.check_error(int(status))
+        return piece.copy_(_bytes(storage))
 
 
 def _storages(
@@ -50,14 +83,6 @@ def _storages(
     """Each storage on the device once, by identity, however many tensors are views of it."""
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
     return {storage._cdata: storage for storage in storages if storage._cdata not in besides}
-
-
-def _emptied(storage: torch.UntypedStorage) -> Tensor:
-    """Release a storage's memory; returns its bytes on the host."""
-    held = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
-    held.copy_(_bytes(storage))
-    storage.resize_(0)
-    return held
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
@@ -69,11 +94,14 @@ def _parameters(learner: Learner) -> Iterator[Tensor]:
         yield from (parameter.data for parameter in chunk.parameters())
 
 
-def _optimizer(learner: Learner) -> Iterator[Tensor]:
-    """Gradients, master weights and moments."""
+def _gradients(learner: Learner) -> Iterator[Tensor]:
     for model in learner.models:
         for buffer in (*model.buffers, *model.expert_parallel_buffers):
             yield buffer.grad_data
+
+
+def _optimizer(learner: Learner) -> Iterator[Tensor]:
+    """Master weights and moments."""
     for optimizer in torch_optimizers(learner.optimizer):
         for group in optimizer.param_groups:
             yield from (parameter.data for parameter in group["params"])

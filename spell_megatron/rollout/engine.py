@@ -69,8 +69,11 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
-    def sleep(self) -> None:
-        """Free the device memory of weights and KV cache. Without effect where there is no device."""
+    def sleep(self, keep: bool = True) -> None:
+        """Free the device memory of weights and KV cache. Without effect where there is no device.
+
+        Unless it is to `keep` them, the weights may be lost: it then serves nothing before the next update.
+        """
         ...
 
     def wake(self, memory: Memory) -> None:

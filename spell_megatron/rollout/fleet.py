@@ -34,14 +34,17 @@ from spell_megatron.rollout.engine import (
     room_for,
 )
 from spell_megatron.rollout.health import (
+    Evicted,
     Exited,
     Failed,
     Health,
     Limits,
     NewVersion,
+    Slept,
     State,
     Synced,
     SyncFailed,
+    Woke,
 )
 from spell_megatron.rollout.member import Member, Surroundings
 from spell_megatron.rollout.model_files import stop_tokens
@@ -56,14 +59,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 20
 """Servers may fail a request so often; one that every server fails would otherwise be asked for ever."""
+_UP = (State.SYNCING, State.HEALTHY, State.SUSPECT, State.ASLEEP)
+_KEEPS, _DISCARDS = 1, 2
+"""vLLM's levels of sleep: weights wait in host memory, or are lost."""
 Result = TypeVar("Result")
 
 
 class Fleet:
     """An `Engine` of many servers.
 
-    `logs` is a folder that receives one log file a server; the other arguments are InProcessEngine's.
-    Returns when every server serves or is lost; raises EngineError where none serves.
+    `logs` is a folder that receives one log file a server, `sleeps` says whether they can give memory back; the other
+    arguments are InProcessEngine's. Returns when every server serves or is lost; raises EngineError where none serves.
     """
 
     def __init__(
@@ -75,12 +81,14 @@ class Fleet:
         logs: Path,
         stop: Sequence[int] | None = None,
         version: int = 0,
+        sleeps: bool | None = None,
     ) -> None:
         folder, servers = Path(model), settings.servers
         if not servers.count and not servers.urls:
             raise EngineError("a fleet needs servers: set rollout.servers.count or rollout.servers.urls")
         self._settings = settings
         self._servers = servers
+        self._sleeps = backend.current().sleeps if sleeps is None else sleeps
         self._stop = list(stop if stop is not None else stop_tokens(folder))
         self._version = self._first_version = version
         self._dispatcher = Dispatcher(settings.max_num_seqs)
@@ -152,7 +160,7 @@ class Fleet:
             self._loop.call_soon_threadsafe(self._transfers.release)
         self._fault = ""
         if not self._local:
-            self._run(self._one_serves())
+            self._run(self._one_is_current())
 
     def stats(self) -> EngineStats:
         return replace(self._counted, running=self._dispatcher.running(), waiting=self._waiting)
@@ -165,12 +173,12 @@ class Fleet:
         """Process groups of the servers that this fleet started, by name."""
         return {member.name: member.server.group for member in self._members if member.server}
 
-    def sleep(self) -> None:
-        if backend.current().sleeps:
-            self._run(self._lie_down())
+    def sleep(self, keep: bool = True) -> None:
+        if self._sleeps:
+            self._run(self._lie_down(keep or self._manifest.mixture))
 
     def wake(self, memory: Memory) -> None:
-        if backend.current().sleeps:
+        if self._sleeps:
             self._run(self._get_up(memory))
 
     def healthy(self) -> bool:
@@ -221,10 +229,12 @@ class Fleet:
 
     async def _bring_up_to_date(self, member: Member) -> None:
         async with self._transfers:
-            if member.health.state is not State.SYNCING:
-                return
+            if not member.health.receives:
+                return await member.wait_for_change()
             version = member.health.target
             if version == self._first_version:  # the weights of the folder that it started from
+                if member.health.blank:
+                    return await member.happened(Exited())
                 if member.launch is None:
                     _log.info("%s is trusted to hold version %d", member.name, version)
                 try:
@@ -245,7 +255,7 @@ class Fleet:
         self._dispatcher.forget()
         for member in self._members:
             await member.happened(NewVersion(version))
-        return [member for member in self._members if member.health.state is State.SYNCING]
+        return [member for member in self._members if member.health.receives]
 
     async def _conclude(self, members: Sequence[Member], version: int, faults: Faults) -> None:
         for member in members:
@@ -345,9 +355,9 @@ class Fleet:
         told = self._version != self._first_version and not self._updating
         return self._local and told and living == {State.SYNCING}
 
-    async def _one_serves(self) -> None:
+    async def _one_is_current(self) -> None:
         async with self._serving:
-            while not any(member.health.serves for member in self._members):
+            while not any(member.health.current for member in self._members):
                 self._check_alive()
                 await self._serving.wait()
 
@@ -360,23 +370,53 @@ class Fleet:
                 await self._serving.wait()
         self._check_alive()
 
-    async def _lie_down(self) -> None:
-        """Who serves goes to sleep. Who is on its way is stopped, and nobody starts before all have woken."""
+    async def _lie_down(self, keep: bool) -> None:
+        """Nobody has memory when this returns, and nobody starts before all have woken.
+
+        Who does not go to sleep is stopped: one that is on its way, and one that fails to. A server of somebody else's
+        cannot be stopped; the log names it.
+        """
         self._room.clear()
-        for member in self._members:
-            if member.launch is not None and not member.health.serves:
-                await member.happened(Exited())
-                await member.stop()
-        await self._everywhere("/sleep?level=1")
+        async with self._transfers:  # none is under way
+            await asyncio.gather(*(self._put_to_sleep(member, keep) for member in self._members))
+
+    async def _put_to_sleep(self, member: Member, keep: bool) -> None:
+        state = member.health.state
+        if state in _UP:
+            level = _KEEPS if keep else _DISCARDS
+            if await self._told(member, f"/sleep?level={level}"):
+                return await member.happened(Slept(keep))
+        if state is not State.LOST:
+            await member.happened(Evicted() if state is State.STARTING else Exited())
+            await member.stop()
 
     async def _get_up(self, memory: Memory) -> None:
-        await self._everywhere(f"/wake_up?tags={backend.SLEEP_TAGS[memory]}")
+        """A part of the memory is the engines' again. The scheduler goes on with the last part, not before: a request
+        would touch what is not there."""
+        await asyncio.gather(*(self._wake(member, memory) for member in self._members))
         if memory == "cache":  # which comes last: the trainer has left
             self._room.set()
 
-    async def _everywhere(self, path: str) -> None:
-        members = [member for member in self._members if member.health.serves]
-        await asyncio.gather(*(member.client.post(path, self._servers.sync_seconds) for member in members))
+    async def _wake(self, member: Member, memory: Memory) -> None:
+        if memory not in member.health.asleep:
+            return
+        awake = await self._told(member, f"/wake_up?tags={backend.SLEEP_TAGS[memory]}")
+        if awake and len(member.health.asleep) == 1:
+            awake = await self._told(member, "/resume")
+        if awake:
+            await member.happened(Woke(memory))
+        else:
+            await member.happened(Exited())
+            await member.stop()
+
+    async def _told(self, member: Member, path: str) -> bool:
+        """Whether it did as it was told."""
+        try:
+            await member.client.post(path, self._servers.sync_seconds)
+        except EngineError as error:
+            _log.warning("%s: %s: %s", member.name, path, error)
+            return False
+        return True
 
     async def _shut_down(self) -> None:
         for task in self._tending:
@@ -388,4 +428,6 @@ class Fleet:
 def _peers(members: Iterable[Member]) -> list[Peer]:
     from spell_megatron.rollout.transfer.fanout import Peer
 
-    return [Peer(m.name, m.client.url, m.world_size, m.incarnation) for m in members]
+    return [
+        Peer(m.name, m.client.url, m.world_size, m.incarnation, asleep=bool(m.health.asleep)) for m in members
+    ]

@@ -242,10 +242,13 @@ class InProcessEngine:
             self._counted.generated_tokens + generated_tokens,
         )
 
-    def sleep(self) -> None:
+    def sleep(self, keep: bool = True) -> None:
         if backend.current().sleeps:
-            self._llm.sleep()
+            keep = keep or self._manifest.mixture
+            self._llm.sleep(level=1 if keep else 2)
             self._asleep = {"weights", "cache"}
+            if not keep:
+                self._fault = "its weights were given up for an update that has not come"
 
     def wake(self, memory: Memory) -> None:
         if memory in self._asleep:

@@ -77,6 +77,7 @@ class Member:
             State.SYNCING: lambda: self._fleet.bring_up_to_date(self),
             State.HEALTHY: self._probe,
             State.SUSPECT: self._probe,
+            State.ASLEEP: self._rest,
         }
         while self.health.state is not State.LOST:
             try:
@@ -147,6 +148,12 @@ class Member:
         except TimeoutError:
             _log.warning("%s was not ready in %.0f s", self.name, servers.start_seconds)
         await self.happened(Exited())
+
+    async def _rest(self) -> None:
+        """Leave it alone, as long as it lives."""
+        await self.wait_for_change()
+        if self.health.state is State.ASLEEP and self.server is not None and not self.server.running():
+            await self.happened(Exited())
 
     async def _probe(self) -> None:
         await self.wait_for_change(_PROBE_EVERY)

@@ -17,8 +17,8 @@ class EngineResidence:
         self._engine = engine
         self._awake = self.parts
 
-    def free(self, parts: frozenset[Part]) -> None:
-        self._engine.sleep()
+    def free(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
+        self._engine.sleep(keep="engine weights" not in lost)
         staying, self._awake = self._awake - parts, frozenset()
         if staying:
             self.take(staying)

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -33,6 +33,8 @@ class Peer:
     url: str
     world_size: int
     incarnation: int
+    asleep: bool = field(default=False, compare=False)
+    """Its cache is: it takes weights, and must not be resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,10 @@ class FanOut:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.post("/finish_weight_update", json={"weight_version": self._version})
+
+    def resume(self) -> None:
+        """Have them answer requests again. Who sleeps does when it wakes: before, a request would find no cache."""
+        self._all(lambda peer: None if peer.asleep else self._post(peer, "/resume"))
 
     def greet(self) -> None:
         """See whether everybody is there, before anything waits for them, and refuse to go backwards.

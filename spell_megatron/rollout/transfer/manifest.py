@@ -32,6 +32,12 @@ class Manifest:
     optional: frozenset[str] = frozenset()
     """Names that may be there or not: the output head of a model that shares it with its embedding."""
 
+    @property
+    def mixture(self) -> bool:
+        """Whether it has experts. Of those vLLM keeps tensors (maps, work spaces) that are neither parameters nor
+        buffers: they would not come back where weights are given up, so they never are."""
+        return any(".experts." in name for name in self.shapes)
+
     @classmethod
     def of(cls, folder: Path) -> Manifest:
         """Read the headers of a model folder. Raises EngineError where there are none to read."""

@@ -218,7 +218,7 @@ class _Protocol:
         client.verify()
         if self.summed:
             client.compare(sums)
-        client.post("/resume")
+        client.resume()
 
     def reported(self, client: FanOut, peers: Collection[Peer], version: int) -> Faults:
         """The client's faults, told to the log as well."""

@@ -1,0 +1,172 @@
+"""Waiting for rank 0, for as long as it lives.
+
+Rank 0 plays, measures, starts engines and reads disks while the other ranks have nothing to do: for seconds or for
+days. A collective cannot tell a rank that works from one that is dead, so none is entered before rank 0 is there: it
+says in the store what it is doing and how far it is, again and again from a thread, and the others watch that. A beat
+proves that its process runs, not that its work goes on; how long that has taken already is in the log.
+
+A process that was killed or stopped, or whose machine is out of reach, beats no more. Whoever waits for it gives up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from spell_megatron.policy.world import World, agreed
+from spell_megatron.types import SpellError
+
+_log = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
+BEAT_SECONDS = 2.0
+GONE_SECONDS = 30.0
+"""Without a beat for so long, rank 0 counts as gone."""
+_MENTIONED = 600.0
+"""Seconds between two lines of the log on somebody who waits."""
+_POLL_SECONDS, _LONG_POLL_SECONDS, _LONG = 0.02, 0.5, 2.0
+"""Between two looks, and between two after a wait that has become long."""
+_KEY = "spell/rank 0"
+
+
+class MainRankGone(SpellError):
+    """Rank 0 is not there any more, or has given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heart:
+    """What rank 0 says of itself."""
+
+    beat: int = 0
+    reached: int = 0
+    """Meetings that it has come to."""
+    doing: str = "starts"
+    since: float = 0.0
+    """Seconds since the epoch, by rank 0's clock."""
+    fault: str = ""
+    """Why it comes to no further meeting."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """Judges a heart by what was seen of it, and when."""
+
+    heart: Heart
+    changed: float
+
+    def see(self, heart: Heart, now: float) -> None:
+        if heart != self.heart:
+            self.heart, self.changed = heart, now
+
+    def verdict(self, meeting: int, now: float) -> bool:
+        """Whether rank 0 has come to a meeting; raises MainRankGone where it never will."""
+        if self.heart.reached >= meeting:
+            return True
+        doing = f"while this rank waited for it: it {self.heart.doing}"
+        if self.heart.fault:
+            raise MainRankGone(f"rank 0 has failed ({self.heart.fault}) {doing}; its own message says why")
+        if (silent := now - self.changed) > GONE_SECONDS:
+            raise MainRankGone(
+                f"rank 0 has not been heard of for {silent:.0f} s {doing}. It was killed or stopped, or its node"
+                " is out of reach; `spell-megatron resume` goes on from the last checkpoint"
+            )
+        return False
+
+
+class MainRank:
+    """Rank 0, as all ranks see it. Every rank makes one, and calls its methods in the same order.
+
+    In a world of one process nothing is said and nobody waits.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._group = dist.group.WORLD if world.size > 1 else None
+        self._met = 0
+        self._end = threading.Event()
+        if self._group is None:
+            return
+        # A connection of its own: the default one is busy for as long as somebody waits by it.
+        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store.set_timeout(timedelta(seconds=GONE_SECONDS))
+        self._heart = Heart(since=time.time())
+        self._speaking = threading.Lock()
+        self._watch = Watch(self._heart, time.monotonic())
+        self._waiting = threading.Event()
+        work = self._beat if world.is_main else self._look
+        self._thread = threading.Thread(target=work, name="rank 0", daemon=True)
+        self._thread.start()
+
+    def work(self, doing: str, work: Callable[[], Value]) -> Value:
+        """`work` on rank 0 alone; its result, on every rank. `doing` completes the sentence "it …"."""
+        if self._group is None:
+            return work()
+        result = None
+        if self._world.is_main:
+            self._say(doing=doing, since=time.time())
+            try:
+                result = work()
+            except BaseException as error:
+                self._say(fault=type(error).__name__)
+                raise
+        self.meet()
+        return agreed(result, self._group)  # type: ignore[return-value]
+
+    def meet(self) -> None:
+        """Return when rank 0 is here, too."""
+        self._met += 1
+        if self._group is None:
+            return
+        if self._world.is_main:
+            self._say(reached=self._met)
+        else:
+            self._wait(self._met)
+
+    def close(self) -> None:
+        if self._group is not None:
+            if self._world.is_main:
+                self._say(fault="it has ended")
+            self._end.set()
+
+    def _say(self, **news: object) -> None:
+        with self._speaking:
+            self._heart = replace(self._heart, beat=self._heart.beat + 1, **news)  # type: ignore[arg-type]
+            self._store.set(_KEY, json.dumps(asdict(self._heart)))
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_SECONDS):
+            self._say()
+
+    def _look(self) -> None:
+        """Keep the watch up to date while somebody waits. Runs on a thread: a store may never answer."""
+        while not self._end.is_set():
+            self._waiting.wait()
+            began = time.monotonic()
+            while self._waiting.is_set():
+                try:
+                    heart = Heart(**json.loads(self._store.get(_KEY)))
+                except RuntimeError:  # nobody keeps the store any more, or not in time
+                    heart = self._watch.heart
+                self._watch.see(heart, now := time.monotonic())
+                time.sleep(_POLL_SECONDS if now - began < _LONG else _LONG_POLL_SECONDS)
+
+    def _wait(self, meeting: int) -> None:
+        began = mentioned = time.monotonic()
+        self._watch.changed = began  # nobody has looked since the last meeting
+        self._waiting.set()
+        try:
+            while not self._watch.verdict(meeting, now := time.monotonic()):
+                if now - mentioned > _MENTIONED:
+                    mentioned, heart = now, self._watch.heart
+                    _log.info("waiting for rank 0: for %.0f s it %s", time.time() - heart.since, heart.doing)
+                time.sleep(_POLL_SECONDS if now - began < _LONG else _LONG_POLL_SECONDS)
+        finally:
+            self._waiting.clear()

@@ -1,0 +1,102 @@
+"""Ranks wait for rank 0 as long as it lives, beyond every time-out, and not much longer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import waiting_ranks
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spell_megatron.policy.waiting import GONE_SECONDS, Heart, MainRankGone, Watch
+
+SECOND = 1.0
+
+
+@pytest.mark.unit
+@given(st.lists(st.floats(0.01, GONE_SECONDS * 0.9), min_size=1, max_size=300))
+def test_a_heart_that_beats_is_waited_for_however_long(pauses: list[float]) -> None:
+    watch, now = Watch(Heart(doing="plays"), 0.0), 0.0
+    for beat, pause in enumerate(pauses, start=1):
+        now += pause
+        assert not watch.verdict(1, now)
+        watch.see(Heart(beat=beat, doing="plays"), now)
+    watch.see(Heart(beat=len(pauses) + 1, reached=1), now)
+    assert watch.verdict(1, now + 10 * GONE_SECONDS), "who has come is not waited for"
+
+
+@pytest.mark.unit
+def test_a_heart_that_stops_is_gone_and_said_to_be() -> None:
+    heart = Heart(beat=3, reached=4, doing="plays step 7")
+    watch = Watch(heart, 100.0)
+    watch.see(replace(heart), 100.0 + GONE_SECONDS)  # seen again, the same: no beat
+    assert watch.verdict(4, 100.0 + 2 * GONE_SECONDS)
+    with pytest.raises(MainRankGone, match=r"not been heard of for 31 s .* it plays step 7\. .*resume"):
+        watch.verdict(5, 100.0 + GONE_SECONDS + SECOND)
+
+
+@pytest.mark.unit
+def test_a_rank_that_has_failed_is_not_waited_for() -> None:
+    watch = Watch(Heart(), 0.0)
+    watch.see(Heart(beat=1, doing="starts the engines", fault="EngineError"), 1.0)
+    with pytest.raises(MainRankGone, match=r"EngineError.* starts the engines; its own message says why"):
+        watch.verdict(1, 1.1)
+
+
+@contextmanager
+def two_ranks(seconds: float) -> Iterator[list[subprocess.Popen[str]]]:
+    """Both have met once when the block begins."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", waiting_ranks.__file__, str(seconds)],
+            env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "ready\n", rank.communicate()
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+@pytest.mark.distributed
+def test_a_play_may_take_ten_times_as_long_as_a_collective() -> None:
+    with two_ranks(10 * waiting_ranks.TIMEOUT_SECONDS + 1) as ranks:
+        for rank in ranks:
+            out, err = rank.communicate(timeout=60)
+            assert (rank.returncode, out) == (0, "played 2\n"), err
+
+
+@pytest.mark.distributed
+def test_a_rank_0_that_is_killed_or_stopped_ends_the_others_within_a_minute() -> None:
+    with two_ranks(600) as killed, two_ranks(600) as stopped:
+        killed[0].send_signal(signal.SIGKILL)
+        stopped[0].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        for ranks in (killed, stopped):
+            _, err = ranks[1].communicate(timeout=60)
+            assert ranks[1].returncode == 1
+            assert "MainRankGone: rank 0 has not been heard of" in err
+            assert "it plays step 7" in err
+        assert time.monotonic() - began < 60, "a promise, not a measurement: docs/rollouts.md"
