@@ -258,7 +258,7 @@ def _ipc_rank(rank: int, port: int, urls: list[int], scratch: str) -> None:
     from spell_megatron.rollout.transfer.session import Nearby
 
     fanout._GRACE_SECONDS = GRACE
-    local._STAGED_BYTES = 256  # less than the largest tensor
+    local.STAGED_BYTES = 256  # less than the largest tensor
     peers = [fanout.Peer(f"engine-{i}", f"http://127.0.0.1:{url}", 1, 1) for i, url in enumerate(urls)]
     main = Nearby("ipc", MANIFEST, Servers(sync_seconds=SECONDS)) if rank == 0 else None
     other = local.LocalSender("ipc", MANIFEST) if main is None else None
