@@ -25,7 +25,7 @@ from spell_megatron.rollout.transfer.manifest import Manifest
 
 pytestmark = pytest.mark.engine
 
-SECONDS, GRACE, BUSY = 1.0, 0.5, 6.0
+SECONDS, GRACE, BUSY = 2.0, 0.5, 6.0
 """Of the transfer, of its end, and what a machine that is busy adds."""
 WEIGHTS = {name: torch.rand(size) for name, size in {"a": (5, 7), "b": (600,), "c": (2, 2)}.items()}
 MANIFEST = Manifest({name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()})
@@ -260,7 +260,7 @@ def _ipc_rank(rank: int, port: int, urls: list[int], scratch: str) -> None:
     fanout._GRACE_SECONDS = GRACE
     local.STAGED_BYTES = 256  # less than the largest tensor
     peers = [fanout.Peer(f"engine-{i}", f"http://127.0.0.1:{url}", 1, 1) for i, url in enumerate(urls)]
-    main = Nearby("ipc", MANIFEST, Servers(sync_seconds=SECONDS)) if rank == 0 else None
+    main = Nearby("ipc", MANIFEST, Servers()) if rank == 0 else None
     other = local.LocalSender("ipc", MANIFEST) if main is None else None
     for version in (1, 2):
         weights = {name: tensor * version for name, tensor in WEIGHTS.items()}
