@@ -7,7 +7,7 @@ same bytes once, into memory that is there already. Both are measured in turns, 
 
 A CPU engine lays matrices out for its kernels (oneDNN) when it first multiplies by them after a resync: `packing`,
 a part of `sampling`. On CUDA there is none. The same is measured with an engine that never packs, and what that
-costs it in sampling.
+costs it in sampling. After that the same model goes from two ranks to two servers (`resync_ranks`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import save_model
+from benchmarks.resync_ranks import measure_servers
 from spell_megatron.config import Layout, Policy, Rollout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
@@ -149,6 +150,7 @@ def main(
     """Measure, and print a table."""
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), rounds)
+        result["servers"] = measure_servers(Path(folder) / "model", Path(folder), rounds)
     table = Table("what", "packed", "copies", "unpacked", "copies")
     packed, unpacked = result["seconds"].values()
     for name in packed:
@@ -157,6 +159,10 @@ def main(
     console = Console()
     console.print(f"{result['parameters'] / 1e6:.1f} M parameters, {result['bytes'] / 1e6:.0f} MB")
     console.print(table)
+    servers = Table(*result["servers"][0], title="two ranks, two servers (seconds)")
+    for row in result["servers"]:
+        servers.add_row(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()))
+    console.print(servers)
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
 

@@ -64,6 +64,7 @@ class Driver:
         self.live: Live = console
         self.live.note(f"model {model}, run folder {run.path}")
         self._seconds: Counter[str] = Counter()
+        self._beginnings: dict[int, tuple[float, EngineStats]] = {}
         self.codec = ChatTokenizer.load(model, settings.model.thinking)
         self.prompts = Prompts(settings.model.prompts)
         self._questions = load_heldout(settings.heldout)
@@ -112,13 +113,15 @@ class Driver:
         self.selfplay.restore(state)
 
     async def _play(self, step: int) -> Played:
-        began, before = time.monotonic(), self.engine.stats()
+        # One that broke off and begins again counts from its first beginning.
+        began, before = self._beginnings.setdefault(step, (time.monotonic(), self.engine.stats()))
         self._journal, self._before = Journal(self.run, step), before
         self._kept = self._asked = self._rollouts = 0
         try:
             play = await self.selfplay.play(step, finished=self._journal.read())
         finally:
             self._journal.close()
+        del self._beginnings[step]
         seconds = time.monotonic() - began
         metrics = {"time/rollout": seconds, **_token_metrics(before, self.engine.stats())}
         return Played(play, self.selfplay.state(), metrics)

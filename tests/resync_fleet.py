@@ -57,7 +57,7 @@ SETTINGS = Rollout(
     max_num_seqs=16,
     max_batched_tokens=512,
     kv_cache_mib=32,
-    servers=Servers(count=2, transfer="shm", verify="checksum", start_seconds=300, sync_seconds=15),
+    servers=Servers(count=2, transfer="shm", verify="checksum", start_seconds=300, sync_seconds=10),
 )
 Weights = Iterable[tuple[str, torch.Tensor]]
 

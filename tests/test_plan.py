@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from models import KINDS, Kind, make_model
 
 from spell_megatron.config import RECIPES, Layout, Optimizer, Policy, load_config
 from spell_megatron.plan import ranking, search
@@ -17,8 +18,10 @@ from spell_megatron.plan.catalogue import architecture, known
 from spell_megatron.plan.parameters import active_parameters, held, total_parameters
 from spell_megatron.plan.planner import ROOM, Plan, estimate, resized
 from spell_megatron.plan.rehearsal import _check_covered
+from spell_megatron.plan.resync import resync, tensor_count
 from spell_megatron.plan.search import changed, remedies
 from spell_megatron.plan.workload import batch_work, forward_work
+from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.types import SpellError
 from spell_megatron.weights.shape import ModelShape, model_shape
 
@@ -54,6 +57,24 @@ ONE_NODE = {  # what the recipes' comments say of a single node
 
 def planned(recipe: str, *overrides: str) -> Plan:
     return estimate(load_config(recipe, overrides), Assumptions())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resync_counts_the_tensors_of_a_real_model(kind: Kind, tmp_path: Path) -> None:
+    folder = make_model(kind, tmp_path, seed=0)
+    assert tensor_count(model_shape(folder)) == len(Manifest.of(folder).shapes)
+
+
+def test_a_resync_on_the_trainers_gpus_moves_no_byte_over_host_or_network() -> None:
+    config = load_config("qwen3-30b-a3b-100k")
+    near, far = planned("qwen3-30b-a3b-100k"), planned("qwen3-30b-a3b-100k", "cluster.engine_nodes=2")
+    here, there = (resync(config, plan.shape, plan.engine) for plan in (near, far))
+    whole = total_parameters(near.shape) * 2
+    assert here.hosted == here.broadcast == 0 and there.hosted == there.broadcast == whole
+    assert here.gathered == there.gathered == whole * 7 / 8, "an eighth of the experts is there already"
+    # Joined, staged, taken over: whole. Into layers and from there into place: a quarter, twice. Read and written.
+    assert here.copied == 2 * (3 * whole + 2 * whole / 4)
+    assert near.seconds.resync <= 4 < far.seconds.resync
 
 
 def test_known_models_have_their_published_sizes() -> None:

@@ -182,6 +182,7 @@ def test_a_worker_that_stops_in_the_middle_of_a_transfer_is_named(
 
     def stalling() -> Iterator[tuple[str, torch.Tensor]]:
         yield from weights[:-1]
+        wait_until(lambda: fleet._sender._store.reached == weights[-2][0])  # the transfer is under way
         os.killpg(group, signal.SIGSTOP)
         name, tensor = weights[-1]
         yield name, tensor

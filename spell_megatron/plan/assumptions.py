@@ -31,6 +31,10 @@ class Assumptions:
     """Share of a link's rate, and of memory's rate in decoding, that is reached."""
     decode_seconds: float = 0.008
     """Least time of one decoding step: launches, sampling, scheduling."""
+    tensor_seconds: float = 100e-6
+    """Of a resync, for each tensor: launches of its gathering and its copies, and vLLM's loading of it."""
+    bucket_seconds: float = 0.01
+    """The same for each bucket of tensors: ranks that meet, a request to a server and its answer."""
     response_fill: float = 0.25
     """Mean length of a question or a response with its reasoning, as a share of its limit."""
     verdict_fill: float = 0.1
@@ -60,6 +64,8 @@ class Assumptions:
             f"share of peak reached: training {self.dense_efficiency:.0%} (experts {self.expert_efficiency:.0%}), "
             f"reading prompts {self.prefill_efficiency:.0%}; a decoding step takes "
             f"{self.decode_seconds * 1e3:.0f} ms or more",
+            f"a resync takes {self.tensor_seconds * 1e6:.0f} us for a tensor and {self.bucket_seconds * 1e3:.0f} ms for"
+            " a bucket of them, besides moving bytes",
             f"texts: questions and responses reach {self.response_fill:.0%} of their limit, verdicts "
             f"{self.verdict_fill:.0%}; the questioner reads {self.reading_share:.0%} of a cluster; "
             f"{self.grounded_share:.0%} of the questions reach the responders",

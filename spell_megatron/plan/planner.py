@@ -37,6 +37,7 @@ from spell_megatron.plan.workload import (
 from spell_megatron.policy.layout import WorldShape, check_layout
 from spell_megatron.policy.stream import Stream as PackedStream
 from spell_megatron.policy.stream import plan_streams
+from spell_megatron.rollout.transfer.manifest import STAGED_BYTES
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.shape import ModelShape, model_shape
 
@@ -324,7 +325,9 @@ def _stages(
     trainer = round(assumed.trainer_gib * GIB)
     awake = round(assumed.engine_gib * GIB) if engine.colocated else 0
     asleep = round(assumed.asleep_gib * GIB) if engine.colocated else 0
-    gathered = 2 * shape.vocab * shape.hidden * width(policy)  # the largest tensor, in parts and whole
+    largest = shape.vocab * shape.hidden * width(policy)
+    gathered = 2 * largest  # in parts and whole
+    staged = max(STAGED_BYTES, largest) if engine.colocated else 0
     stages = []
     for index, part in enumerate(parts):
         static = static_bytes(part, policy, world)
@@ -340,7 +343,7 @@ def _stages(
                 activations=acts,
                 update=always + asleep + math.ceil(acts.peak * (1 + assumed.fragmentation)),
                 rollout=always + awake + (engine.device if engine.colocated else 0),
-                resync=always + awake + (engine.weights if engine.colocated else 0) + gathered,
+                resync=always + awake + (engine.weights if engine.colocated else 0) + gathered + staged,
             )
         )
     return stages

@@ -8,7 +8,8 @@ from spell_megatron.config import Config
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.engine import Engine
 from spell_megatron.plan.parameters import Held, active_parameters, total_parameters
-from spell_megatron.plan.traffic import Traffic, link_seconds, resync_seconds
+from spell_megatron.plan.resync import resync
+from spell_megatron.plan.traffic import Traffic, link_seconds
 from spell_megatron.plan.workload import Rollouts, Work, forward_work
 from spell_megatron.policy.layout import WorldShape
 from spell_megatron.weights.shape import ModelShape
@@ -89,5 +90,5 @@ def step_seconds(
     return Seconds(
         rollout=rollout_seconds(config, shape, engine, rollouts, assumed),
         update=update_seconds(config, world, work, microbatches, traffic, parts, assumed),
-        resync=resync_seconds(traffic, config.policy.layout, config.cluster.gpus_per_node, assumed),
+        resync=resync(config, shape, engine).seconds(assumed),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spell_megatron.config import Layout, Policy
+from spell_megatron.config import Policy
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.parameters import Held, total_parameters, width
 from spell_megatron.policy.layout import WorldShape
@@ -74,13 +74,6 @@ def link_seconds(
         + traffic.pipeline / rate(world.size)
         + traffic.data / rate(world.size) * (0.2 if policy.optimizer.overlap else 1.0)
     )
-
-
-def resync_seconds(traffic: Traffic, layout: Layout, gpus_per_node: int, assumed: Assumptions) -> float:
-    """Gathering the weights from the learner's ranks, then handing them to the engines."""
-    spread = layout.pipeline * layout.context * max(layout.tensor, layout.expert * layout.expert_tensor)
-    rate = assumed.node_rate if spread <= gpus_per_node else assumed.network_rate
-    return 2 * traffic.resync / (rate * assumed.link_efficiency)
 
 
 def _share(size: int) -> float:

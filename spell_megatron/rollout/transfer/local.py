@@ -26,10 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
 from spell_megatron.rollout.transfer import shm
-from spell_megatron.rollout.transfer.manifest import Manifest
-
-_STAGED_BYTES = 1 << 30
-"""Of a device's memory at least, for as long as a transfer takes."""
+from spell_megatron.rollout.transfer.manifest import STAGED_BYTES, Manifest
 
 
 class LocalSender:
@@ -95,7 +92,7 @@ class _Nobody:
 
 def staging_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
     """Of a buffer that any tensor of the model fits into: vLLM cuts none in two."""
-    return max(_STAGED_BYTES, manifest.largest * dtype.itemsize)
+    return max(STAGED_BYTES, manifest.largest * dtype.itemsize)
 
 
 def _expand_segments(on: bool) -> None:

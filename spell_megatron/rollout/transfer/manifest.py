@@ -21,6 +21,8 @@ from spell_megatron.rollout.engine import EngineError
 if TYPE_CHECKING:
     import torch
 
+STAGED_BYTES = 1 << 30
+"""Of a GPU's memory at least, for a local transfer to stage tensors in."""
 _SHOWN = 4
 
 

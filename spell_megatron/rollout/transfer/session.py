@@ -79,8 +79,9 @@ class Nearby:
         sums: dict[str, int] = {}
         source = _watched(noted(weights, sums) if self._protocol.summed else weights, client)
         try:
+            self._protocol.open(client)
             self._protocol.run(client, lambda: self._local.send(source, client), sums)
-        except Exception as error:  # the stream's own, on every rank
+        except Exception as error:  # the stream's, which every rank meets
             client.fail(error)
             raise
         finally:
@@ -135,7 +136,13 @@ class Elsewhere:
             return
         client = self._protocol.client(peers, version)
         client.reached = lambda: self._store.reached
-        sent = _on_a_thread(lambda: self._send(tuple(peers), client))
+        sent: Future[None] = Future()
+        try:
+            self._protocol.open(client)
+        except EngineError as error:
+            sent.set_exception(error)
+        else:
+            sent = _on_a_thread(lambda: self._send(tuple(peers), client))
         try:
             yield faults
         finally:
@@ -157,7 +164,7 @@ class Elsewhere:
         ):  # an engine has failed, or the time is over: whoever waits for the others does so in vain
             self._disconnect()
             wait((sent,), client.remaining)
-        error = sent.exception() if sent.done() else EngineError("it did not end in time")
+        error = sent.exception() if sent.done() else EngineError("the time was over")
         if error is not None:
             self._disconnect()
             client.fail(error)
@@ -207,10 +214,13 @@ class _Protocol:
     def client(self, peers: Sequence[Peer], version: int, *, apart: bool = False) -> FanOut:
         return FanOut(peers, version, self._seconds, apart=apart)
 
-    def run(self, client: FanOut, send: Callable[[], None], sums: dict[str, int]) -> None:
-        """See whether everybody is there, before anything waits for them; `send`; have the engines serve it."""
+    def open(self, client: FanOut) -> None:
+        """See whether everybody is there, before anything waits for them, and have them end what runs."""
         client.greet()
         client.post("/pause", params={"mode": self._pause}, timeout=self._drain_seconds)
+
+    def run(self, client: FanOut, send: Callable[[], None], sums: dict[str, int]) -> None:
+        """`send`, and have the engines serve what they hold then."""
         if self.summed:
             client.watch()
         send()

@@ -1,0 +1,102 @@
+"""Resync from two ranks to two servers that share their devices, in units of one plain copy of the bytes per rank.
+
+A part of `benchmarks.resync`. Every rank writes the model's bytes once into memory that is there already, both at the
+same time: that is the unit. Export gathers the weights on both ranks and drops them. A resync is all that `train` waits
+for: export, transfer, and what is said to the servers around it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import run_ranks
+from spell_megatron.config import Layout, Policy, Rollout, Servers
+from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.rollout.engine import Engine
+from spell_megatron.rollout.fleet import Fleet
+from spell_megatron.rollout.follower import Follower
+
+RANKS = 2
+LAYOUTS = {"DP2": Layout(), "TP2": Layout(tensor=2, sequence=True)}
+SETTINGS = Rollout(
+    dtype="float32",
+    max_model_len=512,
+    max_num_seqs=16,
+    max_batched_tokens=512,
+    kv_cache_mib=32,
+    servers=Servers(count=2, start_seconds=600),
+)
+Transfer = Literal["shm", "gloo"]
+
+
+def measure_servers(model: Path, scratch: Path, rounds: int) -> list[dict[str, Any]]:
+    """A row for each transfer and layout."""
+    transfers: tuple[Transfer, ...] = ("shm", "gloo")
+    return [
+        row for transfer in transfers for row in run_ranks(RANKS, _rank, model, scratch, transfer, rounds)[0]
+    ]
+
+
+def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[dict[str, Any]]:
+    """Rank 0's rows; the other one's are its own seconds of the same."""
+    settings = replace(SETTINGS, servers=replace(SETTINGS.servers, transfer=transfer))
+    engine: Engine | Follower | None = None
+    rows = []
+    try:
+        for version, (name, layout) in enumerate(LAYOUTS.items()):
+            world = start_world(layout, seed=0, timeout_seconds=600)
+            if engine is None:
+                logs, vllm = scratch / f"logs-{transfer}", scratch / "vllm"
+                engine = (
+                    Fleet(model, settings, scratch=vllm, logs=logs, stop=())
+                    if world.is_main
+                    else Follower(model, settings, scratch=vllm)
+                )
+            learner = Learner(Policy(dtype="float32", layout=layout), model, world)
+            seconds = _seconds(learner, engine, version * (rounds + 1), rounds)
+            copies = {f"{work} / copy": seconds[work] / seconds["copy"] for work in ("export", "resync")}
+            rows.append({"transfer": transfer, "layout": name, **seconds, **copies})
+    finally:
+        if engine is not None:
+            engine.close()
+        stop_world()
+    return rows
+
+
+def _seconds(learner: Learner, engine: Engine | Follower, version: int, rounds: int) -> dict[str, float]:
+    """Medians over rounds in which each kind of work has its turn; the first one warms up."""
+    source = {name: tensor.clone() for name, tensor in learner.weights()}
+    target = {name: torch.empty_like(tensor) for name, tensor in source.items()}
+
+    def copy() -> None:
+        for name, tensor in source.items():
+            target[name].copy_(tensor)
+
+    def export() -> None:
+        for _ in learner.weights():
+            pass
+
+    def resync() -> None:
+        nonlocal version
+        version += 1
+        engine.update_weights(learner.weights(), version)
+
+    works: tuple[Callable[[], None], ...] = (copy, export, resync)
+    seconds: dict[str, list[float]] = {work.__name__: [] for work in works}
+    for _ in range(rounds + 1):
+        for work in works:
+            dist.barrier()
+            began = time.perf_counter()
+            work()
+            dist.barrier()
+            seconds[work.__name__].append(time.perf_counter() - began)
+    return {name: median(times[1:]) for name, times in seconds.items()}
