@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from eval.data import Data
 
 Mode = Literal["spell", "strict"]
-"""`spell` is the paper's protocol. `strict` matches on word boundaries, accepts every gold answer, and
-believes only a judge's last bracketed verdict."""
+"""`spell` is the paper's protocol. `strict` finds answers as self-play does, matches on word boundaries,
+accepts every gold answer, and believes only a judge's last bracketed verdict."""
 
 Message = Mapping[str, str]
 """A chat message: `role` and `content`."""

@@ -95,6 +95,8 @@ class Endpoint:
         self.identity: Sequence[str] = tuple(identity)
         self.stop: Sequence[int] = ()
         """Ids that end a completion, besides the server's own."""
+        self.shows_special = False
+        """Ask for special tokens in the text, because the tags of thought are among them."""
         self._limits = limits or Limits()
         self._turn = 0.0
         self._client = httpx.AsyncClient(
@@ -133,6 +135,8 @@ class Endpoint:
         }
         if self.stop:
             body["stop_token_ids"] = list(self.stop)
+        if self.shows_special:
+            body["skip_special_tokens"] = False
         return await self._post("/v1/completions", body, _completion)
 
     async def chat(self, prompt: str, *, max_tokens: int, seed: int) -> str:

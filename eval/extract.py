@@ -1,8 +1,8 @@
 """Finding the answer in a final text, as the protocol's own scorers do.
 
-The patterns are narrower than those of self-play (`spell_megatron.selfplay.grading`): a figure is
-comparable with a published one only if an answer is found exactly where the official scorer finds it.
-All of them are linear, because the text is hostile.
+A figure is comparable with a published one only if an answer is found exactly where the official scorer
+finds it. So these patterns stay apart from the reader of self-play (`spell_megatron.selfplay.grading`), which
+the strict mode uses; docs/evaluation.md shows where the two differ. All are linear: the text is hostile.
 """
 
 from __future__ import annotations
@@ -52,13 +52,10 @@ def number(text: str) -> str | None:
     return None
 
 
-def letter(text: str, whole_word: bool = False) -> str | None:
-    """The last capital letter A-D in a box or after "answer is"; `whole_word` passes over "Because"."""
+def letter(text: str) -> str | None:
+    """The last capital letter A-D in a box or after "answer is", where a word may go on behind it."""
     text = text.replace("*", "")[-TAIL:]
     for pattern in _LETTER_PATTERNS:
-        matches = [
-            m for m in pattern.finditer(text) if not (whole_word and text[m.end() : m.end() + 1].isalpha())
-        ]
-        if matches:
+        if matches := list(pattern.finditer(text)):
             return matches[-1][1] if matches[-1][1] in "ABCD" else None
     return None

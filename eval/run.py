@@ -140,6 +140,7 @@ class _Work:
             await stack.enter_async_context(source)
             codec = ChatTokenizer.load(tokenizer or _served_folder(source), thinking=self.settings.thinking)
             source.stop = codec.eos_ids
+            source.shows_special = codec.hides_thinking
             name = name or source.model
             home = self.out / _safe(name)
             judge = await self._judge(stack, home)

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from spell_megatron.policy.world import World
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tokenizers", nargs="+", default=[], metavar="DIR", help="folders of tokenizers to test as well"
+    )
+
+
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     """Megatron's parallel state for one process."""

@@ -22,6 +22,7 @@ from eval.prompting import middle_cut
 from eval.scoring import isolated
 from eval.squad import normalise
 from eval.statistics import figure, paired, pass_at_k, pass_at_k_bootstrap
+from spell_megatron.selfplay.grading import extract_answer
 
 pytestmark = pytest.mark.unit
 VECTORS = Path(__file__).parent / "vectors"
@@ -94,9 +95,38 @@ def test_longbench_v2(row):
     assert (grade.score, grade.prediction) == (row["score"], row["parsed"])
 
 
-def test_letter_strict_wants_a_whole_word():
-    assert extract.letter("The answer is Because") == "B"
-    assert extract.letter("The answer is Because", whole_word=True) is None
+def test_strict_reads_answers_as_training_does():
+    grade = LongBenchV2().grade(item("B"), "The answer is Because", "spell")
+    assert (grade.score, grade.prediction) == (1, "B")
+    assert LongBenchV2().grade(item("B"), "The answer is Because", "strict").prediction is None
+    assert LongBenchV2().grade(item("B"), "The correct answer is option **b**.", "strict").score == 1
+    assert DocMath().grade(item("12345"), "The answer is (12 345).", "spell").score == 0
+    assert DocMath().grade(item("12345"), "The answer is (12 345).", "strict").score == 1
+    grade = HotpotQA().grade(
+        item("Rome", "Paris"), "The correct answer is (Paris), as the answer is in it.", "strict"
+    )
+    assert (grade.score, grade.prediction) == (1, "Paris")
+
+
+def table() -> list[list[str]]:
+    """The rows of docs/evaluation.md that show where the reader and the scorers differ."""
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    lines = text.partition("## Training's reader and the scorers")[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    return rows[2:]
+
+
+@pytest.mark.parametrize(("kind", "text", "read", "scored", "why"), table())
+def test_the_table_of_differences_is_true(kind: str, text: str, read: str, scored: str, why: str):
+    task, official = {
+        "number": ("docmath_qa", extract.number),
+        "letter": ("doc_mc", extract.letter),
+        "words": ("doc_general_qa", extract.phrase),
+    }[kind]
+    text = text.strip("`").replace("\\n", "\n")
+    shown = [None if cell == "none" else cell.strip("`") for cell in (read, scored)]
+    assert [extract_answer(task, text), official(text)] == shown
+    assert why
 
 
 def _contest(row):

@@ -6,9 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from spell_megatron.types import SpellError, Tokens
+from tokenizer.control import Commands
+
+THINKING = frozenset(("<think>", "</think>"))
+"""Tags that are part of what a model wrote, however a tokenizer flags them."""
+_PROBE = "The cat sat on 12 mats."
 
 
 class ChatTokenizer:
@@ -25,7 +30,11 @@ class ChatTokenizer:
         self.eos_ids = eos_ids
         """Ids that end a completion."""
         self.vocab_size = len(hf)
-        self._control = [token.content for token in hf.added_tokens_decoder.values() if token.special]
+        self._commands = Commands(hf)
+        special = {token: added.content for token, added in hf.added_tokens_decoder.items() if added.special}
+        self.hides_thinking = not THINKING.isdisjoint(special.values())
+        """Whether the tags of thought are flagged special, so that whoever leaves special tokens out loses them."""
+        self._hidden = frozenset(token for token, name in special.items() if name not in THINKING)
 
     @classmethod
     def load(cls, folder: str | Path, thinking: bool = False) -> ChatTokenizer:
@@ -34,7 +43,7 @@ class ChatTokenizer:
         if not folder.is_dir():
             raise SpellError(f"no model folder {folder}: give the path of a folder with tokenizer files")
         try:
-            hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            hf = _faithful(folder)
         except Exception as error:  # transformers raises many kinds for one broken file
             raise SpellError(f"cannot read the tokenizer in {folder}: {error}") from error
         if not hf.chat_template:
@@ -49,30 +58,59 @@ class ChatTokenizer:
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a whole exchange of `role` and `content`, up to where the model starts to write.
 
-        The names of control tokens inside a `content` are broken by a blank: a text cannot end its turn.
+        What a `content` spells of added tokens is broken by a blank: a text cannot end its turn (see `control`).
         """
-        text = self._hf.apply_chat_template(
-            [{**message, "content": self._harmless(message["content"])} for message in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=self._thinking,
-        )
-        return self.encode(str(text))
+
+        def encode(contents: Sequence[str]) -> list[int]:
+            return self.encode(
+                self._templated(
+                    [
+                        {**message, "content": content}
+                        for message, content in zip(messages, contents, strict=True)
+                    ]
+                )
+            )
+
+        return self._commands.safe([message["content"] for message in messages], encode)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, nothing added."""
         return list(self._hf.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, tokens: Tokens) -> str:
-        return str(self._hf.decode(list(tokens), skip_special_tokens=True))
+        """Text of generated ids, special tokens dropped but for the tags of thought."""
+        shown = [token for token in tokens if token not in self._hidden]
+        return str(self._hf.decode(shown, skip_special_tokens=False))
 
     def count(self, text: str) -> int:
         return len(self.encode(text))
 
-    def _harmless(self, content: str) -> str:
-        for name in self._control:
-            content = content.replace(name, f"{name[0]} {name[1:]}")
-        return content
+    def _templated(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return str(
+            self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=self._thinking,
+            )
+        )
+
+
+def _faithful(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer as its own files have it.
+
+    The class that `tokenizer_config.json` names can differ from `tokenizer.json`: DeepSeek's files name Llama's, which
+    transformers 5 builds anew and which then drops every blank. The file itself is right in that case.
+    """
+    hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if _round_trips(hf) or not (folder / "tokenizer.json").is_file():
+        return hf
+    plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return plain if _round_trips(plain) else hf
+
+
+def _round_trips(hf: PreTrainedTokenizerBase) -> bool:
+    return str(hf.decode(hf.encode(_PROBE, add_special_tokens=False))).strip() == _PROBE
 
 
 def _eos_ids(folder: Path, hf: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from eval import extract
 from eval.benchmark import Grade, Item, Mode
 from eval.benchmarks.reading import Reading, prompt
 from eval.data import BadRow, Data, Row, Source, identity, text, texts
-from spell_megatron.selfplay.grading import TOLERANCE, math_equal
+from spell_megatron.selfplay.grading import TOLERANCE, extract_answer, math_equal
 from spell_megatron.selfplay.numbers import parse_number
 
 SUBSETS = ("complong", "compshort", "simplong", "simpshort")
@@ -48,7 +48,8 @@ class DocMath(Reading):
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
         if answer is None:
             return Grade(0.0, None)
-        prediction, gold = extract.number(answer), item.references[0]
+        prediction = extract_answer(self.task, answer) if mode == "strict" else extract.number(answer)
+        gold = item.references[0]
         if prediction is None:
             return Grade(0.0, None, answer.strip()[-SHOWN:])
         official = float(official_equal(prediction, gold))

@@ -6,6 +6,7 @@ from eval import extract
 from eval.benchmark import Benchmark, Grade, Item, Mode
 from eval.benchmarks.reading import prompt
 from eval.data import BadRow, Data, Row, Source, identity, text
+from spell_megatron.selfplay.grading import extract_answer
 
 SOURCE = Source(
     "THUDM/LongBench-v2",
@@ -41,5 +42,7 @@ class LongBenchV2(Benchmark):
         )
 
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
-        letter = extract.letter(answer, whole_word=mode == "strict") if answer is not None else None
+        if answer is None:
+            return Grade(0.0, None)
+        letter = extract_answer("doc_mc", answer) if mode == "strict" else extract.letter(answer)
         return Grade(float(letter == item.references[0]), letter)

@@ -11,6 +11,7 @@ from eval import extract
 from eval.benchmark import Ask, Benchmark, Grade, Item, Mode, Verdict, fill
 from eval.judge import equivalence
 from eval.squad import cover_exact_match, exact_match, f1, normalise
+from spell_megatron.selfplay.grading import extract_answer
 
 PROMPT = """Please read the following text and answer the question below.
 
@@ -40,7 +41,7 @@ class Reading(Benchmark):
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
         if answer is None:
             return Grade(0.0, None)
-        prediction = extract.phrase(answer)
+        prediction = extract_answer(self.task, answer) if mode == "strict" else extract.phrase(answer)
         # The official scorer compares the string "None" where it found no answer.
         compared = prediction if prediction is not None or mode == "strict" else "None"
         if compared is None:

@@ -1,8 +1,8 @@
 """The rule: what a response answers, and whether that equals the reference. 0 or 1, never a model.
 
-A response states its answer in "… answer is …" sentences and in boxes; the last statement that holds an
-answer of the task's kind counts. Where none states one, the last that mentions one does. An echo of the
-template's placeholder is no answer. See `reading` for the grammar.
+A response states its answer in "… answer is …" sentences, in boxes and between answer tags; the last
+statement that holds an answer of the task's kind counts. Where none states one, the last that mentions one
+does. An echo of the template's placeholder is no answer. See `reading` for the grammar.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _stated_number(statement: str) -> str | None:
         if within is None or (within[1].strip(" .,;:!*_") and numbers.is_calculation(statement)):
             break
         statement, bracketed = within[0], True
-    whole = statement.strip(" \t\r\n*_").rstrip(".")
+    whole = statement.strip(" \t\r\n*_").rstrip(" .*_")
     if numbers.is_calculation(whole) or (bracketed and parse_number(whole) is not None):
         return whole
     return numbers.stated(whole)

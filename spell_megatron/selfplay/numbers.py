@@ -54,6 +54,7 @@ _COMMA = re.compile(r"(?<![\d.,])(\d+),(\d+)(?![\d.,]*\d)")
 _TIMES = re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(])")
 _MIXED = re.compile(r"(?<![\d.])(\d+) ?\(\((\d+)\)/\((\d+)\)\)")
 _LOOSE_SIGN = re.compile(r"([-+])\s+(?=[\d.])")
+_PRECISION = re.compile(r"[ -](?:decimal|significant|digit)")
 _NAMED = re.compile(r"^[A-Za-z]\w{0,20} ?=")
 
 # --- What has digits and is no number.
@@ -106,7 +107,8 @@ def stated(statement: str) -> str | None:
     for part in (statement, *_last_sides(statement)):
         text = _NAMED.sub("", _tidy(part[: 2 * _LONGEST]))
         run = next(_runs(text), None)
-        if run is not None and text.lstrip(" (=").startswith(run.lstrip(" (=")):
+        begins = run is not None and text.lstrip(" (=").startswith(run.lstrip(" (="))
+        if run is not None and begins and not _PRECISION.match(text.partition(run)[2]):
             number = run.rpartition("=")[2].strip()
             if _value(number) is not None:
                 return number

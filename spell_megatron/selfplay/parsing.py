@@ -77,11 +77,18 @@ def parse_question(
     return asked if rule_reward(task, f"The correct answer is ({text}).", asked) else UNREACHABLE
 
 
+_VERDICT = re.compile(r"""(["'`\u201c\u2018\u00ab]?)\[\[(YES|NO)\]\]""", re.IGNORECASE)
+
+
 def parse_verdict(text: str) -> int | None:
-    """1 for `[[YES]]`, 0 for `[[NO]]`, None for neither, both, or an unfinished thought."""
-    decision = (strip_thinking(text) or "").upper()
-    yes, no = "[[YES]]" in decision, "[[NO]]" in decision
-    return None if yes == no else int(yes)
+    """1 for `[[YES]]`, 0 for `[[NO]]`, None for neither, both, or an unfinished thought.
+
+    One in quotation marks was said by somebody else, where there is one without.
+    """
+    found = _VERDICT.findall(strip_thinking(text) or "")
+    own = [mark for quote, mark in found if not quote] or [mark for _, mark in found]
+    votes = {mark.upper() for mark in own}
+    return int(votes == {"YES"}) if len(votes) == 1 else None
 
 
 def _choice(question: str, reference: Any, options: Any, key: str | None) -> Question | Failure:

@@ -3,7 +3,7 @@
 `full` is written for real models, `short` for the toy one. A template is looked up from the most
 special to the most general name: `{role}_{task}_history.j2` (where there is a history),
 `{role}_{task}.j2`, `{role}.j2`. Documents, questions and answers enter as values: they are inserted,
-never rendered, and cannot close the fence that stands around them.
+never rendered, and made safe for their place before a template sees them (see `quoting`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from spell_megatron.selfplay.quoting import safe
 from spell_megatron.selfplay.reading.objects import last_object
 from spell_megatron.selfplay.reading.texts import normalise
 from spell_megatron.types import Document, Question, SpellError
@@ -40,7 +41,6 @@ class Prompts:
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        self._templates.filters["fenced"] = _fenced
 
     def questioner(
         self,
@@ -81,9 +81,4 @@ class Prompts:
         names = [f"{role}_{task}.j2", f"{role}.j2"]
         if variables.get("history"):
             names.insert(0, f"{role}_{task}_history.j2")
-        return self._templates.select_template(names).render(task=task, **variables).strip()
-
-
-def _fenced(text: str) -> str:
-    """Text that cannot close the `<text>` that it stands in."""
-    return text.replace("</text>", "</ text>").replace("<text>", "< text>").strip()
+        return self._templates.select_template(names).render(task=task, **safe(role, variables)).strip()
