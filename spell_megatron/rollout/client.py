@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.engine import EngineError, versions_of
 from spell_megatron.rollout.server import SERVED_NAME
 from spell_megatron.types import Rollout, Tokens
 
@@ -118,15 +118,14 @@ def _completion(prompt: Tokens, answer: dict[str, Any]) -> Completion:
     (choice,) = answer["choices"]
     if choice["finish_reason"] not in ("stop", "length"):
         raise Aborted(f"the request ended with {choice['finish_reason']!r}")
-    versions = {int(span["version"]) for span in choice["weight_versions"]}
-    if len(versions) != 1:
-        raise Aborted(f"the completion mixes the versions {sorted(versions)}")
     content = choice["logprobs"]["content"]
     tokens, logprobs = tuple(choice["token_ids"]), tuple(float(token["logprob"]) for token in content)
     if len(tokens) != len(logprobs):
         raise ValueError(f"{len(tokens)} tokens and {len(logprobs)} log-probs")
+    spans = ((span["version"], span["start"], span["end"]) for span in choice["weight_versions"])
+    version, updates = versions_of(spans, len(tokens))
     details = answer.get("usage", {}).get("prompt_tokens_details") or {}
     return Completion(
-        Rollout(prompt, tokens, logprobs, choice["finish_reason"], versions.pop()),
+        Rollout(prompt, tokens, logprobs, choice["finish_reason"], version, updates),
         details.get("cached_tokens") or 0,
     )

@@ -24,7 +24,14 @@ import torch.distributed
 
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
-from spell_megatron.rollout.engine import EngineError, EngineStats, Memory, check_version, room_for
+from spell_megatron.rollout.engine import (
+    EngineError,
+    EngineStats,
+    Memory,
+    check_version,
+    room_for,
+    versions_of,
+)
 from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.transfer.manifest import Manifest, buckets
 from spell_megatron.types import Rollout, Tokens
@@ -73,6 +80,7 @@ class InProcessEngine:
         self._manifest = Manifest.of(self._folder)
         self._stop = list(stop if stop is not None else stop_tokens(self._folder))
         self._window = settings.max_model_len
+        self._continues = settings.servers.in_flight == "continue"
         self._scratch = scratch
         self._version = version
         self._requests: dict[str, _Request] = {}
@@ -178,7 +186,8 @@ class InProcessEngine:
         if not output.finished:
             return
         del self._requests[output.request_id]
-        versions = {int(span.version) for span in delta.weight_versions or ()}
+        spans = ((span.version, span.start, span.end) for span in delta.weight_versions or ())
+        version, updates = versions_of(spans, len(request.tokens))
         if not request.done.done():
             request.done.set_result(
                 Rollout(
@@ -186,7 +195,8 @@ class InProcessEngine:
                     tokens=tuple(request.tokens),
                     logprobs=tuple(request.logprobs),
                     finish="stop" if delta.finish_reason == "stop" else "length",
-                    version=versions.pop(),
+                    version=version,
+                    updates=updates,
                 )
             )
 
@@ -209,10 +219,10 @@ class InProcessEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         check_version(self._version, version)
-        if self._requests:
+        if self._requests and not self._continues:
             raise EngineError(
                 f"{len(self._requests)} requests run: a completion would mix versions {self._version} and"
-                f" {version}. Await or cancel them before the update"
+                f" {version}. Await or cancel them before the update, or set rollout.servers.in_flight=continue"
             )
         self._fault = f"the update to version {version} did not finish"
         rpc: Any = self._llm.collective_rpc
@@ -225,7 +235,8 @@ class InProcessEngine:
                 rpc("finish_weight_update")
             raise
         rpc("finish_weight_update")
-        if not self._llm.reset_prefix_cache():
+        # What runs gives its blocks back, too, and is computed anew by the new weights before it goes on.
+        if not self._llm.reset_prefix_cache(reset_running_requests=self._continues):
             raise EngineError(f"vLLM kept its prefix cache after the update to version {version}")
         self._llm.set_weight_version(str(version))
         self._version, self._fault = version, ""
