@@ -252,16 +252,18 @@ def _group(process: psutil.Process) -> int:
 def test_what_runs_goes_on_under_the_new_weights(folders: list[Path], scratch: Path) -> None:
     """As if these had read it from its start: vLLM takes its cache when it pauses, and computes it anew."""
     servers = replace(SERVERS, count=1, in_flight="continue")
-    fleet = Fleet(folders[0], settings(servers), scratch=scratch / "vllm", logs=scratch / "continued")
+    logs = scratch / "continued"
+    fleet = Fleet(folders[2], settings(servers), scratch=scratch / "vllm", logs=logs, stop=[])
 
     async def overlapped() -> list[Rollout]:
-        running = asyncio.create_task(play(fleet, groups=8, max_tokens=400))
-        while not fleet.stats().generated_tokens:  # until the first of them have ended
+        running = asyncio.create_task(play(fleet, groups=8, max_tokens=160))
+        while not fleet.stats().generated_tokens:  # until half of them have ended, and the others have begun
             await asyncio.sleep(0.01)
         await asyncio.to_thread(update, fleet, folders[1])
         return await running
 
     try:
+        update(fleet, folders[0])  # the first transfer connects, which takes a while
         rollouts = asyncio.run(overlapped())
         repeated = asyncio.run(play(fleet, groups=1))
     finally:
@@ -274,6 +276,6 @@ def test_what_runs_goes_on_under_the_new_weights(folders: list[Path], scratch: P
     for rollout in rollouts:
         gaps = [differences(model, rollout) for model in models]
         for version, first, end in version_spans(rollout):
-            assert gaps[version][first:end].max() <= 1e-4
-            assert gaps[1 - version][first:end].max() > 0.1, "the two models are too alike to tell apart"
+            assert gaps[version - 1][first:end].max() <= 1e-4
+            assert gaps[2 - version][first:end].max() > 0.1, "the two models are too alike to tell apart"
     assert worst(folders[1], repeated) <= 1e-4, "what the old weights cached was used"
