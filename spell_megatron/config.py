@@ -252,6 +252,10 @@ class Policy:
     minibatches: int = Field(default=1, gt=0)
     """Optimizer updates per batch; 1 is strictly on-policy."""
     freeze_router: bool = False
+    router_dtype: Literal["model", "float32"] = "model"
+    """Router logits are computed in float32, and `model` rounds them to `dtype` as vLLM does, which decides by them."""
+    router_replay: bool = False
+    """Send tokens to the experts that the engine chose. It must tell them, which vLLM does on CUDA alone."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """A collective that takes longer fails."""
 

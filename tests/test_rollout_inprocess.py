@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.config import Servers
 from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.experts import PromptExperts
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.types import Rollout, version_spans
 
@@ -360,3 +361,39 @@ def test_a_request_goes_on_under_the_new_weights_as_if_they_had_read_it_from_its
         before = spans[0][2]
         assert rollout.tokens[:before] == unbroken.tokens[:before]
     assert after[0].version == 1 and worst(models[1], after) <= 1e-4, "what the old weights cached was used"
+
+
+def test_experts_that_vllm_tells_come_with_the_rollouts(
+    engine: InProcessEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells them on a GPU alone; here they are put into what its steps return: of each token, its number."""
+    known, asked, step = PromptExperts(), [], engine._llm.step
+    monkeypatch.setattr(engine, "_experts", known)
+
+    def telling() -> list[Any]:
+        outputs = step()
+        for output in outputs:
+            if output.finished and told:
+                request = engine._requests[output.request_id]
+                asked.append(0 if request.prompt_experts is None else len(request.prompt))
+                tokens = [*request.prompt, *request.tokens, *output.outputs[0].token_ids][asked[-1] : -1]
+                output.outputs[0].routed_experts = np.array(tokens, dtype=np.uint8).reshape(-1, 1, 1)
+        return outputs
+
+    async def one_by_one() -> list[Rollout]:
+        return [(await sample(engine, PROMPTS[0], [seed], 6))[0] for seed in range(3)]
+
+    monkeypatch.setattr(engine._llm, "step", telling)
+    told = True
+    rollouts = run(one_by_one())
+    assert asked == [0, len(PROMPTS[0]), len(PROMPTS[0])]
+    for rollout in rollouts:
+        assert rollout.prompt_experts is rollouts[0].prompt_experts and rollout.experts is not None
+        assert [*rollout.prompt_experts.ravel(), *rollout.experts.ravel()] == [
+            *PROMPTS[0],
+            *rollout.tokens[:-1],
+        ]
+    told = False
+    with pytest.raises(EngineError, match="told nothing"):
+        run(sample(engine, PROMPTS[0], [1], 6))
+    assert not engine.healthy()

@@ -32,9 +32,10 @@ from spell_megatron.rollout.engine import (
     room_for,
     versions_of,
 )
+from spell_megatron.rollout.experts import START, PromptExperts
 from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.transfer.manifest import Manifest, buckets
-from spell_megatron.types import Rollout, Tokens
+from spell_megatron.types import Experts, Rollout, Tokens
 
 if TYPE_CHECKING:
     from vllm.logprobs import Logprob
@@ -52,6 +53,8 @@ class _Request:
 
     prompt: Tokens
     done: asyncio.Future[Rollout]
+    prompt_experts: Experts | None = None
+    """Where they are known already."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -60,7 +63,8 @@ class InProcessEngine:
     """An `Engine` in this process: one replica, on the CPU or this process's GPU.
 
     `model` is a Hugging Face folder, `scratch` a folder for vLLM's caches, `stop` the token ids that end a
-    completion (the model's own where not given), `version` the number of the weights in the folder.
+    completion (the model's own where not given), `version` the number of the weights in the folder; with
+    `tells_experts` rollouts come with the experts that made them.
 
     Create it after the trainer's process group, if there is to be one: vLLM opens a group of its own in a
     process that has none.
@@ -75,6 +79,7 @@ class InProcessEngine:
         stop: Sequence[int] | None = None,
         seed: int = 0,
         version: int = 0,
+        tells_experts: bool = False,
     ) -> None:
         self._folder = Path(model)
         self._manifest = Manifest.of(self._folder)
@@ -83,6 +88,7 @@ class InProcessEngine:
         self._continues = settings.servers.in_flight == "continue"
         self._scratch = scratch
         self._version = version
+        self._experts = PromptExperts() if tells_experts else None
         self._requests: dict[str, _Request] = {}
         self._ids = itertools.count()
         self._pump_task: asyncio.Task[None] | None = None
@@ -108,7 +114,9 @@ class InProcessEngine:
                     seed=seed,
                     disable_log_stats=True,
                     weight_transfer_config=WeightTransferConfig(backend=inproc.NAME),
-                    **backend.engine_arguments(settings, backend.current()),
+                    **backend.engine_arguments(
+                        settings, backend.current(), tells_experts=self._experts is not None
+                    ),
                 )
             )
             llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
@@ -136,6 +144,7 @@ class InProcessEngine:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         id = str(next(self._ids))
+        known = self._experts.of(prompt) if self._experts else None
         self._llm.add_request(
             id,
             tokens_input(list(prompt)),
@@ -148,9 +157,10 @@ class InProcessEngine:
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
+                **{START: 0 if known is None else len(prompt)},
             ),
         )
-        self._requests[id] = _Request(prompt, asyncio.get_running_loop().create_future())
+        self._requests[id] = _Request(prompt, asyncio.get_running_loop().create_future(), known)
         self._count(prompt_tokens=len(prompt))
         if self._pump_task is None or self._pump_task.done():
             self._pump_task = asyncio.create_task(self._pump())
@@ -162,11 +172,11 @@ class InProcessEngine:
             try:
                 with torch.random.fork_rng(devices=[]):  # on a CPU, sampling draws from the global generator
                     outputs = cast("list[RequestOutput]", self._llm.step())
+                for output in outputs:
+                    self._absorb(output)
             except Exception as error:
                 self._fail(f"vLLM failed while it generated: {type(error).__name__}: {error}", error)
                 return
-            for output in outputs:
-                self._absorb(output)
             await asyncio.sleep(0)
 
     def _absorb(self, output: RequestOutput) -> None:
@@ -188,6 +198,11 @@ class InProcessEngine:
         del self._requests[output.request_id]
         spans = ((span.version, span.start, span.end) for span in delta.weight_versions or ())
         version, updates = versions_of(spans, len(request.tokens))
+        told: tuple[Experts | None, Experts | None] = (None, None)
+        if self._experts:
+            told = self._experts.split(
+                request.prompt, request.prompt_experts, delta.routed_experts, len(request.tokens)
+            )
         if not request.done.done():
             request.done.set_result(
                 Rollout(
@@ -197,6 +212,8 @@ class InProcessEngine:
                     finish="stop" if delta.finish_reason == "stop" else "length",
                     version=version,
                     updates=updates,
+                    prompt_experts=told[0],
+                    experts=told[1],
                 )
             )
 
@@ -239,6 +256,8 @@ class InProcessEngine:
         if not self._llm.reset_prefix_cache(reset_running_requests=self._continues):
             raise EngineError(f"vLLM kept its prefix cache after the update to version {version}")
         self._llm.set_weight_version(str(version))
+        if self._experts:
+            self._experts.forget()
         self._version, self._fault = version, ""
 
     def stats(self) -> EngineStats:

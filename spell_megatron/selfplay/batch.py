@@ -140,7 +140,8 @@ def _group(rollouts: Sequence[Rollout | None], advantages: Sequence[float]) -> G
             rollout.logprobs,
             rollout.version,
             rollout.updates,
+            rollout.experts,
         )
         for rollout, advantage in zip(present, advantages, strict=True)
     )
-    return Group(present[0].prompt, samples)
+    return Group(present[0].prompt, samples, present[0].prompt_experts)
