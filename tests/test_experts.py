@@ -1,4 +1,4 @@
-"""The router: float32 rounded as engines do, without an auxiliary loss, frozen on request; and how its load is counted."""
+"""The router: rounded as an engine's, without an auxiliary loss, frozen on request; and how its load is counted."""
 
 from __future__ import annotations
 

@@ -117,6 +117,43 @@ def test_logprobs_equal_a_hugging_face_forward_through_three_updates(kind: Kind,
         engine.close()
 
 
+def test_a_request_goes_on_under_the_new_weights_as_if_they_had_read_it_from_its_start(scratch: Path) -> None:
+    old, new = (make_model("qwen3", scratch / f"continued-{seed}", seed) for seed in (5, 6))
+    settings = replace(SETTINGS, servers=Servers(in_flight="continue"))
+    engine = InProcessEngine(old, settings, scratch=scratch / "vllm")
+
+    async def play(update_at: int) -> list[Rollout]:
+        running = [asyncio.create_task(sample(engine, PROMPTS[0], [1, 2, 3], 100)) for _ in range(2)]
+        began = engine.stats().generated_tokens
+        while not all(task.done() for task in running):
+            if engine.stats().generated_tokens - began >= update_at and not engine.version:
+                engine.update_weights(checkpoint(new).items(), 1)
+            await asyncio.sleep(0)
+        return [rollout for task in running for rollout in task.result()]
+
+    try:
+        alone = run(play(update_at=10**9))
+        assert all(not rollout.updates and rollout.version == 0 for rollout in alone)
+        rollouts = run(play(update_at=150))
+        after = run(sample(engine, PROMPTS[0], [1]))
+    finally:
+        engine.close()
+    continued = [rollout for rollout in rollouts if rollout.updates]
+    assert len(continued) >= 3
+    models = {0: hugging_face(old), 1: hugging_face(new)}
+    for rollout, unbroken in zip(rollouts, alone, strict=True):
+        given = torch.tensor(rollout.logprobs).double()
+        spans = version_spans(rollout)
+        assert [version for version, _, _ in spans] == ([0, 1] if rollout.updates else [0])
+        for version, first, end in spans:
+            gaps = {of: (reference(models[of], rollout) - given)[first:end].abs().max() for of in models}
+            assert gaps[version] <= 1e-4
+            assert gaps[1 - version] > 0.1, "the two models are too alike to tell apart"
+        before = spans[0][2]
+        assert rollout.tokens[:before] == unbroken.tokens[:before]
+    assert after[0].version == 1 and worst(models[1], after) <= 1e-4, "what the old weights cached was used"
+
+
 def test_the_trainer_does_not_notice_the_engine(scratch: Path) -> None:
     def state() -> tuple[Any, ...]:
         return (
@@ -324,43 +361,6 @@ def test_versions_only_grow_and_no_completion_mixes_two(engine: InProcessEngine,
 
     run(play())
     assert engine.healthy()
-
-
-def test_a_request_goes_on_under_the_new_weights_as_if_they_had_read_it_from_its_start(scratch: Path) -> None:
-    old, new = (make_model("qwen3", scratch / f"continued-{seed}", seed) for seed in (5, 6))
-    settings = replace(SETTINGS, servers=Servers(in_flight="continue"))
-    engine = InProcessEngine(old, settings, scratch=scratch / "vllm")
-
-    async def play(update_at: int) -> list[Rollout]:
-        running = [asyncio.create_task(sample(engine, PROMPTS[0], [1, 2, 3], 100)) for _ in range(2)]
-        began = engine.stats().generated_tokens
-        while not all(task.done() for task in running):
-            if engine.stats().generated_tokens - began >= update_at and not engine.version:
-                engine.update_weights(checkpoint(new).items(), 1)
-            await asyncio.sleep(0)
-        return [rollout for task in running for rollout in task.result()]
-
-    try:
-        alone = run(play(update_at=10**9))
-        assert all(not rollout.updates and rollout.version == 0 for rollout in alone)
-        rollouts = run(play(update_at=150))
-        after = run(sample(engine, PROMPTS[0], [1]))
-    finally:
-        engine.close()
-    continued = [rollout for rollout in rollouts if rollout.updates]
-    assert len(continued) >= 3
-    models = {0: hugging_face(old), 1: hugging_face(new)}
-    for rollout, unbroken in zip(rollouts, alone, strict=True):
-        given = torch.tensor(rollout.logprobs).double()
-        spans = version_spans(rollout)
-        assert [version for version, _, _ in spans] == ([0, 1] if rollout.updates else [0])
-        for version, first, end in spans:
-            gaps = {of: (reference(models[of], rollout) - given)[first:end].abs().max() for of in models}
-            assert gaps[version] <= 1e-4
-            assert gaps[1 - version] > 0.1, "the two models are too alike to tell apart"
-        before = spans[0][2]
-        assert rollout.tokens[:before] == unbroken.tokens[:before]
-    assert after[0].version == 1 and worst(models[1], after) <= 1e-4, "what the old weights cached was used"
 
 
 def test_experts_that_vllm_tells_come_with_the_rollouts(
