@@ -72,6 +72,7 @@ def launches(run: Path, count: int) -> list[Launch]:
             log=run / "logs" / f"engine-{host}-{slot}.log",
             transfer=backend.transfer(servers.transfer),
             devices=tuple(range(slot * width, (slot + 1) * width)),
+            tells_experts=settings.policy.router_replay,
         )
         for slot in range(count)
     ]

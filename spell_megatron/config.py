@@ -151,8 +151,8 @@ class Servers:
     transfer: Literal["auto", "gloo", "nccl", "ipc", "shm"] = "auto"
     """How weights travel. From every rank to the engines on its own device: `ipc` on a GPU, `shm` on a CPU. From rank 0
     to engines anywhere: `nccl` between GPUs, `gloo` between CPUs."""
-    in_flight: Literal["finish", "restart"] = "finish"
-    """At a resync, running requests end on the old weights, or start over on the new ones."""
+    in_flight: Literal["finish", "restart", "continue"] = "finish"
+    """At a resync, running requests end on the old weights, start over on the new ones, or go on under them."""
     start_seconds: float = Field(default=1800.0, gt=0)
     """A server that is not ready by then is started again."""
     probe_seconds: float = Field(default=30.0, gt=0)
@@ -252,6 +252,10 @@ class Policy:
     minibatches: int = Field(default=1, gt=0)
     """Optimizer updates per batch; 1 is strictly on-policy."""
     freeze_router: bool = False
+    router_dtype: Literal["model", "float32"] = "model"
+    """Router logits are computed in float32, and `model` rounds them to `dtype` as vLLM does, which decides by them."""
+    router_replay: bool = False
+    """Send tokens to the experts that the engine chose. It must tell them, which vLLM does on CUDA alone."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """A collective that takes longer fails."""
 

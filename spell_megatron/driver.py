@@ -183,7 +183,7 @@ class Driver:
                 "policy/grad_norm": update.grad_norm,
                 "policy/lr": update.lr,
                 "policy/clipped": update.clipped,
-                **update.load_metrics(),
+                **update.router_metrics(),
                 **update.scores.mean_entropy(batch.roles),
                 "tokens/trained": update.tokens,
                 **played.metrics,
@@ -238,7 +238,11 @@ def _engine(
     """
     rollout = settings.rollout
     scratch = run.path.parent / ".engine"  # vLLM caches there what it learns of a model; runs share it
-    common: dict[str, Any] = {"scratch": scratch, "stop": stop}
+    common: dict[str, Any] = {
+        "scratch": scratch,
+        "stop": stop,
+        "tells_experts": settings.policy.router_replay,
+    }
     if not rollout.servers.count and not rollout.servers.urls:
         if alone and not settings.selfplay.max_staleness:
             return InProcessEngine(model, rollout, seed=settings.seed, **common)

@@ -25,6 +25,7 @@ from spell_megatron.preemption import Preempted, Stop, listen, preempted
 from spell_megatron.record import RunFolder, forget_episodes, same_episodes
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import Engine, WeightsWanted
+from spell_megatron.rollout.experts import check_replay
 from spell_megatron.rollout.follower import Follower
 from spell_megatron.rollout.residence import EngineResidence
 from spell_megatron.types import SpellError, TrainBatch
@@ -262,6 +263,7 @@ def open_session(config: Config, run: Path | None, benchmarks: Benchmarks | None
     """
     if config.heldout.benchmarks and benchmarks is None:
         raise SpellError("heldout.benchmarks: pass eval.live_benchmarks, or train by the command line")
+    check_replay(config)
     world = start_world(config.policy.layout, seed=config.seed, timeout_seconds=config.policy.timeout_seconds)
     with ExitStack() as stack:
         stack.callback(stop_world)

@@ -10,10 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Tokens = Sequence[int]
 Finish = Literal["stop", "length"]
+Experts: TypeAlias = "np.ndarray"
+"""Which experts each of some tokens went to in each layer, unsigned integers `[tokens, layers, top k]`."""
+Updates = tuple[tuple[int, int], ...]
+"""`(place, version)`: new weights that a completion went on under, from the token at that place on."""
 
 
 class SpellError(Exception):
@@ -48,8 +55,12 @@ class Rollout:
     """One completion as the engine sampled it.
 
     `logprobs[i]` is the log-probability of `tokens[i]` under the distribution that was actually
-    sampled from (temperature and truncation applied), by the weights numbered `version`.
-    `finish` is "length" where the completion was cut at the token limit.
+    sampled from (temperature and truncation applied), by the weights that sampled it: those numbered `version`,
+    which began it and are its oldest, and those of `updates` from their places on. `finish` is "length" where the
+    completion was cut at the token limit.
+
+    `prompt_experts` and `experts` are what the engine chose for prompt and completion, where it was asked to tell; the
+    last token went through no layer and has none.
     """
 
     prompt: Tokens
@@ -57,6 +68,9 @@ class Rollout:
     logprobs: Sequence[float]
     finish: Finish
     version: int
+    updates: Updates = ()
+    prompt_experts: Experts | None = field(default=None, compare=False, repr=False)
+    experts: Experts | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +78,35 @@ class Sample:
     """One completion as the learner sees it: tokens, and what each of them is worth.
 
     `weights[i]` multiplies the policy-gradient term of `tokens[i]`: an advantage in reinforcement
-    learning, 1.0 in supervised warm-up. `logprobs` are the engine's, and `version` is the number of
-    the weights that they are of (empty and None where no engine made the tokens).
+    learning, 1.0 in supervised warm-up. `logprobs` are the engine's, and `version` and `updates` number the
+    weights that they are of, as in a Rollout (empty and None where no engine made the tokens). `experts` are those
+    that the learner is to use for its first tokens.
     """
 
     tokens: Tokens
     weights: Sequence[float]
     logprobs: Sequence[float] = ()
     version: int | None = None
+    updates: Updates = ()
+    experts: Experts | None = field(default=None, compare=False, repr=False)
+
+
+def version_spans(made: Rollout | Sample) -> list[tuple[int, int, int]]:
+    """`(version, first, end)`: which weights sampled its tokens [first, end). Empty where no engine did."""
+    if made.version is None:
+        return []
+    begins = [(0, made.version), *made.updates]
+    ends = [*(place for place, _ in made.updates), len(made.tokens)]
+    return [(version, first, end) for (first, version), end in zip(begins, ends, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Completions of one prompt. The prompt is computed once and shared by all of them."""
+    """Completions of one prompt. The prompt is computed once and shared by all of them, and so are its experts."""
 
     prompt: Tokens
     samples: tuple[Sample, ...]
+    experts: Experts | None = field(default=None, compare=False, repr=False)
 
     @property
     def response_tokens(self) -> int:

@@ -40,6 +40,8 @@ class Case:
 
 MOE = ("moe",)
 SP = {"sequence": True}
+REPLAY = {"router_replay": True}
+"""The routers are told experts drawn at random, there and here."""
 CASES = (
     Case("single", 1, ("qwen3", "qwen3_tied", "qwen2", "moe"), fast=True),
     Case("single recompute", 1, ("qwen3", "moe"), policy={"recompute": "full"}),
@@ -72,6 +74,26 @@ CASES = (
     Case("tp2·etp2+sp", 2, MOE, {"tensor": 2, "expert_tensor": 2, **SP}, fast=True),
     Case("ep2·etp2", 4, MOE, {"tensor": 2, "expert": 2, "expert_tensor": 2, **SP}),
     Case("cp2·ep2", 2, MOE, {"context": 2, "expert": 2}),
+    Case("replay", 1, MOE, policy=REPLAY, fast=True),
+    Case(
+        "replay tp2+sp recompute",
+        2,
+        MOE,
+        {"tensor": 2, **SP},
+        policy={"recompute": "full", **REPLAY},
+        fast=True,
+    ),
+    Case("replay pp2 recompute", 2, MOE, {"pipeline": 2}, policy={"recompute": "full", **REPLAY}, fast=True),
+    Case(
+        "replay vpp2",
+        2,
+        MOE,
+        {"pipeline": 2, "virtual_pipeline": 2},
+        policy=REPLAY,
+        model={"num_hidden_layers": 4},
+    ),
+    Case("replay cp2·ep2", 2, MOE, {"context": 2, "expert": 2}, policy=REPLAY, fast=True),
+    Case("replay tp2·pp2·ep2+sp", 4, MOE, {"tensor": 2, "pipeline": 2, "expert": 2, **SP}, policy=REPLAY),
     Case("cp2·pp2·dp1", 4, ("qwen3_tied", "moe"), {"context": 2, "pipeline": 2}),
     Case("tp2·dp2+distributed+sp", 4, ("qwen3", "moe"), {"tensor": 2, **SP}, {"distributed": True}),
     Case("tp2·pp2·ep2+sp", 4, MOE, {"tensor": 2, "pipeline": 2, "expert": 2, **SP}),
@@ -116,7 +138,7 @@ def run_cases(names: list[str], out: Path) -> None:
 
 def _run_case(case: Case) -> list[Result]:
     import torch.distributed as dist
-    from reference import random_batch, relative_error
+    from reference import relative_error
 
     from megatron_patches import cpu_products
     from spell_megatron.config import Layout, Optimizer, Policy
@@ -126,8 +148,7 @@ def _run_case(case: Case) -> list[Result]:
     results, for_small = [], (cpu_products._WORTH_IT, cpu_products._GRAIN)
     world = start_world(Layout(**case.layout), seed=0, timeout_seconds=120)
     for kind in case.kinds:
-        folder, expected = _reference(kind, json.dumps(case.model))
-        batch = random_batch(256)
+        folder, batch, expected = _reference(kind, json.dumps(case.model), "router_replay" in case.policy)
         for shared in (True, False):
             # Half of the cases multiply as models do that are not as small as these.
             cpu_products._WORTH_IT, cpu_products._GRAIN = for_small if shared else (1, 16)
@@ -184,22 +205,26 @@ def _run_case(case: Case) -> list[Result]:
 
 
 @cache
-def _reference(kind: str, overrides: str) -> tuple[Path, Any]:
+def _reference(kind: str, overrides: str, replay: bool) -> tuple[Path, Any, Any]:
     import torch.distributed as dist
-    from models import make_model
-    from reference import random_batch, reference
+    from models import make_config, make_model
+    from reference import random_batch, reference, with_experts
 
     folder = (
         Path(tempfile.gettempdir())
         / f"spell-layouts-{dist.get_world_size()}"
         / f"{kind}-{zlib.crc32(overrides.encode())}"
     )
-    expected = None
+    shape = {"initializer_range": 0.1, **json.loads(overrides)}
+    batch, expected = random_batch(256), None
+    if replay:
+        config = make_config(kind, **shape)  # type: ignore[arg-type]
+        batch = with_experts(batch, config.num_hidden_layers, config.num_experts, config.num_experts_per_tok)
     if dist.get_rank() == 0:
-        make_model(kind, folder, seed=1, **{"initializer_range": 0.1, **json.loads(overrides)})  # type: ignore[arg-type]
-        expected = reference(folder, random_batch(256))
+        make_model(kind, folder, seed=1, **shape)  # type: ignore[arg-type]
+        expected = reference(folder, batch)
     dist.barrier()
-    return folder, expected
+    return folder, batch, expected
 
 
 def _is_exact(folder: Path, weights: dict[str, Any]) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,44 @@ def random_batch(
     )
 
 
+def with_experts(batch: TrainBatch, layers: int, experts: int, top_k: int, seed: int = 0) -> TrainBatch:
+    """The batch as if an engine had chosen experts at random. As an engine's, they end before the last token."""
+    draw = np.random.default_rng(seed)
+
+    def choose(tokens: int) -> np.ndarray:
+        return draw.random((tokens, layers, experts)).argsort(-1)[..., :top_k].astype(np.uint8)
+
+    return TrainBatch(
+        tuple(
+            Group(
+                group.prompt,
+                tuple(replace(s, experts=choose(len(s.tokens) - 1)) for s in group.samples),
+                choose(len(group.prompt)),
+            )
+            for group in batch.groups
+        )
+    )
+
+
+@contextmanager
+def forced(model: torch.nn.Module, group: Group, sample: Sample) -> Iterator[None]:
+    """The model's routers choose what the batch says; weights are the softmax over all experts, cut and normalised."""
+
+    def route(chosen: Tensor, gate: torch.nn.Module, _inputs: object, routed: tuple[Tensor, ...]) -> object:
+        logits, _, own = routed
+        chosen = torch.cat((chosen, own[len(chosen) :]))
+        scores = logits.softmax(-1).gather(-1, chosen)
+        return logits, scores / scores.sum(-1, keepdim=True) if gate.norm_topk_prob else scores, chosen
+
+    with ExitStack() as stack:
+        if group.experts is not None and sample.experts is not None:
+            both = torch.from_numpy(np.concatenate((group.experts, sample.experts)).astype(np.int64))
+            for number, layer in enumerate(model.model.layers):
+                hook = layer.mlp.gate.register_forward_hook(partial(route, both[:, number]))
+                stack.callback(hook.remove)
+        yield
+
+
 @dataclass(frozen=True)
 class Reference:
     loss: float
@@ -65,7 +106,8 @@ def reference(folder: Path, batch: TrainBatch, temperature: float = 1.0) -> Refe
         entropy.append([])
         for sample in group.samples:
             ids = torch.tensor([[*group.prompt, *sample.tokens]])
-            logits = model(ids).logits[0, len(group.prompt) - 1 : -1] / temperature
+            with forced(model, group, sample):
+                logits = model(ids).logits[0, len(group.prompt) - 1 : -1] / temperature
             log_p = torch.log_softmax(logits, -1)
             chosen = log_p.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
             total = total - (torch.tensor(sample.weights, dtype=torch.float64) * chosen).sum()

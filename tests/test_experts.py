@@ -1,12 +1,14 @@
-"""The router: float32, without an auxiliary loss, frozen on request; and how its load is counted."""
+"""The router: rounded as an engine's, without an auxiliary loss, frozen on request; and how its load is counted."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from models import make_model
 from reference import random_batch
 from transformers import AutoModelForCausalLM
@@ -55,6 +57,31 @@ def test_no_auxiliary_loss_and_a_router_in_float32(folder: Path, world: World) -
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.parametrize("rounding", ["model", "float32"])
+def test_routers_decide_as_a_gate_in_the_models_precision_does(
+    rounding: str, world: World, tmp_path: Path
+) -> None:
+    """As vLLM's and transformers': a product in bfloat16, and the largest logits of that."""
+    many = make_model("moe", tmp_path, num_experts=64, num_experts_per_tok=4, initializer_range=0.02)
+    policy = learner(many, world, dtype="bfloat16", router_dtype=rounding)
+    differing = tokens = 0
+
+    def compare(router: Any, inputs: tuple[torch.Tensor], routed: tuple[torch.Tensor, torch.Tensor]) -> None:
+        nonlocal differing, tokens
+        probs, chosen = routed
+        logits = F.linear(inputs[0].view(-1, 64), router.weight)
+        assert logits.dtype == torch.bfloat16 and probs.dtype == torch.float32
+        best = logits.float().topk(4).indices.sort(-1).values
+        differing += int((chosen.nonzero()[:, 1].view(-1, 4) != best).any(-1).sum())
+        tokens += len(chosen)
+
+    for layer in policy.chunks[0].decoder.layers:
+        layer.mlp.router.register_forward_hook(compare)
+    policy.score(random_batch(256))
+    share = differing / tokens
+    assert share <= 0.002 if rounding == "model" else share > 0.01
+
+
 def test_load_is_the_busiest_experts_share_over_the_mean(folder: Path, world: World) -> None:
     batch = random_batch(256, shapes=((30, (20,)), (11, (9,))))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
@@ -68,7 +95,7 @@ def test_load_is_the_busiest_experts_share_over_the_mean(folder: Path, world: Wo
     assert expected.max() > 1.05, "perfectly even: the test cannot fail"
     update = learner(folder, world).update(batch)
     np.testing.assert_allclose(update.expert_load, expected)
-    assert update.load_metrics()["policy/expert_load_max"] == pytest.approx(float(expected.max()))
+    assert update.router_metrics()["policy/expert_load_max"] == pytest.approx(float(expected.max()))
     again = learner(folder, world, recompute="full").update(batch)
     np.testing.assert_allclose(again.expert_load, expected)
 
@@ -76,4 +103,4 @@ def test_load_is_the_busiest_experts_share_over_the_mean(folder: Path, world: Wo
 def test_a_dense_model_has_no_load(world: World, tmp_path: Path) -> None:
     update = learner(make_model("qwen3", tmp_path / "dense"), world).update(random_batch(256))
     assert update.expert_load == ()
-    assert update.load_metrics() == {}
+    assert update.router_metrics() == {}

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from spell_megatron.config import Servers
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State
-from spell_megatron.types import Rollout
+from spell_megatron.types import Rollout, version_spans
 
 pytestmark = pytest.mark.engine
 
@@ -82,13 +83,15 @@ async def play(fleet: Fleet, groups: int = 6, max_tokens: int = 24) -> list[Roll
 def worst(folder: Path, rollouts: list[Rollout]) -> float:
     """Largest difference of log-probs to a Hugging Face forward."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    differences = []
-    for rollout in rollouts:
-        logits = model(torch.tensor([[*rollout.prompt, *rollout.tokens]])).logits[0]
-        logprobs = logits[len(rollout.prompt) - 1 : -1].log_softmax(-1)
-        own = logprobs.gather(-1, torch.tensor(rollout.tokens)[:, None])[:, 0]
-        differences.append((own - torch.tensor(rollout.logprobs)).abs().max().item())
-    return max(differences)
+    return max(differences(model, rollout).max().item() for rollout in rollouts)
+
+
+def differences(model: torch.nn.Module, rollout: Rollout) -> torch.Tensor:
+    """Of every token's log-prob to that of a Hugging Face forward."""
+    logits = model(torch.tensor([[*rollout.prompt, *rollout.tokens]])).logits[0]
+    logprobs = logits[len(rollout.prompt) - 1 : -1].log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+    return (own - torch.tensor(rollout.logprobs)).abs()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
@@ -244,3 +247,36 @@ def _group(process: psutil.Process) -> int:
         return os.getpgid(process.pid)
     except ProcessLookupError:
         return -1
+
+
+@torch.no_grad()
+def test_what_runs_goes_on_under_the_new_weights(folders: list[Path], scratch: Path) -> None:
+    """As if these had read it from its start: vLLM takes its cache when it pauses, and computes it anew."""
+    servers = replace(SERVERS, count=1, in_flight="continue")
+    logs = scratch / "continued"
+    fleet = Fleet(folders[2], settings(servers), scratch=scratch / "vllm", logs=logs, stop=[])
+
+    async def overlapped() -> list[Rollout]:
+        running = asyncio.create_task(play(fleet, groups=8, max_tokens=160))
+        while not fleet.stats().generated_tokens:  # until half of them have ended, and the others have begun
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(update, fleet, folders[1])
+        return await running
+
+    try:
+        update(fleet, folders[0])  # the first transfer connects, which takes a while
+        rollouts = asyncio.run(overlapped())
+        repeated = asyncio.run(play(fleet, groups=1))
+    finally:
+        fleet.close()
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        for folder in folders[:2]
+    ]
+    assert sum(bool(rollout.updates) for rollout in rollouts) >= 3
+    for rollout in rollouts:
+        gaps = [differences(model, rollout) for model in models]
+        for version, first, end in version_spans(rollout):
+            assert gaps[version - 1][first:end].max() <= 1e-4
+            assert gaps[2 - version][first:end].max() > 0.1, "the two models are too alike to tell apart"
+    assert worst(folders[1], repeated) <= 1e-4, "what the old weights cached was used"

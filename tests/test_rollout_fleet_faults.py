@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import threading
 import time
@@ -13,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from models import make_model
 
@@ -44,6 +47,8 @@ class FakeServer(ThreadingHTTPServer):
         self.silent = self.dead = False
         self.calls: list[str] = []
         self.served: list[list[int]] = []
+        self.tells_experts = False
+        self.experts_from: list[int | None] = []
         self.most_at_once = self.at_once = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -52,6 +57,7 @@ class FakeServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FakeServer
+    experts: str | None = None
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -82,6 +88,10 @@ class Handler(BaseHTTPRequestHandler):
             if fault is not None:
                 return fault(self)
             self.server.served.append(body["token_ids"])
+            first = body["sampling_params"].get("routed_experts_prompt_start")
+            self.server.experts_from.append(first)
+            if self.server.tells_experts:
+                self.experts = experts_of(body["token_ids"][first:])
             self.complete(body["sampling_params"]["seed"])
         finally:
             with self.server.lock:
@@ -94,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             "token_ids": [token],
             "logprobs": {"content": [{"token_id": token, "logprob": -0.5}]},
             "weight_versions": spans,
+            "routed_experts": self.experts,
         }
         usage = {"prompt_tokens_details": {"cached_tokens": 2}}
         self.reply({"choices": [choice], "usage": usage})
@@ -104,6 +115,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+
+def experts_of(tokens: list[int]) -> str:
+    """Of one layer and one expert a token, whose number is the token's: an array as vLLM sends it."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(tokens, dtype=np.uint8).reshape(-1, 1, 1), allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def error_500(handler: Handler) -> None:
@@ -151,6 +169,7 @@ def fleet_of(
     count: int,
     monkeypatch: pytest.MonkeyPatch,
     settings: Servers = PATIENT,
+    tells_experts: bool = False,
     **rollout: Any,
 ) -> Iterator[tuple[Fleet, list[FakeServer]]]:
     monkeypatch.setattr(member_module, "_PROBE_EVERY", 0.05)
@@ -160,7 +179,9 @@ def fleet_of(
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     urls = tuple(server.url for server in servers)
     config = Settings(max_model_len=64, servers=replace(settings, urls=urls), **rollout)
-    fleet = Fleet(folder, config, scratch=folder / "scratch", logs=folder / "logs")
+    fleet = Fleet(
+        folder, config, scratch=folder / "scratch", logs=folder / "logs", tells_experts=tells_experts
+    )
     try:
         yield fleet, servers
     finally:
@@ -209,6 +230,24 @@ def test_a_request_that_a_server_fails_is_asked_again(
         assert fleet.stats().generated_tokens == 20  # a failed attempt counts for nothing
         assert fleet.stats().cached_tokens == 40
         wait_until(fleet.healthy)
+
+
+def test_experts_of_a_prompt_are_asked_for_until_they_are_known(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fleet_of(folder, 1, monkeypatch, tells_experts=True, max_num_seqs=1) as (fleet, (server,)):
+        with pytest.raises(EngineError, match="told nothing"):
+            sample(fleet, seeds=1)
+        server.tells_experts = True
+        server.experts_from.clear()
+        rollouts = sample(fleet, groups=2, seeds=3)
+    assert sorted(server.experts_from) == [0, 0, 20, 20, 20, 20]
+    for group, first in ((rollouts[:3], 1), (rollouts[3:], 2)):
+        assert len({id(rollout.prompt_experts) for rollout in group}) == 1
+        for rollout in group:
+            assert rollout.prompt_experts is not None and rollout.experts is not None
+            assert rollout.prompt_experts.ravel().tolist() == [first] * 20
+            assert rollout.experts.shape == (0, 1, 1)  # of one token, which went through no layer
 
 
 def test_a_wrong_request_is_not_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spell_megatron.config import Rollout as Settings
+from spell_megatron.config import Servers
 from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.experts import PromptExperts
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.types import Rollout
+from spell_megatron.types import Rollout, version_spans
 
 pytestmark = pytest.mark.engine
 
@@ -112,6 +115,43 @@ def test_logprobs_equal_a_hugging_face_forward_through_three_updates(kind: Kind,
             assert {rollout.version for rollout in rollouts} == {engine.version} == {version}
     finally:
         engine.close()
+
+
+def test_a_request_goes_on_under_the_new_weights_as_if_they_had_read_it_from_its_start(scratch: Path) -> None:
+    old, new = (make_model("qwen3", scratch / f"continued-{seed}", seed) for seed in (5, 6))
+    settings = replace(SETTINGS, servers=Servers(in_flight="continue"))
+    engine = InProcessEngine(old, settings, scratch=scratch / "vllm")
+
+    async def play(update_at: int) -> list[Rollout]:
+        running = [asyncio.create_task(sample(engine, PROMPTS[0], [1, 2, 3], 100)) for _ in range(2)]
+        began = engine.stats().generated_tokens
+        while not all(task.done() for task in running):
+            if engine.stats().generated_tokens - began >= update_at and not engine.version:
+                engine.update_weights(checkpoint(new).items(), 1)
+            await asyncio.sleep(0)
+        return [rollout for task in running for rollout in task.result()]
+
+    try:
+        alone = run(play(update_at=10**9))
+        assert all(not rollout.updates and rollout.version == 0 for rollout in alone)
+        rollouts = run(play(update_at=150))
+        after = run(sample(engine, PROMPTS[0], [1]))
+    finally:
+        engine.close()
+    continued = [rollout for rollout in rollouts if rollout.updates]
+    assert len(continued) >= 3
+    models = {0: hugging_face(old), 1: hugging_face(new)}
+    for rollout, unbroken in zip(rollouts, alone, strict=True):
+        given = torch.tensor(rollout.logprobs).double()
+        spans = version_spans(rollout)
+        assert [version for version, _, _ in spans] == ([0, 1] if rollout.updates else [0])
+        for version, first, end in spans:
+            gaps = {of: (reference(models[of], rollout) - given)[first:end].abs().max() for of in models}
+            assert gaps[version] <= 1e-4
+            assert gaps[1 - version] > 0.1, "the two models are too alike to tell apart"
+        before = spans[0][2]
+        assert rollout.tokens[:before] == unbroken.tokens[:before]
+    assert after[0].version == 1 and worst(models[1], after) <= 1e-4, "what the old weights cached was used"
 
 
 def test_the_trainer_does_not_notice_the_engine(scratch: Path) -> None:
@@ -321,3 +361,39 @@ def test_versions_only_grow_and_no_completion_mixes_two(engine: InProcessEngine,
 
     run(play())
     assert engine.healthy()
+
+
+def test_experts_that_vllm_tells_come_with_the_rollouts(
+    engine: InProcessEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells them on a GPU alone; here they are put into what its steps return: of each token, its number."""
+    known, asked, step = PromptExperts(), [], engine._llm.step
+    monkeypatch.setattr(engine, "_experts", known)
+
+    def telling() -> list[Any]:
+        outputs = step()
+        for output in outputs:
+            if output.finished and told:
+                request = engine._requests[output.request_id]
+                asked.append(0 if request.prompt_experts is None else len(request.prompt))
+                tokens = [*request.prompt, *request.tokens, *output.outputs[0].token_ids][asked[-1] : -1]
+                output.outputs[0].routed_experts = np.array(tokens, dtype=np.uint8).reshape(-1, 1, 1)
+        return outputs
+
+    async def one_by_one() -> list[Rollout]:
+        return [(await sample(engine, PROMPTS[0], [seed], 6))[0] for seed in range(3)]
+
+    monkeypatch.setattr(engine._llm, "step", telling)
+    told = True
+    rollouts = run(one_by_one())
+    assert asked == [0, len(PROMPTS[0]), len(PROMPTS[0])]
+    for rollout in rollouts:
+        assert rollout.prompt_experts is rollouts[0].prompt_experts and rollout.experts is not None
+        assert [*rollout.prompt_experts.ravel(), *rollout.experts.ravel()] == [
+            *PROMPTS[0],
+            *rollout.tokens[:-1],
+        ]
+    told = False
+    with pytest.raises(EngineError, match="told nothing"):
+        run(sample(engine, PROMPTS[0], [1], 6))
+    assert not engine.healthy()

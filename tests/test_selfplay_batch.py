@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +17,8 @@ from selfplay_stage import settings as play_settings
 
 from spell_megatron.config import SelfPlay
 from spell_megatron.selfplay.batch import choose_failures, compose, verifier_groups
+from spell_megatron.selfplay.episode import Episode
+from spell_megatron.types import Rollout
 
 pytestmark = pytest.mark.unit
 
@@ -181,3 +186,25 @@ def test_counts_and_weights_of_any_step(
         assert batch.failures == 0
     elif len({e.task for e in episodes}) == 1:
         assert batch.failures == min(available, math.floor(ratio * good))
+
+
+def test_experts_go_along_to_the_learner_and_not_into_the_journal():
+    """The prompt's once a group, those of the completions with each sample."""
+
+    def told(rollout: Rollout, number: int) -> Rollout:
+        return replace(
+            rollout,
+            prompt_experts=np.full((len(rollout.prompt), 2, 1), number, np.uint8),
+            experts=np.full((len(rollout.tokens) - 1, 2, 1), number, np.uint8),
+        )
+
+    question = kept(0)
+    responses = tuple(replace(r, rollout=told(r.rollout, n)) for n, r in enumerate(question.responses))
+    question = replace(question, responses=responses)
+    settings = play_settings(questions=1, failure_ratio=0.0, train_questioner=False, train_verifier=False)
+    (group,) = compose([question], settings, Random(0)).train.groups
+    assert group.experts is responses[0].rollout.prompt_experts
+    assert [sample.experts[0, 0, 0] for sample in group.samples] == list(range(8))
+    again = Episode.from_dict(json.loads(json.dumps(question.to_dict())))
+    assert again == question
+    assert all(rollout.experts is rollout.prompt_experts is None for _, rollout in again.rollouts())

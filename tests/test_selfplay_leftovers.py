@@ -24,7 +24,7 @@ CARRY = settings(leftovers="carry", max_staleness=1)
 
 
 class Trained(Engine):
-    """An engine whose weights change after so many requests of a step."""
+    """An engine whose weights change after so many requests of a step, in the middle of a completion."""
 
     def __init__(self, delay: float = 0.001) -> None:
         super().__init__(delay=delay)
@@ -35,9 +35,11 @@ class Trained(Engine):
         self.changes_at = -1 if changes_after is None else self.requests + changes_after
 
     def _rollout(self, *args, **options):
+        rollout = replace(super()._rollout(*args, **options), version=self.version)
         if self.requests >= self.changes_at >= 0:
             self.version, self.changes_at = self.version + 1, -1
-        return replace(super()._rollout(*args, **options), version=self.version)
+            rollout = replace(rollout, updates=((len(rollout.tokens) // 2 + 1, self.version),))
+        return rollout
 
 
 def played(
@@ -130,6 +132,7 @@ def test_every_used_episode_is_told_of_in_its_step_and_replays_from_there() -> N
     for play in plays:
         assert all(episode in told for episode in play.episodes)
     assert any(episode.begun and episode.history for episode in told)  # memory has moved on since it was read
+    assert any(rollout.updates for episode in told for _, rollout in episode.rollouts())
     again = Trained()
     replayed = played(selfplay(CARRY, generator=again, clusters=Corpus(2)), again, [0] * 4, journal=journal)
     assert [p.episodes for p in replayed] == [p.episodes for p in plays]

@@ -10,16 +10,23 @@ import pytest
 from spell_megatron.policy.learner import Scores
 from spell_megatron.policy.mismatch import groups_beyond, mismatch
 from spell_megatron.policy.staleness import importance, staleness
-from spell_megatron.types import Group, Sample, TrainBatch
+from spell_megatron.rollout.engine import versions_of
+from spell_megatron.types import Group, Sample, TrainBatch, version_spans
 
 pytestmark = pytest.mark.unit
 
 
-def batch(*groups: list[tuple[list[float], int | None]]) -> TrainBatch:
-    """Groups of samples, each the engine's log-probs and a version."""
+def batch(*groups: list[tuple[list[float], int | None, *tuple[tuple[int, int], ...]]]) -> TrainBatch:
+    """Groups of samples, each the engine's log-probs, a version, and the updates in its middle."""
     return TrainBatch(
         tuple(
-            Group([1], tuple(Sample([5] * len(lp), [1.0] * len(lp), lp, version) for lp, version in group))
+            Group(
+                [1],
+                tuple(
+                    Sample([5] * len(lp), [1.0] * len(lp), lp, version, tuple(updates))
+                    for lp, version, *updates in group
+                ),
+            )
             for group in groups
         )
     )
@@ -30,11 +37,32 @@ def scores(*groups: list[list[float]]) -> Scores:
     return Scores(learned, learned)
 
 
-def test_ages_are_counted_in_updates() -> None:
+def test_ages_are_counted_in_updates_token_by_token() -> None:
     made = batch([([-1.0], 4), ([-1.0, -2.0], 3)], [([-1.0], 4), ([-2.0], 4)])
-    assert staleness(made, 4) == {"staleness/mean": 0.25, "staleness/max": 1.0, "staleness/mixed": 1.0}
+    ages = {"staleness/mean": 0.4, "staleness/max": 1.0, "staleness/mixed": 1.0, "staleness/continued": 0.0}
+    assert staleness(made, 4) == ages
     assert staleness(made, 6)["staleness/max"] == 3.0
     assert staleness(batch([([], None)]), 4) == {}
+    continued = batch([([-1.0, -1.0, -1.0, -1.0], 1, (1, 3), (3, 4))], [([-1.0], 4), ([-1.0], 4)])
+    ages = {"staleness/mean": 5 / 6, "staleness/max": 3.0, "staleness/mixed": 1.0, "staleness/continued": 1.0}
+    assert staleness(continued, 4) == pytest.approx(ages)
+
+
+def test_spans_of_versions_cover_a_completion() -> None:
+    sample = Sample([5, 6, 7], [1.0] * 3, [-1.0] * 3, 2, ((1, 4),))
+    assert version_spans(sample) == [(2, 0, 1), (4, 1, 3)]
+    assert version_spans(Sample([5], [1.0])) == []
+    assert versions_of([("2", 0, 1), ("4", 1, 3)], 3) == (2, ((1, 4),))
+    assert versions_of([("7", 0, 3)], 3) == (7, ())
+    for wrong in (
+        [],
+        [("2", 0, 1)],
+        [("2", 0, 1), ("4", 2, 3)],
+        [("4", 0, 1), ("2", 1, 3)],
+        [("default", 0, 3)],
+    ):
+        with pytest.raises(ValueError):
+            versions_of(wrong, 3)
 
 
 def test_importance_weights_are_truncated_token_by_token() -> None:
@@ -64,3 +92,6 @@ def test_the_gap_of_the_newest_weights_stands_apart() -> None:
     values = mismatch(made, scores([[-2.0], [-1.1]], [[-1.3]]), ["a", "b"])
     assert values["mismatch/newest"] == pytest.approx(0.2)
     assert values["mismatch/mean"] == pytest.approx((1.0 + 0.1 + 0.3) / 3)
+    made = batch([([-1.0, -1.0, -1.0], 3, (2, 4))], [([-1.0], 3)])
+    values = mismatch(made, scores([[-2.0, -2.0, -1.5]], [[-3.0]]), ["a", "b"])
+    assert values["mismatch/newest"] == pytest.approx(0.5)

@@ -25,6 +25,7 @@ OVERLAPPED = (
     "policy.loss.importance_cap=2.0",
     "record.mismatch_bound=5.0",
     "rollout.servers.count=1",
+    "rollout.servers.in_flight=continue",
     "selfplay.questions=4",
     "selfplay.round_questions=16",
     "selfplay.max_rounds=8",
@@ -49,10 +50,15 @@ def episodes(run: RunFolder, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def rollouts(episode: dict[str, Any]) -> list[dict[str, Any]]:
+    judgements = [j for response in episode["responses"] for j in response["judgements"]]
+    made = [one["rollout"] for one in (*episode["responses"], *judgements)]
+    return made + ([episode["asked"]] if episode["asked"] else [])
+
+
 def versions(episode: dict[str, Any]) -> set[int]:
-    found = {response["rollout"]["version"] for response in episode["responses"]}
-    found |= {j["rollout"]["version"] for response in episode["responses"] for j in response["judgements"]}
-    return found | ({episode["asked"]["version"]} if episode["asked"] else set())
+    made = rollouts(episode)
+    return {r["version"] for r in made} | {version for r in made for _, version in r["updates"]}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,10 @@ def test_no_sample_is_older_than_the_bound_and_some_are_old(resumed: tuple[RunFo
     for step in range(1, last + MORE + 1):
         made_by = set().union(*map(versions, episodes(run, step)))
         assert made_by <= {step - 2, step - 1} - {-1}
+    every = [episode for step in range(1, last + MORE + 1) for episode in episodes(run, step)]
+    assert any(r["updates"] for episode in every for r in rollouts(episode)), (
+        "nothing went on under new weights"
+    )
     rows = read_metrics(run)[1:]
     assert max(row["staleness/max"] for row in rows) == 1.0
     assert rows[0]["staleness/mean"] == 0.0 < rows[1]["staleness/mean"] <= 1.0

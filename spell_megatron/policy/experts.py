@@ -1,4 +1,4 @@
-"""How evenly the router spreads tokens over a layer's experts.
+"""The routers: how precise they are, and how evenly they spread tokens over a layer's experts.
 
 Nothing balances them here (an auxiliary loss would pull against the reward), so the spread is watched: a
 router that collapses shows as a load that grows. Forward hooks count what the routers choose; the counts
@@ -7,7 +7,7 @@ stay on the device until they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -47,3 +47,18 @@ class ExpertLoad:
 
     def _count(self, layer: int, _router: Any, _inputs: Any, routed: tuple[Tensor, Tensor]) -> None:
         self._counts[layer] += routed[1].sum(0)
+
+
+def round_router_logits(chunk: Any, dtype: torch.dtype) -> None:
+    """Have router logits rounded to `dtype`, as the gates of vLLM and transformers do.
+
+    What follows is float32: the chosen experts' weights are that in vLLM, too.
+    """
+    for module in chunk.modules():
+        if isinstance(module, Router):
+            module.gating = partial(_rounded, module.gating, dtype)
+
+
+def _rounded(gating: Callable[[Tensor], Tensor], dtype: torch.dtype, hidden: Tensor) -> Tensor:
+    logits = gating(hidden)
+    return logits.to(dtype).to(logits.dtype)

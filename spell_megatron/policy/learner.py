@@ -29,10 +29,11 @@ from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.loss import TokenTerms, token_losses
 from spell_megatron.policy.model import FP8_TOKENS, SpanModel, build_chunks
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
+from spell_megatron.policy.replay import Choices, Replay, replayed
 from spell_megatron.policy.spans import SpanPlan, plan_spans
 from spell_megatron.policy.stream import Stream, plan_streams
 from spell_megatron.policy.world import World
-from spell_megatron.types import TrainBatch
+from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.convert import load_weights, stream_weights
 from spell_megatron.weights.files import ModelFolder, write_model
 from spell_megatron.weights.shape import model_shape
@@ -75,13 +76,21 @@ class Update:
     """Before the (first) update: of the weights that the batch was sampled from."""
     expert_load: tuple[float, ...] = ()
     """For each layer, tokens of the busiest expert over the mean of all; empty without experts."""
+    router_gap: float | None = None
+    """Share of tokens times layers whose experts, told by the engine, are not those that the learner would choose;
+    None without router replay."""
+    replayed: float = 0.0
+    """Share of response tokens whose experts the engine told."""
 
-    def load_metrics(self) -> dict[str, float]:
-        """The most and the mean uneven layer: with expert parallelism the busiest expert sets the pace."""
-        load = self.expert_load
-        if not load:
-            return {}
-        return {"policy/expert_load_max": max(load), "policy/expert_load_mean": float(np.mean(load))}
+    def router_metrics(self) -> dict[str, float]:
+        """The most and the mean uneven layer: with expert parallelism the busiest expert sets the pace. And where the
+        engine's choice was replayed, for how many tokens it was known, and how often it differs."""
+        load, metrics = self.expert_load, dict[str, float]()
+        if load:
+            metrics = {"policy/expert_load_max": max(load), "policy/expert_load_mean": float(np.mean(load))}
+        if self.router_gap is not None:
+            metrics |= {"mismatch/router": self.router_gap, "policy/replayed": self.replayed}
+        return metrics
 
 
 class Learner:
@@ -96,6 +105,7 @@ class Learner:
         self.sampled = sampled or Sampled()
         load_weights(self.chunks, self.shape, ModelFolder(folder))
         self.expert_load = ExpertLoad(self.chunks, self.shape, world.device)
+        self.replay = self._build_replay() if policy.router_replay else None
         self.reference = self._build_reference() if policy.loss.kl > 0 else None
         self.models = wrap_data_parallel(self.chunks, policy.optimizer)
         self.optimizer, self.schedule = build_optimizer(self.models, policy.optimizer, self.dtype)
@@ -116,6 +126,8 @@ class Learner:
         reference = self._score(batch, self.reference).logprobs if self.reference else None
         parts = _minibatches(batch, self.policy.minibatches)
         self.expert_load.clear()
+        if self.replay:
+            self.replay.clear()
         total, clipped, tokens, norms, scores = 0.0, 0.0, 0, [], []
         for part, offset in parts:
             self._zero_grad()
@@ -141,6 +153,8 @@ class Learner:
             tokens=tokens,
             scores=Scores(old, merged.entropy) if old is not None else merged,
             expert_load=self.expert_load.per_layer(),
+            router_gap=self.replay.differing() if self.replay else None,
+            replayed=replayed(batch),
         )
 
     def gradients(self, batch: TrainBatch) -> float:
@@ -226,8 +240,13 @@ class Learner:
             token_work=linear / (2 * shape.heads * shape.head_dim),
         )[self.world.data_rank]
 
+    def _build_replay(self) -> Replay:
+        if not self.shape.experts:
+            raise SpellError(f"policy.router_replay is for mixtures of experts, and {self.folder} is dense")
+        return Replay(self.chunks, self.world.device)
+
     def _plan(self, batch: TrainBatch, stream: Stream) -> SpanPlan:
-        return plan_spans(
+        plan = plan_spans(
             stream.layout(batch),
             cp_size=self.world.context_size,
             cp_rank=self.world.context_rank,
@@ -236,6 +255,9 @@ class Learner:
             ),
             device=self.world.device,
         )
+        if self.replay:
+            plan.choices = Choices.of(batch, stream, plan.sources, self.shape)
+        return plan
 
     def _loss(
         self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from spell_megatron.policy.learner import Scores
-from spell_megatron.types import Group, TrainBatch
+from spell_megatron.types import Group, TrainBatch, version_spans
 
 
 def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str]) -> dict[str, float]:
     """Gaps of the batch's response tokens; `labels` has one a group. Empty where no engine made any.
 
-    `mismatch/mean` and `/max` are absolute, in nats; `/newest` is the mean over samples of the newest weights
+    `mismatch/mean` and `/max` are absolute, in nats; `/newest` is the mean over tokens of the newest weights
     in the batch; `/k3` is Schulman's estimator of KL(engine ‖ learner); and there is the mean for each label.
     """
     by_label: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -27,7 +27,8 @@ def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str]) -> dict[s
         for sample, gap in zip(group.samples, gaps_of(group, learned), strict=True):
             if len(gap):
                 by_label[label].append(gap)
-                by_version[-1 if sample.version is None else sample.version].append(gap)
+                for version, first, end in version_spans(sample) or [(-1, 0, len(gap))]:
+                    by_version[version].append(gap[first:end])
     if not by_label:
         return {}
     gaps = {label: np.concatenate(parts) for label, parts in by_label.items()}

@@ -19,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from spell_megatron.config import Policy
 from spell_megatron.policy.attention import SpanAttention
+from spell_megatron.policy.experts import round_router_logits
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.layers import torch_block_spec
 from spell_megatron.policy.spans import SpanPlan
@@ -93,6 +94,8 @@ def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanMo
                 head_chunk=policy.head_chunk,
             )
         )
+        if policy.router_dtype == "model" and policy.dtype != "float32":
+            round_router_logits(chunks[-1], getattr(torch, policy.dtype))
     _mark_split_parameters(chunks, shape)
     if policy.freeze_router:  # before gradient buffers and optimizer are made of what needs gradients
         for chunk in chunks:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from spell_megatron.types import Tokens
+
+if TYPE_CHECKING:
+    from spell_megatron.policy.replay import Choices
 
 Range = tuple[int, int, int, int]
 """Local queries [q0, q1) attend to stream keys [k0, k1)."""
@@ -88,6 +91,11 @@ class SpanPlan(PackedSeqParams):
     """Which of the stream's responses it belongs to, `[n]`."""
     first_rows: int
     """How many of the local rows predict the first token of a response."""
+    sources: np.ndarray
+    """Which token every local row is, counted through prompts and responses as they are given, `[tokens / cp]`; -1
+    for padding."""
+    choices: Choices | None = None
+    """What the engine's routers chose for the rows, where the learner's are to choose the same."""
     to_stream: Tensor | None = None
     """Order of the stream's tokens among those gathered rank by rank, `[tokens]`; None without CP."""
     from_stream: Tensor | None = None
@@ -109,15 +117,23 @@ class _Layout:
     unit: int
     ids: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
+    sources: list[np.ndarray] = field(default_factory=list)
     spans: list[_Span] = field(default_factory=list)
     length: int = 0
+    tokens: int = 0
+    """Without padding."""
 
     def add(self, tokens: np.ndarray, first_position: int, prompt: tuple[int, int] = (0, 0)) -> int:
         start, padded = self.length, -(-len(tokens) // self.unit) * self.unit
-        self.ids.append(np.pad(tokens, (0, padded - len(tokens))))
+        padding = (0, padded - len(tokens))
+        self.ids.append(np.pad(tokens, padding))
         self.positions.append(np.arange(first_position, first_position + padded))
+        self.sources.append(
+            np.pad(np.arange(self.tokens, self.tokens + len(tokens)), padding, constant_values=-1)
+        )
         self.spans.append(_Span(start, padded, prompt))
         self.length += padded
+        self.tokens += len(tokens)
         return start
 
 
@@ -183,6 +199,7 @@ def plan_spans(
         row_ids=tensor(np.flatnonzero(held)),
         response_ids=tensor(np.repeat(np.arange(len(lengths)), lengths)[held]),
         first_rows=int((starts & held).sum()),
+        sources=np.concatenate(layout.sources)[mine],
         to_stream=to_stream,
         from_stream=from_stream,
     )
@@ -190,14 +207,16 @@ def plan_spans(
 
 def _pad_to_multiple(layout: _Layout, multiple: int) -> None:
     """Grow the last span (or make one of padding alone) until the stream divides by `multiple`."""
-    if not layout.spans:
-        layout.add(np.zeros(layout.unit, dtype=np.int64), 0)
     extra = 0
+    if not layout.spans:
+        layout.spans.append(_Span(0, 0))
+        extra = layout.unit
     while (layout.length + extra) % multiple:
         extra += layout.unit
-    last = layout.positions[-1][-1]
+    position = layout.positions[-1][-1] + 1 if layout.positions else 0
     layout.ids.append(np.zeros(extra, dtype=np.int64))
-    layout.positions.append(np.arange(last + 1, last + 1 + extra))
+    layout.positions.append(np.arange(position, position + extra))
+    layout.sources.append(np.full(extra, -1))
     layout.spans[-1].length += extra
     layout.length += extra
 

@@ -76,7 +76,7 @@ def colocated(config: Config) -> bool:
     return current() is CUDA and not rollout.servers.urls and not config.selfplay.max_staleness
 
 
-def engine_arguments(settings: Rollout, backend: Backend) -> dict[str, Any]:
+def engine_arguments(settings: Rollout, backend: Backend, *, tells_experts: bool = False) -> dict[str, Any]:
     """vLLM's engine arguments that every engine has, by vLLM's names, for a process or a command line."""
     # A step must have room for a token of every sequence, and where prompts are not cut, for a whole one.
     least = (
@@ -106,6 +106,8 @@ def engine_arguments(settings: Rollout, backend: Backend) -> dict[str, Any]:
         arguments["gpu_memory_utilization"] = settings.gpu_memory
     if backend.sleeps:
         arguments["enable_sleep_mode"] = True
+    if tells_experts:
+        arguments["enable_return_routed_experts"] = True
     return arguments
 
 

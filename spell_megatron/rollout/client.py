@@ -12,9 +12,10 @@ from typing import Any
 
 import httpx
 
-from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout import experts
+from spell_megatron.rollout.engine import EngineError, versions_of
 from spell_megatron.rollout.server import SERVED_NAME
-from spell_megatron.types import Rollout, Tokens
+from spell_megatron.types import Experts, Rollout, Tokens
 
 _CONNECT_SECONDS = 10.0
 _SEED_BITS = 63  # vLLM's request seed is a signed 64-bit number
@@ -32,6 +33,8 @@ class Aborted(EngineError):
 class Completion:
     rollout: Rollout
     cached_tokens: int
+    experts: Experts | None = None
+    """As the server told them, which the rollout does not have yet."""
 
 
 class Client:
@@ -56,8 +59,13 @@ class Client:
         temperature: float,
         top_p: float,
         stop: Sequence[int],
+        experts_from: int | None = None,
     ) -> Completion:
-        """Sample one completion. Raises Unavailable, Aborted, or EngineError for a request that is wrong."""
+        """Sample one completion. Raises Unavailable, Aborted, or EngineError for a request that is wrong.
+
+        `experts_from` is the prompt's first token whose experts are asked for, where the server tells them.
+        """
+        told = {} if experts_from is None else {experts.START: experts_from}
         answer = await self._json(
             "POST",
             "/inference/v1/generate",
@@ -72,6 +80,7 @@ class Client:
                     "stop_token_ids": list(stop),
                     "logprobs": 0,  # of the sampled token alone
                     "detokenize": False,
+                    **told,
                 },
             },
         )
@@ -118,15 +127,16 @@ def _completion(prompt: Tokens, answer: dict[str, Any]) -> Completion:
     (choice,) = answer["choices"]
     if choice["finish_reason"] not in ("stop", "length"):
         raise Aborted(f"the request ended with {choice['finish_reason']!r}")
-    versions = {int(span["version"]) for span in choice["weight_versions"]}
-    if len(versions) != 1:
-        raise Aborted(f"the completion mixes the versions {sorted(versions)}")
     content = choice["logprobs"]["content"]
     tokens, logprobs = tuple(choice["token_ids"]), tuple(float(token["logprob"]) for token in content)
     if len(tokens) != len(logprobs):
         raise ValueError(f"{len(tokens)} tokens and {len(logprobs)} log-probs")
+    spans = ((span["version"], span["start"], span["end"]) for span in choice["weight_versions"])
+    version, updates = versions_of(spans, len(tokens))
     details = answer.get("usage", {}).get("prompt_tokens_details") or {}
+    told = choice.get("routed_experts")
     return Completion(
-        Rollout(prompt, tokens, logprobs, choice["finish_reason"], versions.pop()),
+        Rollout(prompt, tokens, logprobs, choice["finish_reason"], version, updates),
         details.get("cached_tokens") or 0,
+        None if told is None else experts.decoded(told),
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from spell_megatron.types import Rollout, SpellError, Tokens
+from spell_megatron.types import Rollout, SpellError, Tokens, Updates
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,19 @@ def check_version(current: int, new: int) -> None:
             f"weights of version {new} were sent to an engine that holds version {current}:"
             " versions only grow; number each update with the optimizer step that made it"
         )
+
+
+def versions_of(spans: Iterable[tuple[str, int, int]], tokens: int) -> tuple[int, Updates]:
+    """The version that began a completion and the updates in its middle, from vLLM's `(version, start, end)` spans.
+
+    Raises ValueError where these do not cover its `tokens` in order, by versions that grow.
+    """
+    found = [(int(version), start, end) for version, start, end in spans]
+    bounds = [0, *(end for _, _, end in found)]
+    starts, versions = [start for _, start, _ in found], [version for version, _, _ in found]
+    if not found or starts != bounds[:-1] or bounds[-1] != tokens or versions != sorted(set(versions)):
+        raise ValueError(f"the versions {found} are not those of {tokens} tokens")
+    return versions[0], tuple(zip(starts[1:], versions[1:], strict=True))
 
 
 def room_for(prompt: Tokens, max_tokens: int, window: int) -> int:

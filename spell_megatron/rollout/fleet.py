@@ -33,6 +33,7 @@ from spell_megatron.rollout.engine import (
     check_version,
     room_for,
 )
+from spell_megatron.rollout.experts import PromptExperts
 from spell_megatron.rollout.health import (
     Evicted,
     Exited,
@@ -82,6 +83,7 @@ class Fleet:
         stop: Sequence[int] | None = None,
         version: int = 0,
         sleeps: bool | None = None,
+        tells_experts: bool = False,
     ) -> None:
         folder, servers = Path(model), settings.servers
         if not servers.count and not servers.urls:
@@ -99,7 +101,10 @@ class Fleet:
         self._local = backend.transfer(servers.transfer) in backend.LOCAL
         self._manifest = Manifest.of(folder)
         self._scratch = scratch
-        launch = Launch(folder, settings, scratch, logs, backend.transfer(servers.transfer))
+        self._experts = PromptExperts() if tells_experts else None
+        launch = Launch(
+            folder, settings, scratch, logs, backend.transfer(servers.transfer), tells_experts=tells_experts
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -253,6 +258,8 @@ class Fleet:
     async def _retarget(self, version: int) -> list[Member]:
         """Announce a version; returns the members that can receive it."""
         self._dispatcher.forget()
+        if self._experts:
+            self._experts.forget()
         for member in self._members:
             await member.happened(NewVersion(version))
         return [member for member in self._members if member.health.receives]
@@ -273,6 +280,7 @@ class Fleet:
         while len(faults) < _ATTEMPTS:
             async with self._assigned(prompt) as member:
                 incarnation = member.incarnation
+                known = self._experts.of(prompt) if self._experts else None
                 try:
                     completion = await member.client.complete(
                         prompt,
@@ -281,6 +289,11 @@ class Fleet:
                         temperature=temperature,
                         top_p=top_p,
                         stop=self._stop,
+                        experts_from=None
+                        if self._experts is None
+                        else len(prompt)
+                        if known is not None
+                        else 0,
                     )
                 except Aborted as error:
                     faults.append(f"{member.name}: {error}")
@@ -293,6 +306,9 @@ class Fleet:
                         await member.happened(Failed())
                     continue
             rollout = completion.rollout
+            if self._experts:
+                told = self._experts.split(prompt, known, completion.experts, len(rollout.tokens))
+                rollout = replace(rollout, prompt_experts=told[0], experts=told[1])
             self._counted = replace(
                 self._counted,
                 prompt_tokens=self._counted.prompt_tokens + len(prompt),

@@ -24,10 +24,18 @@ import torch.distributed
 
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
-from spell_megatron.rollout.engine import EngineError, EngineStats, Memory, check_version, room_for
+from spell_megatron.rollout.engine import (
+    EngineError,
+    EngineStats,
+    Memory,
+    check_version,
+    room_for,
+    versions_of,
+)
+from spell_megatron.rollout.experts import START, PromptExperts
 from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.transfer.manifest import Manifest, buckets
-from spell_megatron.types import Rollout, Tokens
+from spell_megatron.types import Experts, Rollout, Tokens
 
 if TYPE_CHECKING:
     from vllm.logprobs import Logprob
@@ -45,6 +53,8 @@ class _Request:
 
     prompt: Tokens
     done: asyncio.Future[Rollout]
+    prompt_experts: Experts | None = None
+    """Where they are known already."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -53,7 +63,8 @@ class InProcessEngine:
     """An `Engine` in this process: one replica, on the CPU or this process's GPU.
 
     `model` is a Hugging Face folder, `scratch` a folder for vLLM's caches, `stop` the token ids that end a
-    completion (the model's own where not given), `version` the number of the weights in the folder.
+    completion (the model's own where not given), `version` the number of the weights in the folder; with
+    `tells_experts` rollouts come with the experts that made them.
 
     Create it after the trainer's process group, if there is to be one: vLLM opens a group of its own in a
     process that has none.
@@ -68,13 +79,16 @@ class InProcessEngine:
         stop: Sequence[int] | None = None,
         seed: int = 0,
         version: int = 0,
+        tells_experts: bool = False,
     ) -> None:
         self._folder = Path(model)
         self._manifest = Manifest.of(self._folder)
         self._stop = list(stop if stop is not None else stop_tokens(self._folder))
         self._window = settings.max_model_len
+        self._continues = settings.servers.in_flight == "continue"
         self._scratch = scratch
         self._version = version
+        self._experts = PromptExperts() if tells_experts else None
         self._requests: dict[str, _Request] = {}
         self._ids = itertools.count()
         self._pump_task: asyncio.Task[None] | None = None
@@ -100,7 +114,9 @@ class InProcessEngine:
                     seed=seed,
                     disable_log_stats=True,
                     weight_transfer_config=WeightTransferConfig(backend=inproc.NAME),
-                    **backend.engine_arguments(settings, backend.current()),
+                    **backend.engine_arguments(
+                        settings, backend.current(), tells_experts=self._experts is not None
+                    ),
                 )
             )
             llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
@@ -128,6 +144,7 @@ class InProcessEngine:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         id = str(next(self._ids))
+        known = self._experts.of(prompt) if self._experts else None
         self._llm.add_request(
             id,
             tokens_input(list(prompt)),
@@ -140,9 +157,10 @@ class InProcessEngine:
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
+                **{START: 0 if known is None else len(prompt)},
             ),
         )
-        self._requests[id] = _Request(prompt, asyncio.get_running_loop().create_future())
+        self._requests[id] = _Request(prompt, asyncio.get_running_loop().create_future(), known)
         self._count(prompt_tokens=len(prompt))
         if self._pump_task is None or self._pump_task.done():
             self._pump_task = asyncio.create_task(self._pump())
@@ -154,11 +172,11 @@ class InProcessEngine:
             try:
                 with torch.random.fork_rng(devices=[]):  # on a CPU, sampling draws from the global generator
                     outputs = cast("list[RequestOutput]", self._llm.step())
+                for output in outputs:
+                    self._absorb(output)
             except Exception as error:
                 self._fail(f"vLLM failed while it generated: {type(error).__name__}: {error}", error)
                 return
-            for output in outputs:
-                self._absorb(output)
             await asyncio.sleep(0)
 
     def _absorb(self, output: RequestOutput) -> None:
@@ -178,7 +196,13 @@ class InProcessEngine:
         if not output.finished:
             return
         del self._requests[output.request_id]
-        versions = {int(span.version) for span in delta.weight_versions or ()}
+        spans = ((span.version, span.start, span.end) for span in delta.weight_versions or ())
+        version, updates = versions_of(spans, len(request.tokens))
+        told: tuple[Experts | None, Experts | None] = (None, None)
+        if self._experts:
+            told = self._experts.split(
+                request.prompt, request.prompt_experts, delta.routed_experts, len(request.tokens)
+            )
         if not request.done.done():
             request.done.set_result(
                 Rollout(
@@ -186,7 +210,10 @@ class InProcessEngine:
                     tokens=tuple(request.tokens),
                     logprobs=tuple(request.logprobs),
                     finish="stop" if delta.finish_reason == "stop" else "length",
-                    version=versions.pop(),
+                    version=version,
+                    updates=updates,
+                    prompt_experts=told[0],
+                    experts=told[1],
                 )
             )
 
@@ -209,10 +236,10 @@ class InProcessEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         check_version(self._version, version)
-        if self._requests:
+        if self._requests and not self._continues:
             raise EngineError(
                 f"{len(self._requests)} requests run: a completion would mix versions {self._version} and"
-                f" {version}. Await or cancel them before the update"
+                f" {version}. Await or cancel them before the update, or set rollout.servers.in_flight=continue"
             )
         self._fault = f"the update to version {version} did not finish"
         rpc: Any = self._llm.collective_rpc
@@ -225,9 +252,12 @@ class InProcessEngine:
                 rpc("finish_weight_update")
             raise
         rpc("finish_weight_update")
-        if not self._llm.reset_prefix_cache():
+        # What runs gives its blocks back, too, and is computed anew by the new weights before it goes on.
+        if not self._llm.reset_prefix_cache(reset_running_requests=self._continues):
             raise EngineError(f"vLLM kept its prefix cache after the update to version {version}")
         self._llm.set_weight_version(str(version))
+        if self._experts:
+            self._experts.forget()
         self._version, self._fault = version, ""
 
     def stats(self) -> EngineStats:

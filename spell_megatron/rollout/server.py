@@ -55,11 +55,13 @@ class Launch:
     """GPUs, by index; all where empty."""
     threads: int | None = None
     """CPU threads; vLLM's choice where None."""
+    tells_experts: bool = False
+    """Whether completions come with the experts that made them."""
 
     def command(self, port: int) -> list[str]:
         servers = self.settings.servers
         arguments: dict[str, Any] = {
-            **backend.engine_arguments(self.settings, backend.current()),
+            **backend.engine_arguments(self.settings, backend.current(), tells_experts=self.tells_experts),
             "model": str(self.model),
             "served_model_name": SERVED_NAME,
             "host": servers.host,

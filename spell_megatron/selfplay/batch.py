@@ -134,7 +134,14 @@ def _group(rollouts: Sequence[Rollout | None], advantages: Sequence[float]) -> G
     """Rollouts of one prompt; every token of a response carries the response's advantage."""
     present = [rollout for rollout in rollouts if rollout is not None]
     samples = tuple(
-        Sample(rollout.tokens, [advantage] * len(rollout.tokens), rollout.logprobs, rollout.version)
+        Sample(
+            rollout.tokens,
+            [advantage] * len(rollout.tokens),
+            rollout.logprobs,
+            rollout.version,
+            rollout.updates,
+            rollout.experts,
+        )
         for rollout, advantage in zip(present, advantages, strict=True)
     )
-    return Group(present[0].prompt, samples)
+    return Group(present[0].prompt, samples, present[0].prompt_experts)

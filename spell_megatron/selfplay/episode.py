@@ -13,7 +13,7 @@ from typing import Any
 
 from spell_megatron.selfplay import rewards
 from spell_megatron.selfplay.memory import Remembered
-from spell_megatron.types import Question, Rollout, SpellError, Tokens
+from spell_megatron.types import Question, Rollout, SpellError, Tokens, version_spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Episode:
     @property
     def versions(self) -> set[int]:
         """Numbers of the weights that made it; more than one if they were replaced meanwhile."""
-        return {rollout.version for _, rollout in self.rollouts()}
+        return {version for _, rollout in self.rollouts() for version, _, _ in version_spans(rollout)}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of everything; `from_dict` gives an equal episode."""
@@ -160,11 +160,13 @@ class _PromptTable:
             "logprobs": list(rollout.logprobs),
             "finish": rollout.finish,
             "version": rollout.version,
+            "updates": [list(update) for update in rollout.updates],
         }
 
 
 def _unpack(record: Mapping[str, Any], prompts: list[Tokens]) -> Rollout:
-    return Rollout(**{**record, "prompt": prompts[record["prompt"]]})
+    updates = tuple((place, version) for place, version in record.get("updates", ()))
+    return Rollout(**{**record, "prompt": prompts[record["prompt"]], "updates": updates})
 
 
 def _pack_response(response: Response, table: _PromptTable) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class _Protocol:
     def __init__(self, way: str, settings: Servers) -> None:
         self._way = way
         self._seconds = settings.sync_seconds
-        self._pause = "wait" if settings.in_flight == "finish" else "abort"
+        self._pause = {"finish": "wait", "restart": "abort", "continue": "keep"}[settings.in_flight]
         self._drain_seconds = settings.request_seconds
         self.summed = settings.verify == "checksum"
 
@@ -224,7 +224,8 @@ class _Protocol:
         if self.summed:
             client.watch()
         send()
-        client.post("/reset_prefix_cache")
+        # The caches of what runs, too: before it goes on, it is computed anew by these weights.
+        client.post("/reset_prefix_cache", params={"reset_running_requests": True})
         client.verify()
         if self.summed:
             client.compare(sums)
