@@ -10,8 +10,10 @@ INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/*.lock |
 PYTEST := $(BIN)/python -m pytest
 PYTHON312 ?= python3.12
 NEWEST := .venv-newest
+CONTRACT := build/contract
+GPU_VLLM := vllm>=0.32,<0.33
 
-.PHONY: demo test test-newest gpu-check setup lint clean
+.PHONY: demo test test-newest test-contract gpu-check setup lint clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -29,6 +31,14 @@ test-newest:
 	$(NEWEST)/bin/pip install --quiet -e ".[dev]" torch==2.13.0 megatron-core==0.19.2
 	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python tests/layouts.py --table
 	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python -m pytest tests/test_patches.py tests/test_checkpoint.py
+
+# What we ask of vLLM, looked for in the source of the build for GPUs, which is only read (350 MB to download).
+test-contract: setup
+	rm -rf $(CONTRACT) && mkdir -p $(CONTRACT)
+	$(BIN)/pip download --quiet --no-deps --dest $(CONTRACT) "$(GPU_VLLM)"
+	$(BIN)/python -c "import sys, zipfile as z; w = z.ZipFile(sys.argv[1]); \
+	  w.extractall(sys.argv[2], [n for n in w.namelist() if n.endswith('.py')])" $(CONTRACT)/vllm-*.whl $(CONTRACT)
+	VLLM_SOURCE=$(CURDIR)/$(CONTRACT)/vllm $(PYTEST) tests/test_contract.py
 
 # On a machine with a GPU, in the environment of `pip install '.[gpu]'`: what a CPU cannot prove, in ten minutes.
 gpu-check:

@@ -59,7 +59,7 @@ def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[d
                 engine = (
                     Fleet(model, settings, scratch=vllm, logs=logs, stop=())
                     if world.is_main
-                    else Follower(model, settings, scratch=vllm)
+                    else Follower(model, transfer, scratch=vllm)
                 )
             learner = Learner(Policy(dtype="float32", layout=layout), model, world)
             seconds = _seconds(learner, engine, version * (rounds + 1), rounds)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from spell_megatron.config import Servers, load_config
+from spell_megatron.config import Config, Servers, load_config
+from spell_megatron.preemption import attempt
 from spell_megatron.record.folder import RunFolder
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.server import Launch, Server
@@ -58,24 +59,33 @@ class _Kept:
         return True
 
 
-def launches(run: Path, count: int) -> list[Launch]:
+def launches(run: Path, settings: Config, count: int) -> list[Launch]:
     """The servers of this node, each with its share of the GPUs, listening under the node's own name."""
-    settings = load_config(str(RunFolder.open(run).config))
     rollout, host = settings.rollout, socket.gethostname()
     servers: Servers = replace(rollout.servers, host=host)
-    width = 0 if backend.current() is backend.CPU else servers.tensor
+    found = backend.here(settings)
+    seats = found.servers(found.engines[-1].node)  # every node that is served like this has the same
     return [
         Launch(
             model_folder(settings.model.path),
             replace(rollout, servers=servers),
             scratch=run / "engine" / host,
             log=run / "logs" / f"engine-{host}-{slot}.log",
-            transfer=backend.transfer(servers.transfer),
-            devices=tuple(range(slot * width, (slot + 1) * width)),
+            transfer=found.transfer,
+            devices=seat.gpus,
+            sleeps=found.colocated,
             tells_experts=settings.policy.router_replay,
         )
-        for slot in range(count)
+        for slot, seat in enumerate(seats[:count])
     ]
+
+
+def _wait_for_room(run: Path, settings: Config) -> None:
+    """Where the trainer uses the same GPUs: until it is built, and has left their memory."""
+    if backend.here(settings).colocated:
+        vacated = RunFolder(run).vacated(attempt())
+        while not vacated.exists():
+            time.sleep(_POLL_SECONDS)
 
 
 def serve(run: Path, first_port: int, count: int) -> int:
@@ -84,7 +94,9 @@ def serve(run: Path, first_port: int, count: int) -> int:
     signal.signal(signal.SIGTERM, _end)
     kept: list[_Kept] = []
     try:
-        for slot, launch in enumerate(launches(run, count)):
+        settings = load_config(str(RunFolder.open(run).config))
+        _wait_for_room(run, settings)
+        for slot, launch in enumerate(launches(run, settings, count)):
             kept.append(_Kept.start(launch, first_port + slot))
         while all(server.mend() for server in kept):
             time.sleep(_POLL_SECONDS)

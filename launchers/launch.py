@@ -40,7 +40,7 @@ def launch(
     ours, recipes = _split(overrides) if cluster else ([], list(overrides))
     config = load_config(recipe, recipes)
     profile = _profile(executor, cluster, ours)
-    on = machines(profile, config) if cluster else local.here(config.policy.layout)
+    on = machines(profile, config) if cluster else local.here(config)
     if executor == "local" and on.allocated > 1:
         raise ProfileError(
             f"{on.allocated} nodes, and this machine is one: --executor slurm, or cluster.nodes=1"

@@ -6,19 +6,24 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from types import FrameType
 
 from launchers.job import Job
 from launchers.machines import Machines
-from spell_megatron.config import Layout
+from spell_megatron.config import Config
+from spell_megatron.topology import topology
 
 
-def here(layout: Layout) -> Machines:
-    """This machine: a rank a GPU, or as few ranks as the layout needs where there is none."""
+def here(config: Config) -> Machines:
+    """This machine: a rank on each GPU that the engines leave, or as few as the layout needs where there is none."""
     import torch
 
-    gpus = torch.cuda.device_count()
-    return Machines(gpus=gpus, ranks=gpus or layout.tensor * layout.pipeline * layout.context)
+    gpus, layout = torch.cuda.device_count(), config.policy.layout
+    if not gpus:
+        return Machines(ranks=layout.tensor * layout.pipeline * layout.context)
+    alone = replace(config, cluster=replace(config.cluster, nodes=1, engine_nodes=0))
+    return Machines(gpus=gpus, ranks=topology(alone, cuda=True, gpus=gpus).ranks)
 
 
 def command(job: Job) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from launchers.profile import Profile, ProfileError
+from launchers.profile import Profile
 from spell_megatron.config import Config
+from spell_megatron.topology import topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +37,16 @@ class Machines:
 
 
 def machines(profile: Profile, config: Config) -> Machines:
-    """Raises ProfileError where ranks and GPUs do not go together."""
-    wish, servers = config.cluster, config.rollout.servers
+    """Raises SpellError where ranks, servers and GPUs do not go together."""
+    wish = config.cluster
     gpus = wish.gpus_per_node if profile.gpus_per_node is None else profile.gpus_per_node
-    ranks = profile.ranks_per_node or gpus or 1
+    nodes = profile.nodes or wish.nodes
     engine_nodes = wish.engine_nodes if profile.engine_nodes is None else profile.engine_nodes
-    if gpus and ranks > gpus:
-        raise ProfileError(f"ranks_per_node={ranks} do not fit {gpus} GPUs a node: lower it, or leave it out")
-    count = servers.count or (max(1, gpus // servers.tensor) if engine_nodes else 0)
-    if gpus and count * servers.tensor > gpus:
-        raise ProfileError(
-            f"{count} servers of {servers.tensor} GPUs do not fit a node of {gpus}: rollout.servers"
-        )
-    return Machines(profile.nodes or wish.nodes, gpus, ranks, engine_nodes, count)
+    cluster = replace(wish, nodes=nodes, engine_nodes=engine_nodes)
+    found = topology(replace(config, cluster=cluster), cuda=gpus > 0, gpus=gpus, ranks=profile.ranks_per_node)
+    counted = bool(config.rollout.servers.count or engine_nodes) and bool(found.engines)
+    servers = len(found.servers(found.engines[-1].node)) if counted else 0
+    return Machines(nodes, gpus, found.ranks, engine_nodes, servers)
 
 
 def recorded(config: Config, on: Machines) -> Config:

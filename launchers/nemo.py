@@ -154,7 +154,9 @@ def _executor(job: Job, srun: list[str]) -> nemo_run.SlurmExecutor:
         container_image=shlex.quote(profile.container) if profile.container else None,
         container_mounts=[shlex.quote(mount) for mount in script.mounts(job)] if profile.container else [],
         container_env=sorted(profile.env) or None,
-        srun_args=["--wait=0", *srun],  # rank 0 may end much later than the others: it writes the report
+        # Rank 0 may end much later than the others: it writes the report. And it starts servers, which want more than
+        # one rank's cores: none is bound to its own.
+        srun_args=["--wait=0", "--cpu-bind=none", *srun],
         setup_lines=script.setup_lines(job),
         job_details=_Logs(folder=str(job.logs)),
         job_name_prefix=f"{job.name}.",

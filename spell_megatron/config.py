@@ -178,8 +178,13 @@ class Rollout:
     gpu_memory: float = Field(default=0.85, gt=0, le=1)
     eager: bool = False
     placement: Literal["auto", "colocated", "disaggregated"] = "auto"
-    """`colocated`: trainer and engine take turns in the memory of the same GPUs. `auto`: so on CUDA, unless servers
-    run elsewhere (`urls`) or rollouts overlap with training (`selfplay.max_staleness`)."""
+    """`colocated`: trainer and engine take turns in the memory of the same GPUs. `disaggregated`: the engines have GPUs
+    of their own, a part of each node's where no nodes are theirs (`cluster.engine_nodes`). `auto`: colocated on GPUs
+    that both would use, unless rollouts overlap with training (`selfplay.max_staleness`)."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Further engine arguments of vLLM, by its own names: `{enable_expert_parallel: true, moe_backend: triton}`."""
+    engine_environment: dict[str, str] = Field(default_factory=dict)
+    """Further environment variables of vLLM's (`VLLM_…`) for the servers that are started."""
     servers: Servers = Servers()
 
 

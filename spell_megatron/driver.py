@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from spell_megatron.rollout.engine import Engine, EngineStats
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.selfplay import Episode, Play, Prompts, SelfPlay, accuracy, step_metrics
+from spell_megatron.topology import Topology
 from tokenizer.chat import ChatTokenizer
 
 Measurement = Callable[[Engine, ChatTokenizer, Path], Coroutine[Any, Any, dict[str, float]]]
@@ -53,8 +54,8 @@ class Driver:
         run: RunFolder,
         model: Path,
         stack: ExitStack,
+        found: Topology,
         *,
-        alone: bool,
         stop: Stop,
         benchmarks: Measurement | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class Driver:
         self._questions = load_heldout(settings.heldout)
         clusters = ClusterSampler(settings.corpus, self.codec.count, settings.seed, run.corpus)
         replace_text(run.sources, json.dumps(clusters.facts))
-        self.engine = _engine(settings, run, model, self.codec.eos_ids, alone)
+        self.engine = _engine(settings, run, model, self.codec.eos_ids, found)
         stack.callback(self.engine.close)
         self.selfplay = SelfPlay(
             settings.selfplay,
@@ -229,27 +230,20 @@ class Driver:
 
 
 def _engine(
-    settings: config.Config, run: RunFolder, model: Path, stop: tuple[int, ...], alone: bool
+    settings: config.Config, run: RunFolder, model: Path, stop: tuple[int, ...], found: Topology
 ) -> Engine:
-    """In this process where that can be and no servers are configured; else a fleet, of one at least.
-
-    An engine inside one rank of many would wait for the others: vLLM makes its groups over the whole world.
-    One that shares the learner's process cannot play while that trains.
-    """
+    """In this process where the topology has no servers, else a fleet of them."""
     rollout = settings.rollout
-    scratch = run.path.parent / ".engine"  # vLLM caches there what it learns of a model; runs share it
     common: dict[str, Any] = {
-        "scratch": scratch,
+        "scratch": run.path.parent / ".engine",  # vLLM caches there what it learns of a model; runs share it
         "stop": stop,
         "tells_experts": settings.policy.router_replay,
     }
-    if not rollout.servers.count and not rollout.servers.urls:
-        if alone and not settings.selfplay.max_staleness:
-            return InProcessEngine(model, rollout, seed=settings.seed, **common)
-        rollout = replace(rollout, servers=replace(rollout.servers, count=1))
+    if not found.engines and not rollout.servers.urls:
+        return InProcessEngine(model, rollout, seed=settings.seed, sleeps=found.colocated, **common)
     # Of servers that somebody else started nobody knows which weights they hold, until they are given some.
     version = -1 if rollout.servers.urls else 0
-    return Fleet(model, rollout, logs=run.path / "engines", version=version, **common)
+    return Fleet(model, rollout, logs=run.path / "engines", version=version, found=found, **common)
 
 
 def _token_metrics(before: EngineStats, now: EngineStats) -> dict[str, float]:

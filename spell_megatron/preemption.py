@@ -9,6 +9,7 @@ instead: children have to obey it. The loop asks where it can leave a step; `rac
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine
@@ -22,6 +23,11 @@ REQUEUE = "requeue"
 """File of a run folder: the run has saved itself because it was asked to. The batch script looks for it."""
 
 Result = TypeVar("Result")
+
+
+def attempt() -> str:
+    """Names this attempt at a run: a job that was requeued is another one, under the same number."""
+    return f"{os.environ.get('SLURM_JOB_ID', 'here')}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 class Preempted(SpellError):

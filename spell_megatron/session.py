@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from spell_megatron.policy.mismatch import groups_beyond
 from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, agreed, start_world, stop_world
-from spell_megatron.preemption import Preempted, Stop, listen, preempted
+from spell_megatron.preemption import Preempted, Stop, attempt, listen, preempted
 from spell_megatron.record import RunFolder, forget_episodes, same_episodes
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import Engine, WeightsWanted
@@ -66,9 +67,9 @@ class Session:
         self.learner = Learner(
             config.policy, model, world, sampled=Sampled(sampling.temperature, sampling.top_p)
         )
-        colocated = backend.colocated(config)
+        self._found = backend.here(config, ranks_of_a_node(world, config))
         self._placement = Placement(self._together)
-        if colocated:
+        if self._found.colocated:
             self._placement.admit(LearnerResidence(self.learner))
         self._placement.enter(Phase.BUILD)
         self.driver: Driver | None = None
@@ -77,9 +78,9 @@ class Session:
         if self.driver:
             self._engine = self.driver.engine
         else:
-            self._engine = Follower(model, config.rollout, scratch=run.path.parent / ".engine")
+            self._engine = Follower(model, self._found.transfer, scratch=run.path.parent / ".engine")
             stack.callback(self._engine.close)
-        if colocated and self.driver:
+        if self._found.colocated and self.driver:
             self._placement.admit(EngineResidence(self.driver.engine))
         record = config.record
         self._checkpoints = Checkpoints(
@@ -94,11 +95,12 @@ class Session:
             self.driver.begin(self.step)
 
     def _drive(self, model: Path, stack: ExitStack, benchmarks: Benchmarks | None) -> None:
-        """Build rank 0's part."""
+        """Build rank 0's part. No rank has device memory, so servers on other nodes may start, too."""
+        if self._found.colocated and self.config.rollout.servers.urls:
+            self.run.vacated(attempt()).touch()
         measurement = benchmarks(self.config) if benchmarks else None
-        alone = self.world.size == 1
         self.driver = Driver(
-            self.config, self.run, model, stack, alone=alone, stop=self._stop, benchmarks=measurement
+            self.config, self.run, model, stack, self._found, stop=self._stop, benchmarks=measurement
         )
 
     def play(self, step: int) -> TrainBatch:
@@ -288,6 +290,11 @@ def open_session(config: Config, run: Path | None, benchmarks: Benchmarks | None
 def read_run_config(run: Path, overrides: tuple[str, ...] = ()) -> Config:
     """The configuration of an existing run."""
     return load_config(str(RunFolder.open(run).config), overrides)
+
+
+def ranks_of_a_node(world: World, config: Config) -> int:
+    """Ranks that share a node: as torchrun says, else as many as `cluster.nodes` makes of the world."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, world.size // config.cluster.nodes)
 
 
 def share(value: Value, world: World) -> Value:

@@ -103,7 +103,7 @@ class Following:
             logs = self._scratch / self.kind
             self._engine = Fleet(self.folder, SETTINGS, scratch=scratch, logs=logs, stop=())
         elif self._engine is None:
-            self._engine = Follower(self.folder, SETTINGS, scratch=scratch)
+            self._engine = Follower(self.folder, "shm", scratch=scratch)
         self._learner = Learner(replace(POLICY, layout=layout), self.folder, self._world)
 
     def _resync(self, row: dict[str, Any], fault: tuple[int, int] | None = None) -> TrainBatch:

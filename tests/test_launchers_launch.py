@@ -22,7 +22,7 @@ from launchers import job as jobs
 from launchers.job import Job, prepare, read_by
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
-from spell_megatron.config import Layout, load_config, parse_config
+from spell_megatron.config import ConfigError, load_config, parse_config
 from spell_megatron.preemption import REQUEUE
 from spell_megatron.types import SpellError
 
@@ -79,12 +79,12 @@ def test_servers_run_on_their_own_nodes_or_beside_the_trainer() -> None:
     "overrides", [["rollout.servers.count=9"], ["rollout.servers={count: 2, tensor: 8}"]]
 )
 def test_servers_that_do_not_fit_a_node_are_refused(overrides: list[str]) -> None:
-    with pytest.raises(ProfileError, match="do not fit"):
+    with pytest.raises(ConfigError, match="do not fit"):
         machines(Profile(), load_config("toy", overrides))
 
 
 def test_ranks_that_do_not_fit_the_gpus_are_refused() -> None:
-    with pytest.raises(ProfileError, match="do not fit 4 GPUs"):
+    with pytest.raises(ConfigError, match=r"8 ranks do not fit the 4 GPU\(s\) of a node: start 4"):
         machines(Profile(gpus_per_node=4, ranks_per_node=8), load_config("toy"))
 
 
@@ -547,8 +547,18 @@ def test_several_ranks_run_under_torchrun(tmp_path: Path) -> None:
 def test_without_gpus_there_are_as_many_ranks_as_the_layout_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert local.here(Layout(tensor=2, pipeline=2)).world_size == 4
-    assert local.here(Layout()).world_size == 1
+    assert local.here(load_config("toy", ["policy.layout={tensor: 2, pipeline: 2}"])).world_size == 4
+    assert local.here(load_config("toy")).world_size == 1
+
+
+def test_on_this_machine_ranks_take_the_gpus_that_engines_of_their_own_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    servers = "rollout.servers={count: 2, tensor: 2}"
+    assert local.here(load_config("toy", [servers])).world_size == 8
+    assert local.here(load_config("toy", [servers, "rollout.placement=disaggregated"])).world_size == 4
 
 
 def test_a_local_dryrun_prints_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from spell_megatron.config import Config
+from spell_megatron.config import Config, ConfigError
 from spell_megatron.plan.assumptions import GIB, Assumptions
 from spell_megatron.plan.parameters import total_parameters
 from spell_megatron.plan.workload import Lengths
+from spell_megatron.topology import topology
 from spell_megatron.weights.shape import ModelShape
 
 
@@ -29,6 +30,8 @@ class Engine:
     """Keys and values of one token on one GPU."""
     sequence: int
     """Keys and values of the longest sequence: the engine does not start with less."""
+    fault: str = ""
+    """Why it has no GPUs to be on."""
 
     @property
     def gpus(self) -> int:
@@ -43,8 +46,14 @@ def engine_memory(
     config: Config, shape: ModelShape, lengths: Lengths, nodes: int, memory_gib: float, assumed: Assumptions
 ) -> Engine:
     servers, rollout = config.rollout.servers, config.rollout
-    own_nodes = config.cluster.engine_nodes
-    engines = servers.count * (own_nodes or nodes) + len(servers.urls) or 1
+    cluster = replace(config.cluster, nodes=nodes)
+    colocated, engines, fault = not cluster.engine_nodes, servers.count * nodes, ""
+    try:
+        found = topology(replace(config, cluster=cluster), cuda=True, gpus=cluster.gpus_per_node)
+        colocated, engines = found.colocated, len(found.engines) + len(servers.urls)
+    except ConfigError as error:
+        fault = str(error)
+    engines = max(1, engines)
     tensor = servers.tensor if servers.count else 1
     b = 4 if rollout.dtype == "float32" else 2
     heads = max(1, shape.kv_heads // tensor)
@@ -61,7 +70,8 @@ def engine_memory(
     return Engine(
         engines=engines,
         tensor=tensor,
-        colocated=not own_nodes and not servers.urls,
+        colocated=colocated,
+        fault=fault,
         weights=weights,
         workspace=workspace,
         kv_cache=cache,

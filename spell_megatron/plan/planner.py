@@ -390,11 +390,8 @@ def _faults(config: Config, shape: ModelShape, engine: Engine, cluster: Cluster)
             f"policy.stream_tokens={config.policy.stream_tokens} cannot hold a sequence of"
             f" rollout.max_model_len={rollout.max_model_len}"
         )
-    if rollout.servers.count * engine.tensor > cluster.gpus_per_node:
-        faults.append(
-            f"rollout.servers: {rollout.servers.count} servers of {engine.tensor} GPUs do not fit a node of"
-            f" {cluster.gpus_per_node}"
-        )
+    if engine.fault:
+        faults.append(engine.fault)
     if shape.heads % engine.tensor:
         faults.append(f"rollout.servers.tensor={engine.tensor} does not divide {shape.heads} heads")
     wanted = max(engine.kv_wanted, engine.sequence)

@@ -72,7 +72,7 @@ class Watch:
             return True
         doing = f"while this rank waited for it: it {self.heart.doing}"
         if self.heart.fault:
-            raise MainRankGone(f"rank 0 has failed ({self.heart.fault}) {doing}; its own message says why")
+            raise MainRankGone(f"rank 0 has given up ({self.heart.fault}) {doing}; its own message says why")
         if (silent := now - self.changed) > GONE_SECONDS:
             raise MainRankGone(
                 f"rank 0 has not been heard of for {silent:.0f} s {doing}. It was killed or stopped, or its node"
@@ -133,7 +133,7 @@ class MainRank:
     def close(self) -> None:
         if self._group is not None:
             if self._world.is_main:
-                self._say(fault="it has ended")
+                self._say(fault=self._heart.fault or "its run has ended")
             self._end.set()
 
     def _say(self, **news: object) -> None:

@@ -94,6 +94,11 @@ class RunFolder:
     def rollouts(self, step: int) -> Path:
         return self.path / "rollouts" / f"step-{step:05d}.jsonl"
 
+    def vacated(self, attempt: str) -> Path:
+        """A file that is there once the trainer of an attempt is built and has left the devices' memory: servers that
+        share its GPUs on other nodes may start then, and not before."""
+        return self.path / f".vacated-{attempt}"
+
     @property
     def recorded_steps(self) -> list[int]:
         """Steps whose rollouts are here, in order."""

@@ -12,17 +12,18 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from spell_megatron.config import Config, Rollout
+from spell_megatron.config import Config, ConfigError, Rollout
+from spell_megatron.topology import Topology, topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,6 @@ class Backend:
 # request's random generator by an offset that CPU generators do not have, and dies.
 CPU = Backend("cpu", eager=True, block_size=32, kv_cache_mib=512, cuts_prompts=False, sleeps=False)
 CUDA = Backend("cuda", eager=False, block_size=None, kv_cache_mib=None, cuts_prompts=True, sleeps=True)
-LOCAL = ("ipc", "shm")
-"""Transfers from every rank of the trainer to the engines on its own devices."""
 SLEEP_TAGS = {"weights": "weights", "cache": "kv_cache"}
 """vLLM's names for what an engine takes back when it wakes."""
 
@@ -59,25 +58,19 @@ def current() -> Backend:
     return CUDA if torch.cuda.is_available() else CPU
 
 
-def transfer(
-    name: Literal["auto", "gloo", "nccl", "ipc", "shm"],
-) -> Literal["gloo", "nccl", "ipc", "shm"]:
-    """The weight-transfer backend. `auto` is `nccl` where there is CUDA: it reaches engines anywhere."""
-    if name != "auto":
-        return name
-    return "gloo" if current() is CPU else "nccl"
+def here(config: Config, ranks: int | None = None) -> Topology:
+    """The topology of a configuration on the devices that this process may use."""
+    cuda = current() is CUDA
+    return topology(config, cuda=cuda, gpus=torch.cuda.device_count() if cuda else 0, ranks=ranks)
 
 
-def colocated(config: Config) -> bool:
-    """Whether trainer and engine take turns in the memory of the same devices (`rollout.placement`)."""
-    rollout = config.rollout
-    if rollout.placement != "auto":
-        return rollout.placement == "colocated"
-    return current() is CUDA and not rollout.servers.urls and not config.selfplay.max_staleness
+def engine_arguments(
+    settings: Rollout, backend: Backend, *, sleeps: bool = False, tells_experts: bool = False
+) -> dict[str, Any]:
+    """vLLM's engine arguments that every engine has, by vLLM's names, for a process or a command line.
 
-
-def engine_arguments(settings: Rollout, backend: Backend, *, tells_experts: bool = False) -> dict[str, Any]:
-    """vLLM's engine arguments that every engine has, by vLLM's names, for a process or a command line."""
+    Those of `rollout.engine` are among them; raises ConfigError where they are ours to set.
+    """
     # A step must have room for a token of every sequence, and where prompts are not cut, for a whole one.
     least = (
         settings.max_num_seqs if backend.cuts_prompts else max(settings.max_num_seqs, settings.max_model_len)
@@ -102,13 +95,57 @@ def engine_arguments(settings: Rollout, backend: Backend, *, tells_experts: bool
     kv_cache_mib = settings.kv_cache_mib or backend.kv_cache_mib
     if kv_cache_mib is not None:
         arguments["kv_cache_memory_bytes"] = kv_cache_mib << 20
-    else:
+    if backend is not CPU:
+        # vLLM compares this share with what is free even where the cache's size is given; its default is 0.92.
         arguments["gpu_memory_utilization"] = settings.gpu_memory
-    if backend.sleeps:
+    if sleeps and backend.sleeps:
         arguments["enable_sleep_mode"] = True
     if tells_experts:
         arguments["enable_return_routed_experts"] = True
-    return arguments
+    return arguments | passed_through(settings, arguments)
+
+
+_OURS = {
+    "model": "model.path",
+    "served_model_name": "this program",
+    "host": "rollout.servers.host",
+    "port": "this program",
+    "uds": "this program",
+    "middleware": "this program",
+    "tensor_parallel_size": "rollout.servers.tensor",
+    "seed": "seed",
+    "enable_sleep_mode": "rollout.placement",
+    "kv_cache_memory_bytes": "rollout.kv_cache_mib",
+    "gpu_memory_utilization": "rollout.gpu_memory",
+    "enforce_eager": "rollout.eager",
+    "enable_return_routed_experts": "policy.router_replay",
+    "weight_transfer_config": "rollout.servers.transfer",
+    "worker_extension_cls": "this program",
+    "tokenizer": "model.path",
+    "trust_remote_code": "nobody: no code of a model is run",
+}
+"""vLLM's arguments that are not to be passed through, by what decides on them."""
+
+
+def passed_through(settings: Rollout, ours: Collection[str]) -> dict[str, Any]:
+    """`rollout.engine` under vLLM's names. Raises ConfigError for what is set by another key, or by us."""
+    given = {name.lstrip("-").replace("-", "_"): value for name, value in settings.engine.items()}
+    for name in given.keys() & {*ours, *_OURS}:
+        owner = _OURS.get(
+            name, name if name in {field.name for field in fields(settings)} else "this program"
+        )
+        raise ConfigError(f"rollout.engine: {name} is set by {owner}; leave it out")
+    return given
+
+
+def passed_variables(settings: Rollout, ours: Collection[str]) -> dict[str, str]:
+    """`rollout.engine_environment`. Raises ConfigError for what is no variable of vLLM's, or is ours to set."""
+    for name in settings.engine_environment:
+        if not name.startswith("VLLM_"):
+            raise ConfigError(f"rollout.engine_environment: {name} is no variable of vLLM's (VLLM_…)")
+        if name in ours:
+            raise ConfigError(f"rollout.engine_environment: {name} is set by this program; leave it out")
+    return dict(settings.engine_environment)
 
 
 def common_environment(scratch: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from spell_megatron.config import Config
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.client import Aborted, Unavailable
@@ -51,6 +52,7 @@ from spell_megatron.rollout.member import Member, Surroundings
 from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer.manifest import Manifest
+from spell_megatron.topology import LOCAL, Topology
 from spell_megatron.types import Rollout, Tokens
 
 if TYPE_CHECKING:
@@ -69,8 +71,9 @@ Result = TypeVar("Result")
 class Fleet:
     """An `Engine` of many servers.
 
-    `logs` is a folder that receives one log file a server, `sleeps` says whether they can give memory back; the other
-    arguments are InProcessEngine's. Returns when every server serves or is lost; raises EngineError where none serves.
+    `logs` is a folder that receives one log file a server; `found` says where they are, and follows from the settings
+    where it is not given; `sleeps`, whether they can give memory back, follows from that. The other arguments are
+    InProcessEngine's. Returns when every server serves or is lost; raises EngineError where none serves.
     """
 
     def __init__(
@@ -82,15 +85,21 @@ class Fleet:
         logs: Path,
         stop: Sequence[int] | None = None,
         version: int = 0,
+        found: Topology | None = None,
         sleeps: bool | None = None,
         tells_experts: bool = False,
     ) -> None:
         folder, servers = Path(model), settings.servers
-        if not servers.count and not servers.urls:
-            raise EngineError("a fleet needs servers: set rollout.servers.count or rollout.servers.urls")
+        found = found or backend.here(Config(rollout=settings))
+        self._seats = found.servers(0)
+        if not self._seats and not servers.urls:
+            raise EngineError(
+                "a fleet needs servers: set rollout.servers.count, or rollout.servers.urls to those that somebody"
+                " else starts (for cluster.engine_nodes, `spell-megatron launch` does)"
+            )
         self._settings = settings
         self._servers = servers
-        self._sleeps = backend.current().sleeps if sleeps is None else sleeps
+        self._sleeps = (found.colocated and backend.current().sleeps) if sleeps is None else sleeps
         self._stop = list(stop if stop is not None else stop_tokens(folder))
         self._version = self._first_version = version
         self._dispatcher = Dispatcher(settings.max_num_seqs)
@@ -98,12 +107,13 @@ class Fleet:
         self._waiting = 0
         self._fault = ""
         self._updating = False
-        self._local = backend.transfer(servers.transfer) in backend.LOCAL
+        self._transfer = found.transfer
+        self._local = found.transfer in LOCAL
         self._manifest = Manifest.of(folder)
         self._scratch = scratch
         self._experts = PromptExperts() if tells_experts else None
         launch = Launch(
-            folder, settings, scratch, logs, backend.transfer(servers.transfer), tells_experts=tells_experts
+            folder, settings, scratch, logs, found.transfer, sleeps=self._sleeps, tells_experts=tells_experts
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
@@ -207,7 +217,7 @@ class Fleet:
         with backend.undisturbed(self._scratch):
             from spell_megatron.rollout.transfer.session import sender
 
-            return sender(self._manifest, self._servers)
+            return sender(self._manifest, self._servers, self._transfer)
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run in the fleet's loop and wait, from another thread."""
@@ -216,14 +226,13 @@ class Fleet:
     # Everything below runs in the fleet's loop.
 
     async def _open(self, launch: Launch) -> None:
-        count, tensor = self._servers.count, self._servers.tensor
-        on_cpu = backend.current() is backend.CPU
         limits = Limits(restarts=self._servers.max_restarts)
         surroundings = Surroundings(self._servers, limits, self._bring_up_to_date, self._notify, self._room)
-        for index in range(count):
-            devices = () if on_cpu else tuple(range(index * tensor, (index + 1) * tensor))
-            threads = max(1, len(os.sched_getaffinity(0)) // (count * tensor)) if on_cpu else None
-            own = replace(launch, log=launch.log / f"engine-{index}.log", devices=devices, threads=threads)
+        on_cpu = backend.current() is backend.CPU
+        workers = len(self._seats) * self._servers.tensor
+        threads = max(1, len(os.sched_getaffinity(0)) // max(1, workers)) if on_cpu else None
+        for index, seat in enumerate(self._seats):
+            own = replace(launch, log=launch.log / f"engine-{index}.log", devices=seat.gpus, threads=threads)
             member = Member(f"engine-{index}", Health(self._version), surroundings, launch=own)
             self._members.append(member)
             await member.start()

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.transfer.manifest import Manifest
+from spell_megatron.topology import LOCAL, Transfer
 
 if TYPE_CHECKING:
     import torch
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
 
 class Follower:
-    """Stands where rank 0 has its fleet; `model` and `scratch` are those of the fleet."""
+    """Stands where rank 0 has its fleet; `model`, `scratch` and the way of weights are those of the fleet."""
 
-    def __init__(self, model: Path, settings: Settings, *, scratch: Path) -> None:
-        self._model, self._scratch = model, scratch
-        self._way = backend.transfer(settings.servers.transfer)
+    def __init__(self, model: Path, way: Transfer, *, scratch: Path) -> None:
+        self._model, self._scratch, self._way = model, scratch, way
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Consume the stream, as `Fleet.update_weights` does at the same time; which version it is, rank 0 says."""
-        if self._way in backend.LOCAL:
+        if self._way in LOCAL:
             self._sender.send(weights)
         else:
             for _ in weights:

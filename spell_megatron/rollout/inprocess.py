@@ -79,6 +79,7 @@ class InProcessEngine:
         stop: Sequence[int] | None = None,
         seed: int = 0,
         version: int = 0,
+        sleeps: bool = False,
         tells_experts: bool = False,
     ) -> None:
         self._folder = Path(model)
@@ -87,6 +88,7 @@ class InProcessEngine:
         self._window = settings.max_model_len
         self._continues = settings.servers.in_flight == "continue"
         self._scratch = scratch
+        self._sleeps = sleeps and backend.current().sleeps
         self._version = version
         self._experts = PromptExperts() if tells_experts else None
         self._requests: dict[str, _Request] = {}
@@ -115,7 +117,10 @@ class InProcessEngine:
                     disable_log_stats=True,
                     weight_transfer_config=WeightTransferConfig(backend=inproc.NAME),
                     **backend.engine_arguments(
-                        settings, backend.current(), tells_experts=self._experts is not None
+                        settings,
+                        backend.current(),
+                        sleeps=self._sleeps,
+                        tells_experts=self._experts is not None,
                     ),
                 )
             )
@@ -273,7 +278,7 @@ class InProcessEngine:
         )
 
     def sleep(self, keep: bool = True) -> None:
-        if backend.current().sleeps:
+        if self._sleeps:
             keep = keep or self._manifest.mixture
             self._llm.sleep(level=1 if keep else 2)
             self._asleep = {"weights", "cache"}

@@ -22,6 +22,7 @@ import spell_megatron
 from spell_megatron.config import Rollout
 from spell_megatron.rollout import backend, guard
 from spell_megatron.rollout.engine import EngineError
+from spell_megatron.topology import visible
 
 SERVED_NAME = "policy"
 _LOG_LINES = 15
@@ -52,16 +53,20 @@ class Launch:
     tokenizer: bool = False
     """Whether it can turn text into tokens and back."""
     devices: tuple[int, ...] = ()
-    """GPUs, by index; all where empty."""
+    """GPUs, by their number among those that this process may use; all where empty."""
     threads: int | None = None
     """CPU threads; vLLM's choice where None."""
+    sleeps: bool = False
+    """Whether it can give its memory back for a while."""
     tells_experts: bool = False
     """Whether completions come with the experts that made them."""
 
     def command(self, port: int) -> list[str]:
         servers = self.settings.servers
         arguments: dict[str, Any] = {
-            **backend.engine_arguments(self.settings, backend.current(), tells_experts=self.tells_experts),
+            **backend.engine_arguments(
+                self.settings, backend.current(), sleeps=self.sleeps, tells_experts=self.tells_experts
+            ),
             "model": str(self.model),
             "served_model_name": SERVED_NAME,
             "host": servers.host,
@@ -84,13 +89,15 @@ class Launch:
             if name not in _TORCHRUN and not name.startswith(("TORCHELASTIC_", "VLLM_"))
         }
         package = str(Path(spell_megatron.__file__).parent.parent)
+        ours = backend.server_environment(self.scratch, sockets)
         variables = {
             **inherited,
-            **backend.server_environment(self.scratch, sockets),
+            **backend.passed_variables(self.settings, ours),
+            **ours,
             "PYTHONPATH": os.pathsep.join(filter(None, [package, inherited.get("PYTHONPATH")])),
         }
         if self.devices:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
+            variables["CUDA_VISIBLE_DEVICES"] = visible(self.devices, inherited.get("CUDA_VISIBLE_DEVICES"))
         if self.threads is not None:
             variables["OMP_NUM_THREADS"] = str(self.threads)
         return variables
@@ -186,5 +193,5 @@ def _flags(arguments: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags += [f"--{flag}", str(value)]
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
     return flags

@@ -24,7 +24,6 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeight
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from spell_megatron.config import Servers
-from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.server import free_port
 from spell_megatron.rollout.transfer import gloo
@@ -33,6 +32,7 @@ from spell_megatron.rollout.transfer.fanout import FanOut, Fault, Peer
 from spell_megatron.rollout.transfer.local import LocalSender
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.rollout.transfer.store import WeightStore
+from spell_megatron.topology import LOCAL, Transfer
 
 _log = logging.getLogger(__name__)
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -55,9 +55,8 @@ class Sender(Protocol):
     def close(self) -> None: ...
 
 
-def sender(manifest: Manifest, settings: Servers) -> Sender:
-    way = backend.transfer(settings.transfer)
-    if way in backend.LOCAL:
+def sender(manifest: Manifest, settings: Servers, way: Transfer) -> Sender:
+    if way in LOCAL:
         return Nearby(way, manifest, settings)
     on_cpu = way == gloo.NAME
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,200 @@
+"""What we ask of vLLM exists in its source: flags, routes and their parameters, imported names, fields.
+
+The source is read and never run, so that it may be that of a build for GPUs: `VLLM_SOURCE` names the folder of another
+one than the installed (`make test-contract`).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from spell_megatron.config import RECIPES, Rollout, load_config
+from spell_megatron.rollout import backend
+from spell_megatron.rollout.server import Launch
+
+pytestmark = pytest.mark.unit
+
+OURS = Path(__file__).parent.parent / "spell_megatron" / "rollout"
+ROUTES = {
+    ("get", "/health"): set(),
+    ("get", "/weight_info"): set(),
+    ("get", "/get_world_size"): set(),
+    ("post", "/pause"): {"mode"},
+    ("post", "/resume"): set(),
+    ("post", "/sleep"): {"level"},
+    ("post", "/wake_up"): {"tags"},
+    ("post", "/init_weight_transfer_engine"): {"init_info"},
+    ("post", "/shutdown_weight_transfer_engine"): set(),
+    ("post", "/start_weight_update"): set(),
+    ("post", "/update_weights"): {"update_info"},
+    ("post", "/finish_weight_update"): {"weight_version"},
+    ("post", "/update_weight_version"): {"new_version"},
+    ("post", "/reset_prefix_cache"): set(),
+    ("post", "/collective_rpc"): {"method"},
+    ("post", "/inference/v1/generate"): set(),
+}
+"""With the parameters of a query or keys of a body that we send."""
+FIELDS = {
+    "TrainerInitInfo": {"rank"},
+    "NCCLTrainerInitInfo": {"master_address", "master_port", "world_size", "packed_num_buffers"},
+    "IPCTrainerInitInfo": {"packed", "packed_buffer_size_bytes"},
+    "GenerateRequest": {"token_ids", "sampling_params", "model"},
+    "GenerateTokensChoice": {"token_ids", "logprobs", "finish_reason", "weight_versions"},
+    "SamplingParams": {
+        "seed",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "stop_token_ids",
+        "logprobs",
+        "detokenize",
+    },
+}
+
+
+@cache
+def source() -> Path:
+    if given := os.environ.get("VLLM_SOURCE"):
+        return Path(given)
+    found = importlib.util.find_spec("vllm")
+    assert found is not None and found.submodule_search_locations
+    return Path(found.submodule_search_locations[0])
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def classes() -> dict[str, ast.ClassDef]:
+    """By name; of several of one name the last."""
+    folders = ("engine", "entrypoints", "distributed/weight_transfer", "sampling_params.py")
+    files = [file for name in folders for file in _python(source() / name)]
+    return {
+        node.name: node for file in files for node in ast.walk(parsed(file)) if isinstance(node, ast.ClassDef)
+    }
+
+
+def _python(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def fields(name: str) -> set[str]:
+    """Annotated names of a class and of its bases."""
+    if name not in classes():
+        return set()
+    node = classes()[name]
+    own = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    bases = (base.value if isinstance(base, ast.Subscript) else base for base in node.bases)
+    return own.union(*(fields(base.id) for base in bases if isinstance(base, ast.Name)))
+
+
+def routes() -> Iterator[tuple[tuple[str, str], set[str]]]:
+    """Verb and path of every route, with its function's parameters and every text in it."""
+    for file in _python(source() / "entrypoints"):
+        for node in ast.walk(parsed(file)):
+            if not isinstance(node, ast.AsyncFunctionDef | ast.FunctionDef):
+                continue
+            for decorator in node.decorator_list:
+                if not (isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Attribute)):
+                    continue
+                verb, paths = (
+                    decorator.func.attr,
+                    [a.value for a in decorator.args if isinstance(a, ast.Constant)],
+                )
+                texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                for path in paths:
+                    yield (verb, str(path)), {arg.arg for arg in node.args.args} | {str(t) for t in texts}
+
+
+def test_every_route_is_there_and_takes_what_it_is_given() -> None:
+    found = dict(routes())
+    assert not ROUTES.keys() - found.keys()
+    for route, given in ROUTES.items():
+        assert given <= found[route], route
+
+
+def test_every_route_that_is_called_is_looked_for() -> None:
+    """No path in our code is missing above."""
+    texts = {
+        node.value.partition("?")[0]
+        for file in OURS.rglob("*.py")
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/")
+    }
+    called = {
+        text
+        for text in texts
+        if text.count(" ") == 0 and text != "/" and not text.startswith(("/proc", "/memfd", "/fd/"))
+    }
+    assert called <= {path for _, path in ROUTES}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_there(name: str) -> None:
+    assert FIELDS[name] <= fields(name)
+
+
+def test_every_imported_name_is_there() -> None:
+    for file in OURS.rglob("*.py"):
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                assert node.module
+                path = source().joinpath(*node.module.split(".")[1:])
+                module = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+                assert module.is_file(), f"{file.name}: {node.module}"
+                text = module.read_text(encoding="utf-8")
+                for alias in node.names:
+                    there = alias.name in text or (path / f"{alias.name}.py").is_file()
+                    assert there, f"{file.name}: {node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize("chosen", [backend.CPU, backend.CUDA])
+def test_every_flag_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: backend.Backend
+) -> None:
+    monkeypatch.setattr(backend, "current", lambda: chosen)
+    known = fields("AsyncEngineArgs") | fields("FrontendArgs") | {"model"}
+    assert len(known) > 100
+    for recipe in RECIPES.glob("*.yaml"):
+        rollout = load_config(recipe.stem).rollout
+        launch = Launch(tmp_path, rollout, tmp_path, tmp_path / "log", "ipc", sleeps=True, devices=(0,))
+        words = launch.command(8000)
+        flags = {word[2:].replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
+        assert not flags - known, recipe.stem
+        if chosen is backend.CUDA:
+            share = words[words.index("--gpu-memory-utilization") + 1]
+            assert float(share) == rollout.gpu_memory, "vLLM's default is more than a trainer leaves"
+            assert "--enable-sleep-mode" in words
+
+
+def test_who_never_sleeps_is_not_made_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(backend, "current", lambda: backend.CUDA)
+    launch = Launch(tmp_path, Rollout(), tmp_path, tmp_path / "log", "nccl")
+    assert "--enable-sleep-mode" not in launch.command(8000)
+
+
+def test_a_source_has_all_that_vllm_has_it_implement() -> None:
+    abstract = {
+        node.name
+        for node in classes()["WeightSource"].body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "abstractmethod" for d in node.decorator_list)
+    }
+    for file, name in ((OURS / "transfer/store.py", "WeightStore"), (OURS / "transfer/local.py", "_Once")):
+        (ours,) = (n for n in parsed(file).body if isinstance(n, ast.ClassDef) and n.name == name)
+        assert abstract <= {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
+    assert abstract
+
+
+def test_the_modes_of_a_pause_are_there() -> None:
+    text = (source() / "v1/engine/__init__.py").read_text(encoding="utf-8")
+    assert all(f'"{mode}"' in text for mode in ("wait", "abort", "keep"))
