@@ -35,7 +35,7 @@ def rows(scratch: Path) -> list[dict[str, Any]]:
         models = [f"{kind}={make_model(kind, out.parent / f'model-{kind}', seed=3)}" for kind in kinds]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         done = subprocess.run(
-            [*command, resync_fleet.__file__, str(out), *models], capture_output=True, text=True, timeout=580
+            [*command, resync_fleet.__file__, str(out), *models], capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stderr[-10000:]
         rows += [{"ranks": ranks, **row} for row in json.loads(out.read_text(encoding="utf-8"))]

@@ -42,6 +42,13 @@ def test_a_tied_head_may_come_or_not(tmp_path: Path) -> None:
     assert dict(manifest.checked(with_head.items())) == with_head
 
 
+def test_a_tensor_may_come_once(tmp_path: Path) -> None:
+    manifest = Manifest({"a": (2,), "b": (2,)})
+    tensor = torch.zeros(2)
+    with pytest.raises(EngineError, match="'a' twice"):
+        list(manifest.checked([("a", tensor), ("b", tensor), ("a", tensor)]))
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="safetensors"):
         Manifest.of(tmp_path)

@@ -1,4 +1,4 @@
-"""The gloo transfer without servers: both ends in one process, one of them silent."""
+"""The transfers of our own without servers: both ends in one process, or one of them silent or elsewhere."""
 
 from __future__ import annotations
 
@@ -92,6 +92,88 @@ def test_a_trainer_that_sends_nothing_is_found_out_in_time() -> None:
         error = within(pool.submit(worker.update_weights, update), SECONDS + 20)
     assert time.monotonic() - start >= SECONDS / 2
     assert "lm_head.weight [4, 8] did not reach rank 1 in time" in str(error)
+
+
+class Neighbour:
+    """A worker that is handed weights in memory, `number` of all workers from 1."""
+
+    def __init__(self, number: int = 1) -> None:
+        from spell_megatron.rollout.transfer.shm import ShmReceiver
+
+        self.got: dict[str, torch.Tensor] = {}
+        self.number, self.updates, self.kept = number, 0, 0
+        self.receiver = ShmReceiver.__new__(ShmReceiver)
+        self.receiver.device = torch.device("cpu")
+        self.receiver.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+        self.receiver.model = SimpleNamespace(load_weights=self._load)
+        self.receiver._reload = SimpleNamespace(keep_from=self._keep)
+
+    def _load(self, weights: Any) -> None:
+        self.got |= {name: tensor.clone() for name, tensor in weights}
+
+    def _keep(self, memory: torch.Tensor) -> None:
+        self.kept += 1
+
+    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
+        info = {**info, "rank_offset": self.number}
+        self.receiver.init_transfer_engine(self.receiver.parse_init_info(info))
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, info: dict[str, Any]) -> None:
+        self.updates += 1
+        self.receiver.update_weights(json.loads(json.dumps(info)))  # as over HTTP
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+def test_what_is_handed_over_in_memory_arrives_bucket_by_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spell_megatron.rollout.transfer import shm
+    from spell_megatron.rollout.transfer.local import LocalSender
+    from spell_megatron.rollout.transfer.manifest import Manifest
+
+    monkeypatch.setattr(shm, "_BUCKET_BYTES", 1024)
+    shapes = {"a": (3, 5), "large": (40, 40), "b": (7,), "c": (9, 9), "d": (200,)}
+    sender, worker = LocalSender("shm", Manifest(shapes)), Neighbour()
+    for _ in range(2):
+        weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+        weights["b"] = weights["b"].bfloat16()
+        weights["large"] = weights["large"].T  # in the memory of another order
+        sender.send(weights.items(), worker)
+        assert all(torch.equal(worker.got[name], tensor) for name, tensor in weights.items())
+    assert worker.updates == worker.kept == 2 * 4
+    sender.close()
+
+
+def test_every_worker_takes_the_memory_of_its_own_rank_and_else_of_one_on_its_node() -> None:
+    from spell_megatron.rollout.transfer.shm import Buffer
+
+    buffers = [Buffer(), Buffer()]
+    for rank, buffer in enumerate(buffers):
+        buffer.stage([("a", torch.full((2,), float(rank)))])
+
+    def taken(number: int, names: list[tuple[str, str]]) -> float:
+        worker = Neighbour(number)
+        worker.init_weight_transfer_engine({})
+        update = {
+            "names": ["a"],
+            "dtype_names": ["float32"],
+            "shapes": [[2]],
+            "offsets": [0],
+            "buffers": names,
+        }
+        worker.update_weights(update)
+        return float(worker.got["a"][0])
+
+    names = [buffer.name for buffer in buffers]
+    assert [taken(number, names) for number in (1, 2, 3, 4)] == [0, 1, 0, 1]
+    elsewhere = (names[1][0], "a file that somebody else has there")
+    assert [taken(number, [names[0], elsewhere]) for number in (1, 2)] == [0, 0]
+    buffers[1].close()
+    assert taken(2, names) == 0
+    buffers[0].close()
+    with pytest.raises(EngineError, match="no rank of the trainer shares memory"):
+        taken(1, names)
 
 
 def test_the_extension_sums_what_a_model_is_given() -> None:

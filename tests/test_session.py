@@ -24,7 +24,7 @@ class Story:
         self._failures = list(failures)
         session = self.session = Session.__new__(Session)
         session.config = SimpleNamespace(steps=9, heldout=SimpleNamespace(every=1))  # type: ignore[assignment]
-        session.world = SimpleNamespace(size=1)  # type: ignore[assignment]
+        session._main = SimpleNamespace(work=lambda doing, work: work(), meet=lambda: None)  # type: ignore[assignment]
         session.step, session._state = 4, {"clusters": 4}
         session._placement = SimpleNamespace(enter=self.told.append)  # type: ignore[assignment]
         session.learner = SimpleNamespace(weights=lambda: iter(()))  # type: ignore[assignment]

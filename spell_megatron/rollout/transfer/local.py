@@ -98,5 +98,6 @@ def staging_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
 def _expand_segments(on: bool) -> None:
     """Where the allocator's segments expand, other processes open them slowly: vLLM's buffer, which it makes just
     before it asks for the first tensor, is to lie outside."""
-    if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+    configured = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if torch.cuda.is_available() and "expandable_segments:True" in configured:
         torch.cuda.memory._set_allocator_settings(f"expandable_segments:{on}")

@@ -39,7 +39,8 @@ Bucket: TypeAlias = "list[tuple[str, torch.Tensor]]"
 
 @dataclass
 class ShmInit(WeightTransferInitInfo):
-    """There is nobody to meet."""
+    rank_offset: int
+    """Number of an engine's first worker among all workers, from 1, as in the other backends."""
 
 
 @dataclass
@@ -93,10 +94,14 @@ class ShmReceiver(Receiver[ShmInit, ShmUpdate]):
 
     init_info_cls = ShmInit
     update_info_cls = ShmUpdate
+    _place = 0
     _opened: tuple[list[Any], torch.Tensor] | None = None
 
     def init_transfer_engine(self, init_info: ShmInit) -> None:
-        """Nothing to set up."""
+        parallel = self.parallel_config
+        self._place = (
+            init_info.rank_offset - 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        )
 
     def receive_weights(self, update_info: ShmUpdate) -> None:
         memory = self._open(update_info.buffers)
@@ -113,10 +118,11 @@ class ShmReceiver(Receiver[ShmInit, ShmUpdate]):
         self._opened = None
 
     def _open(self, buffers: Sequence[Sequence[str]]) -> torch.Tensor:
-        """The buffer of a rank of this node; of several, the workers of a node take one after the other."""
+        """The buffer of the rank with this worker's number, as if they had a device in common; where that is on another
+        node, of one that is not."""
         names = [list(name) for name in buffers]
         if self._opened is None or self._opened[0] != names:
-            first = self.parallel_config.rank % len(names)
+            first = self._place % len(names)
             mapped = (_mapped(*name) for name in (*names[first:], *names[:first]))
             memory = next((memory for memory in mapped if memory is not None), None)
             if memory is None:
@@ -154,7 +160,7 @@ class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
         if source is None:
             raise ValueError("the shm backend sends whole models: it needs a WeightSource")
         if init_info.is_sender:
-            client.init_weight_transfer_engine({})
+            client.init_weight_transfer_engine(asdict(ShmInit(rank_offset=1)))
         return cls(client, source, init_info.buffer, is_sender=init_info.is_sender)
 
     def send_weights(self) -> None:
