@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from spell_megatron.config import Optimizer, Policy
 from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.replay import Choices, replayed
 from spell_megatron.policy.spans import plan_spans
 from spell_megatron.policy.stream import Part, Stream
@@ -51,18 +52,22 @@ def outcome(learner: Learner, batch: TrainBatch) -> tuple[float, dict[str, torch
     return loss, gradients, [sample for group in learner.score(batch).logprobs for sample in group]
 
 
-def own_choice(folder: Path, batch: TrainBatch) -> TrainBatch:
-    """What Hugging Face's routers choose for it, one sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+@torch.no_grad()
+def own_choice(folder: Path, batch: TrainBatch, dtype: torch.dtype = torch.float64) -> TrainBatch:
+    """What Hugging Face's routers choose for it, one sequence at a time, and the log-probs that come of it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     top_k = model.config.num_experts_per_tok
     groups = []
     for group in batch.groups:
         samples, prompt = [], len(group.prompt)
         for sample in group.samples:
             ids = torch.tensor([[*group.prompt, *sample.tokens]])
-            logits = torch.stack(model(ids, output_router_logits=True).router_logits, 1)
+            computed = model(ids, output_router_logits=True)
+            logits = torch.stack(computed.router_logits, 1).float()
             chosen = logits.topk(top_k).indices.numpy().astype(np.uint8)
-            samples.append(replace(sample, experts=chosen[prompt:-1]))
+            logprobs = computed.logits[0, prompt - 1 : -1].float().log_softmax(-1)
+            given = logprobs.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0].tolist()
+            samples.append(replace(sample, logprobs=given, experts=chosen[prompt:-1]))
         groups.append(Group(group.prompt, tuple(samples), chosen[:prompt]))
     return TrainBatch(tuple(groups))
 
@@ -93,6 +98,18 @@ def test_any_other_choice_equals_transformers_with_its_routers_forced(
     errors = [relative_error(gradients[name], true) for name, true in expected.gradients.items()]
     assert max(errors) <= 1e-5
     assert _far(logprobs, expected) <= 1e-5 < 0.1 < _far(logprobs, free), "the choice makes no difference"
+
+
+def test_it_takes_the_largest_gaps_to_an_engine_in_bfloat16_away(folder: Path, world: World) -> None:
+    """The engine is transformers, in bfloat16 as the learner: what differs is how sums are rounded."""
+    batch = own_choice(folder, random_batch(256), torch.bfloat16)
+    labels = ["all"] * len(batch.groups)
+    gaps, told = [], learner(folder, world, dtype="bfloat16", stream_tokens=192, router_replay=True)
+    for policy in (learner(folder, world, dtype="bfloat16", stream_tokens=192), told):
+        gaps.append(mismatch(batch, policy.score(batch), labels))
+    assert gaps[1]["mismatch/max"] < gaps[0]["mismatch/max"] / 3
+    assert gaps[1]["mismatch/mean"] < gaps[0]["mismatch/mean"]
+    assert told.replay and 0.0 < (told.replay.differing() or 0.0) < 0.05
 
 
 def _far(logprobs: list[np.ndarray], other: Reference) -> float:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from selfplay_stage import Corpus, Engine, selfplay, settings
+from selfplay_stage import Corpus, Engine, response, selfplay, settings
+from selfplay_stage import episode as made_episode
 
 from spell_megatron.selfplay import Episode, Play, step_metrics
 from spell_megatron.selfplay.leftovers import cancel
@@ -139,6 +140,13 @@ def test_every_used_episode_is_told_of_in_its_step_and_replays_from_there() -> N
     assert [p.batch for p in replayed] == [p.batch for p in plays]
     assert again.requests == 0
     check_sums(replayed)
+
+
+def test_an_episode_is_of_all_weights_that_sampled_a_token_of_it() -> None:
+    answer = response(1.0)
+    made = replace(answer.rollout, version=3, updates=((1, 4), (2, 6)))
+    one = made_episode(0, "kept", "doc_mc", 0.5, [replace(answer, rollout=made)])
+    assert replace(one, asked=None).versions == {3, 4, 6}
 
 
 def test_leftovers_survive_a_restart_as_what_to_ask_for() -> None:

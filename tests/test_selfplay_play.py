@@ -19,6 +19,8 @@ from selfplay_stage import (
     selfplay,
     settings,
 )
+from selfplay_stage import episode as made_episode
+from selfplay_stage import response as made_response
 
 from spell_megatron.config import Sampling
 from spell_megatron.selfplay import Episode, Play, Prompts, StarvedError, accuracy, step_metrics
@@ -152,6 +154,14 @@ def test_episodes_survive_json():
         assert again == episode
     with pytest.raises(SpellError, match="record of an episode"):
         Episode.from_dict({"step": 1})
+
+
+def test_an_episode_of_a_journal_that_knows_no_updates_is_read():
+    made = made_episode(0, responses=[made_response(1.0)])
+    record = json.loads(json.dumps(made.to_dict()))
+    for rollout in (record["asked"], *(answer["rollout"] for answer in record["responses"])):
+        assert rollout.pop("updates") == []
+    assert Episode.from_dict(record) == made
 
 
 def test_an_interrupted_step_continues_where_it_was():

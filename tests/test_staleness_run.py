@@ -111,10 +111,6 @@ def test_no_sample_is_older_than_the_bound_and_some_are_old(resumed: tuple[RunFo
     for step in range(1, last + MORE + 1):
         made_by = set().union(*map(versions, episodes(run, step)))
         assert made_by <= {step - 2, step - 1} - {-1}
-    every = [episode for step in range(1, last + MORE + 1) for episode in episodes(run, step)]
-    assert any(r["updates"] for episode in every for r in rollouts(episode)), (
-        "nothing went on under new weights"
-    )
     rows = read_metrics(run)[1:]
     assert max(row["staleness/max"] for row in rows) == 1.0
     assert rows[0]["staleness/mean"] == 0.0 < rows[1]["staleness/mean"] <= 1.0

@@ -290,6 +290,7 @@ class Fleet:
             async with self._assigned(prompt) as member:
                 incarnation = member.incarnation
                 known = self._experts.of(prompt) if self._experts else None
+                first = len(prompt) if known is not None else 0
                 try:
                     completion = await member.client.complete(
                         prompt,
@@ -298,11 +299,7 @@ class Fleet:
                         temperature=temperature,
                         top_p=top_p,
                         stop=self._stop,
-                        experts_from=None
-                        if self._experts is None
-                        else len(prompt)
-                        if known is not None
-                        else 0,
+                        experts_from=first if self._experts else None,
                     )
                 except Aborted as error:
                     faults.append(f"{member.name}: {error}")
