@@ -46,7 +46,7 @@ _WORDS = re.compile(
 )
 _SIGNS = re.compile(r"[$£€¥₹₩₽%‰°~{}\[\]\"\u201c\u201d\u00ab\u00bb]|\\")
 _GROUPS = re.compile(
-    r"(?<![\d.,'])(?<!\d[ _])(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}"  # 1,234,567 and 12,34,567
+    r"(?<![\d.,'])(?<!\d[ _])(?:\d{1,3}(?:,\d{3})+(?!,\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!,\d)"  # 1,234,567 and 12,34,567
     r"|\d{1,3}(?: \d{3})+|\d{1,3}(?:'\d{3})+|\d{1,3}(?:_\d{3})+"
     r"|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:\.\d{3})+(?=,\d))(?!['_]?\d)(?![, ]\d{3}(?!\d))(?!\.\d+[.,]\d)"
 )
@@ -102,7 +102,7 @@ def is_calculation(text: str) -> bool:
     return len(text) <= _LONGEST and _equation(_tidy(text)) is not None
 
 
-def stated(statement: str) -> str | None:
+def first(statement: str) -> str | None:
     """The number with which a statement begins, or that it gives behind its last colon or equals sign."""
     for part in (statement, *_last_sides(statement)):
         text = _NAMED.sub("", _tidy(part[: 2 * _LONGEST]))
@@ -115,7 +115,7 @@ def stated(statement: str) -> str | None:
     return None
 
 
-def mentioned(statement: str) -> str | None:
+def any_of(statement: str) -> str | None:
     """The first number written in a statement."""
     for run in _runs(_tidy(statement[: 2 * _LONGEST])):
         number = run.rpartition("=")[2].strip()
@@ -236,7 +236,7 @@ class _Expression:
         is_year = first.isdigit() and low in _YEARS
         if sign == "/":
             return is_year and high in (low + 1, (low + 1) % 100)
-        return low < high or (is_year and high < 100 and self.close)
+        return low <= high or (is_year and high < 100 and self.close)
 
     def _take(self, *wanted: str) -> str | None:
         if self.at < len(self.tokens) and self.tokens[self.at] in wanted:
