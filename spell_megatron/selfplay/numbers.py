@@ -53,6 +53,7 @@ _GROUPS = re.compile(
 _COMMA = re.compile(r"(?<![\d.,])(\d+),(\d+)(?![\d.,]*\d)")
 _TIMES = re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(])")
 _MIXED = re.compile(r"(?<![\d.])(\d+) ?\(\((\d+)\)/\((\d+)\)\)")
+_MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
 _LOOSE_SIGN = re.compile(r"([-+])\s+(?=[\d.])")
 _PRECISION = re.compile(r"[ -](?:decimal|significant|digit)")
 _NAMED = re.compile(r"^[A-Za-z]\w{0,20} ?=")
@@ -160,11 +161,16 @@ def _dated(match: re.Match[str]) -> str:
 def _runs(text: str) -> Iterator[str]:
     """Stretches of digits and signs that hold a number or a date; what is glued to a word (Q3, m^2) is no number."""
     start = end = word = -1  # where the stretch begins and ends, and where the last word ends
+    before = -1  # where the number stands that the last token was
     depth, full = 0, False
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup or ""
         token, begin = match[kind], match.start(kind)
         is_number = kind == "number" or token == _DATE
+        if is_number and before >= 0 and not _MIXED_AHEAD.match(text, before):  # two numbers side by side
+            yield _balanced(text[start:end])
+            start, depth, full = -1, 0, False
+        before = begin if is_number and begin != word else -1
         if begin == word and token not in ("(", "="):
             word = match.end()
         elif (kind == "other" and not is_number) or (token == ")" and not depth):
