@@ -8,12 +8,12 @@ does. An echo of the template's placeholder is no answer. See `reading` for the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from spell_megatron.selfplay import numbers
 from spell_megatron.selfplay.numbers import parse_number
 from spell_megatron.selfplay.reading import letters, texts
-from spell_megatron.selfplay.reading.statements import opened, statements
+from spell_megatron.selfplay.reading.statements import Statement, opened, statements
 from spell_megatron.selfplay.reading.texts import normalise
 from spell_megatron.selfplay.reading.thoughts import strip_thinking
 from spell_megatron.types import Question
@@ -38,7 +38,7 @@ def extract_answer(task: str, response: str) -> str | None:
     if text is None:
         return None
     found = list(statements(text))
-    for read in _READERS.get(task, (texts.stated, texts.mentioned)):
+    for read in _READERS.get(task, _WORDS):
         for statement in found:
             if (answer := read(statement)) is not None:
                 return answer
@@ -80,22 +80,28 @@ def _ceil(number: float) -> float:
     return math.ceil(number * 1000) / 1000 if number < 1e12 else number
 
 
-def _stated_number(statement: str) -> str | None:
+def _stated_number(statement: Statement) -> str | None:
     """A number that is the whole statement, the only one in the brackets that open it, or what it begins with."""
-    bracketed = False
+    text, bracketed = statement.text, False
     for _ in range(_LAYERS):
-        within = opened(statement)
-        if within is None or (within[1].strip(" .,;:!*_") and numbers.is_calculation(statement)):
+        within = opened(text)
+        if within is None or (within[1].strip(" .,;:!*_") and numbers.is_calculation(text)):
             break
-        statement, bracketed = within[0], True
-    whole = statement.strip(" \t\r\n*_").rstrip(" .*_")
+        text, bracketed = within[0], True
+    whole = text.strip(" \t\r\n*_").rstrip(" .*_")
     if numbers.is_calculation(whole) or (bracketed and parse_number(whole) is not None):
         return whole
-    return numbers.stated(whole)
+    return numbers.first(whole)
 
 
-_READERS: dict[str, tuple[Callable[[str], str | None], Callable[[str], str | None]]] = {
-    "docmath_qa": (_stated_number, numbers.mentioned),
+def _mentioned_number(statement: Statement) -> str | None:
+    return numbers.any_of(statement.text)
+
+
+_Reader = Callable[[Statement], str | None]
+_WORDS: Sequence[_Reader] = (texts.stated, texts.mentioned, texts.remarked)
+_READERS: Mapping[str, Sequence[_Reader]] = {
+    "docmath_qa": (_stated_number, _mentioned_number),
     "doc_mc": (letters.stated, letters.mentioned),
 }
-"""How a statement is read for an answer of the task's kind: what it states, what it at least mentions."""
+"""How a task's statements are read: first for what one states, then for what one at least mentions."""

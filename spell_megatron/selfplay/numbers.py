@@ -46,13 +46,14 @@ _WORDS = re.compile(
 )
 _SIGNS = re.compile(r"[$£€¥₹₩₽%‰°~{}\[\]\"\u201c\u201d\u00ab\u00bb]|\\")
 _GROUPS = re.compile(
-    r"(?<![\d.,'])(?<!\d[ _])(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}"  # 1,234,567 and 12,34,567
+    r"(?<![\d.,'])(?<!\d[ _])(?:\d{1,3}(?:,\d{3})+(?!,\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!,\d)"  # 1,234,567 and 12,34,567
     r"|\d{1,3}(?: \d{3})+|\d{1,3}(?:'\d{3})+|\d{1,3}(?:_\d{3})+"
     r"|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:\.\d{3})+(?=,\d))(?!['_]?\d)(?![, ]\d{3}(?!\d))(?!\.\d+[.,]\d)"
 )
 _COMMA = re.compile(r"(?<![\d.,])(\d+),(\d+)(?![\d.,]*\d)")
 _TIMES = re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(])")
 _MIXED = re.compile(r"(?<![\d.])(\d+) ?\(\((\d+)\)/\((\d+)\)\)")
+_MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
 _LOOSE_SIGN = re.compile(r"([-+])\s+(?=[\d.])")
 _PRECISION = re.compile(r"[ -](?:decimal|significant|digit)")
 _NAMED = re.compile(r"^[A-Za-z]\w{0,20} ?=")
@@ -102,7 +103,7 @@ def is_calculation(text: str) -> bool:
     return len(text) <= _LONGEST and _equation(_tidy(text)) is not None
 
 
-def stated(statement: str) -> str | None:
+def first(statement: str) -> str | None:
     """The number with which a statement begins, or that it gives behind its last colon or equals sign."""
     for part in (statement, *_last_sides(statement)):
         text = _NAMED.sub("", _tidy(part[: 2 * _LONGEST]))
@@ -115,7 +116,7 @@ def stated(statement: str) -> str | None:
     return None
 
 
-def mentioned(statement: str) -> str | None:
+def any_of(statement: str) -> str | None:
     """The first number written in a statement."""
     for run in _runs(_tidy(statement[: 2 * _LONGEST])):
         number = run.rpartition("=")[2].strip()
@@ -160,11 +161,16 @@ def _dated(match: re.Match[str]) -> str:
 def _runs(text: str) -> Iterator[str]:
     """Stretches of digits and signs that hold a number or a date; what is glued to a word (Q3, m^2) is no number."""
     start = end = word = -1  # where the stretch begins and ends, and where the last word ends
+    before = -1  # where the number stands that the last token was
     depth, full = 0, False
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup or ""
         token, begin = match[kind], match.start(kind)
         is_number = kind == "number" or token == _DATE
+        if is_number and before >= 0 and not _MIXED_AHEAD.match(text, before):  # two numbers side by side
+            yield _balanced(text[start:end])
+            start, depth, full = -1, 0, False
+        before = begin if is_number and begin != word else -1
         if begin == word and token not in ("(", "="):
             word = match.end()
         elif (kind == "other" and not is_number) or (token == ")" and not depth):
@@ -236,7 +242,7 @@ class _Expression:
         is_year = first.isdigit() and low in _YEARS
         if sign == "/":
             return is_year and high in (low + 1, (low + 1) % 100)
-        return low < high or (is_year and high < 100 and self.close)
+        return low <= high or (is_year and high < 100 and self.close)
 
     def _take(self, *wanted: str) -> str | None:
         if self.at < len(self.tokens) and self.tokens[self.at] in wanted:

@@ -2,10 +2,10 @@
 
     statements   where a text states an answer: sentences, boxes, tags, brackets
     latex        the dress of a statement: LaTeX and inline HTML, taken off
-    numbers      what a statement says as a number
-    letters      ... as a letter of a choice
+    letters      what a statement says as a letter of a choice (as a number: `selfplay.numbers`)
     texts        ... as words
-    objects      the last JSON object of a text, as models write JSON
+    objects      JSON objects as models write them
+    thoughts     where the reasoning ends
 
 A kind of answer has two readers. `stated` takes what a statement is: "(42)", "B because …". `mentioned` takes what
 it at least contains, where nothing was stated anywhere: "found by adding 40 and 2". All of it is hostile text: each

@@ -12,6 +12,7 @@ import unicodedata
 
 from spell_megatron.selfplay.reading import words
 from spell_megatron.selfplay.reading.latex import plain
+from spell_megatron.selfplay.reading.statements import Statement
 
 _LONGEST = 400
 
@@ -28,7 +29,8 @@ _OPEN = (
 _CLOSE = r"[)\]}*_\"'`$>\u00bb\u203a\u201c\u201d\u2018\u2019.,:;!?|]"
 _LEAD = (
     r"(?:(?:the|an|is|be|correct|right|final|single|indeed|clearly|definitely|certainly|therefore|thus|hence|surely"
-    r"|obviously|evidently|most|very|probably|likely|simply|just|only|again|still|then|so|actually|choices?"
+    r"|obviously|evidently|most|very|probably|likely|simply|just|only|again|still|then|so|actually"
+    r"|undoubtedly|listed as|none other than|choices?"
     rf"|options?|answers?|letters?|alternatives?|statements?|items?|number|given by|under|marked|labell?ed)\b{_OPEN})"
 )
 _LETTER = re.compile(rf"{_OPEN}(?P<lead>{_LEAD}{{0,6}})(?P<letter>[A-Da-d])(?![^\W_])", re.IGNORECASE)
@@ -58,15 +60,15 @@ _DENIED = re.compile(
 )
 
 
-def stated(statement: str) -> str | None:
+def stated(statement: Statement) -> str | None:
     """The letter A-D with which a statement begins, or that it gives behind its last colon."""
-    text = _tidy(statement)
+    text = _tidy(statement.text)
     return _first(text) or _first(text.rpartition(": ")[2])
 
 
-def mentioned(statement: str) -> str | None:
+def mentioned(statement: Statement) -> str | None:
     """The only letter that a statement marks as one, where it denies nothing."""
-    text = _tidy(statement)
+    text = _tidy(statement.text)
     found = {next(filter(None, match.groups())) for match in _MARKED.finditer(text)}
     return found.pop() if len(found) == 1 and not _DENIED.search(text) else None
 
@@ -88,6 +90,6 @@ def _first(text: str) -> str | None:
     return match["letter"].upper() if is_choice else None
 
 
-def _tidy(statement: str) -> str:
-    text = plain(statement[:_LONGEST]).translate(_CIRCLED)
+def _tidy(text: str) -> str:
+    text = plain(text[:_LONGEST]).translate(_CIRCLED)
     return unicodedata.normalize("NFKC", text)[: 2 * _LONGEST].strip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 TAIL = 32_768
 """Characters at the end of a text in which answers are looked for."""
@@ -16,7 +17,11 @@ LONGEST = 1_000
 _MOST = 64
 """Statements that are read, from the last one back."""
 
-_SENTENCE = re.compile(r"answer[\s*_]{1,6}is\b", re.IGNORECASE)
+_GAP = r"[\s*_,]{1,6}"
+_SENTENCE = re.compile(
+    rf"(?P<announced>(?:correct|final|right){_GAP}|(?:therefore|thus|hence|so){_GAP}the{_GAP})?answer[\s*_]{{1,6}}is\b",
+    re.IGNORECASE,
+)
 _BOX = re.compile(r"\\(?:boxed|fbox)[ \t]?\{|<answer>", re.IGNORECASE)
 _DISPLAYS = (
     "equation",
@@ -44,18 +49,26 @@ _MARGIN = " \t\r\n:*_>\u2022"
 """What may stand between "answer is" and the answer: blanks, a colon, emphasis, marks of a quote or list."""
 
 
-def statements(text: str) -> Iterator[str]:
+class Statement(NamedTuple):
+    """A place's text. `announced`: a box, a tag, or a sentence like the one that is asked for ("correct answer is")."""
+
+    text: str
+    announced: bool
+
+
+def statements(text: str) -> Iterator[Statement]:
     """Every statement of the text's tail, the last one first."""
     text = text[-TAIL:]
-    places = [(match.end(), False) for match in _SENTENCE.finditer(text)]
-    places += [(match.end(), True) for match in _BOX.finditer(text)]
-    for start, boxed in sorted(places, reverse=True)[:_MOST]:
-        if not boxed:
-            yield _sentence(text[start : start + 2 * LONGEST])
-        elif text[start - 1] == "{" and (content := _braced(text, start)) is not None:
-            yield content
-        elif text[start - 1] == ">":
-            yield text[start : start + LONGEST].partition("</answer>")[0].partition("</ANSWER>")[0]
+    places = [*_SENTENCE.finditer(text), *_BOX.finditer(text)]
+    for match in sorted(places, key=re.Match.end, reverse=True)[:_MOST]:
+        start = match.end()
+        if match.re is _SENTENCE:
+            yield Statement(_sentence(text[start : start + 2 * LONGEST]), match["announced"] is not None)
+        elif match[0][-1] == "{" and (content := _braced(text, start)) is not None:
+            yield Statement(content, True)
+        elif match[0][-1] == ">":
+            content = text[start : start + LONGEST]
+            yield Statement(re.split("</answer>", content, maxsplit=1, flags=re.IGNORECASE)[0], True)
 
 
 def opened(statement: str) -> tuple[str, str] | None:

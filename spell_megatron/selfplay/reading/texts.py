@@ -1,7 +1,7 @@
 """Answers in words, and when two of them are the same.
 
-"(Paris), because …", "“Paris”" and "Paris." state an answer; "in document 2" and "rounded to 2
-decimals" are remarks about one, and count only where no answer is stated.
+"The answer is (Paris), because …" and "the correct answer is Paris" state one; "I hope the answer is clear" and
+"the answer is in document 2" are remarks about one, and count only where no answer is stated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import string
 import unicodedata
 
 from spell_megatron.selfplay.reading.latex import plain
-from spell_megatron.selfplay.reading.statements import opened
+from spell_megatron.selfplay.reading.statements import Statement, opened
 
 _LONGEST = 1_000
 _PLACEHOLDERS = {
@@ -59,17 +59,22 @@ _DROPPED = _Dropped()
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
-def stated(statement: str) -> str | None:
+def stated(statement: Statement) -> str | None:
     """The answer in words that a statement is; None for a remark, or an echo of the placeholder."""
-    text = statement.strip(_EDGES)
+    text = statement.text.strip(_EDGES)
     within = opened(text)
     if within is not None and _ENDS.match(within[1]):
         return _answer(within[0])
-    return None if _REMARK.match(text) else _answer(text)
+    return _answer(text) if statement.announced and not _REMARK.match(text) else None
 
 
-def mentioned(statement: str) -> str | None:
-    return _answer(statement)
+def mentioned(statement: Statement) -> str | None:
+    """The line behind any "answer is" but a remark."""
+    return None if _REMARK.match(statement.text.strip(_EDGES)) else _answer(statement.text)
+
+
+def remarked(statement: Statement) -> str | None:
+    return _answer(statement.text)
 
 
 def normalise(text: str) -> str:
