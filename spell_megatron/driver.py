@@ -231,8 +231,7 @@ def _engine(
     One that shares the learner's process cannot play while that trains.
     """
     rollout = settings.rollout
-    scratch = run.path.parent / ".engine"  # vLLM caches there what it learns of a model; runs share it
-    common: dict[str, Any] = {"scratch": scratch, "stop": stop}
+    common: dict[str, Any] = {"scratch": run.engine_cache, "stop": stop}
     if not rollout.servers.count and not rollout.servers.urls:
         if alone and not settings.selfplay.max_staleness:
             return InProcessEngine(model, rollout, seed=settings.seed, **common)

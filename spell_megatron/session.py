@@ -20,7 +20,7 @@ from spell_megatron.policy.mismatch import groups_beyond
 from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.world import Value, World, agreed, start_world, stop_world
 from spell_megatron.preemption import Preempted, Stop, listen, preempted
-from spell_megatron.record import RunFolder, forget_episodes, same_episodes
+from spell_megatron.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.residence import EngineResidence
 from spell_megatron.types import SpellError, TrainBatch
@@ -52,6 +52,9 @@ class Session:
         world: World,
         stack: ExitStack,
         benchmarks: Measurement | None = None,
+        *,
+        origin: int | None = None,
+        lock: RunLock | None = None,
     ) -> None:
         self.config, self.run, self.world = config, run, world
         self._stop: Stop = listen()
@@ -74,12 +77,16 @@ class Session:
             self._placement.admit(EngineResidence(self.driver.engine))
         record = config.record
         self._checkpoints = Checkpoints(
-            run.checkpoints, record.keep_last, keep_every=record.keep_every, background=record.async_save
+            run.checkpoints,
+            record.keep_last,
+            keep_every=record.keep_every,
+            background=record.async_save,
+            lost=lock.lost if lock else str,
         )
         stack.callback(self._checkpoints.close)
         self._played: Played | None = None
         self._dropped: frozenset[int] = frozenset()
-        self.step = self._resume()
+        self.step = self._resume(origin)
         self._state = self.driver.selfplay.state() if self.driver else {}
         if self.driver:
             self.driver.begin(self.step)
@@ -185,10 +192,10 @@ class Session:
         if self.driver:
             self.driver.report()
 
-    def _resume(self) -> int:
-        """Take over the newest whole checkpoint; the step that it was made after, 0 where there is none."""
+    def _resume(self, origin: int | None) -> int:
+        """Take over the newest whole checkpoint, or that of a step; the step, 0 at the very beginning."""
         self._placement.enter(Phase.TRAIN)
-        found = self._checkpoints.restore(self.learner)
+        found = self._checkpoints.restore(self.learner, origin)
         if found is not None and self.driver:
             self.driver.selfplay.restore(found.run["selfplay"])
         step = found.step if found else 0
@@ -204,9 +211,12 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, run: Path | None, benchmarks: Benchmarks | None = None) -> Iterator[Session]:
+def open_session(
+    config: Config, run: Path | None, benchmarks: Benchmarks | None = None, *, origin: int | None = None
+) -> Iterator[Session]:
     """A session in the run folder `run`, resumed from its newest checkpoint; in a new folder where None.
 
+    `origin` is another step to go on from, 0 the very beginning; what is later is set aside.
     `benchmarks` makes what measures `heldout.benchmarks` (`eval.live_benchmarks`; this room does not know it).
     """
     if config.heldout.benchmarks and benchmarks is None:
@@ -214,24 +224,40 @@ def open_session(config: Config, run: Path | None, benchmarks: Benchmarks | None
     world = start_world(config.policy.layout, seed=config.seed, timeout_seconds=config.policy.timeout_seconds)
     with ExitStack() as stack:
         stack.callback(stop_world)
+        stack.enter_context(private(config.record.group_readable))
         before = read_run_config(run) if run else config
         if run is None:
             made = RunFolder.create(config.runs, config.name).path if world.is_main else None
             run = share(made, world)
         assert run is not None
         folder = RunFolder(run)
+        lock = _locked(folder, world, stack)
         if world.is_main:
+            folder.close_to_others(config.record.group_readable)
             folder.save_config(dump_config(before))
-        session = Session(
-            config, folder, world, stack, benchmarks(config) if benchmarks and world.is_main else None
-        )
+        measurement = benchmarks(config) if benchmarks and world.is_main else None
+        session = Session(config, folder, world, stack, measurement, origin=origin, lock=lock)
         if world.is_main:
-            if not same_episodes(before, config):
+            if origin is not None or not same_episodes(before, config):
                 forget_episodes(folder, after=session.step)
             folder.save_config(
                 dump_config(config)
             )  # now that no episode of the one before is left to go on with
         yield session
+
+
+def _locked(folder: RunFolder, world: World, stack: ExitStack) -> RunLock | None:
+    """Rank 0's lock of the run folder. Raises SpellError, on every rank, where it cannot be had."""
+    lock: RunLock | None = None
+    fault: SpellError | None = None
+    if world.is_main:
+        try:
+            lock = stack.enter_context(locked(folder.path))
+        except SpellError as error:
+            fault = error
+    if (fault := share(fault, world)) is not None:
+        raise fault
+    return lock
 
 
 def read_run_config(run: Path, overrides: tuple[str, ...] = ()) -> Config:
