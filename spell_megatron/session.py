@@ -13,6 +13,7 @@ import torch.distributed as dist
 from spell_megatron.checkpoint import Checkpoints
 from spell_megatron.config import Config, dump_config, load_config
 from spell_megatron.driver import Driver, Measurement, Played
+from spell_megatron.outputs import make_room
 from spell_megatron.placement import Phase, Placement
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner, Update
@@ -188,6 +189,8 @@ class Session:
         """The last checkpoint, the exported model and the report."""
         self._save()
         self._placement.enter(Phase.TRAIN)
+        if self.driver:
+            make_room(self.run.hf, "model")
         self.learner.save_hf(self.run.hf)
         if self.driver:
             self.driver.report()

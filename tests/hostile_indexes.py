@@ -15,6 +15,7 @@ import pickletools
 import random
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,17 @@ from spell_megatron.checkpoint.index import NAME, read_index
 from spell_megatron.types import SpellError
 
 FILE, BYTES = "__0_0.distcp", 4096
-_RUNS = ("os.", "subprocess.", "exec", "compile", "import", "ctypes", "socket.", "shutil.", "object.__setattr__")
+_RUNS = (
+    "os.",
+    "subprocess.",
+    "exec",
+    "compile",
+    "import",
+    "ctypes",
+    "socket.",
+    "shutil.",
+    "object.__setattr__",
+)
 _QUIET = {"os.listdir", "os.scandir"}
 
 
@@ -97,7 +108,13 @@ def attacks(canary: str) -> dict[str, bytes]:
         "inst": b"(" + body(f"touch {canary}") + b"ios\nsystem\n" + pickle.STOP,
         "obj": start + b"(" + system + body(f"touch {canary}") + pickle.OBJ + pickle.STOP,
         "newobj of a function": start + system + command + pickle.NEWOBJ + pickle.STOP,
-        "call beside an index": start + system + command + pickle.REDUCE + pickle.POP + _honest() + pickle.STOP,
+        "call beside an index": start
+        + system
+        + command
+        + pickle.REDUCE
+        + pickle.POP
+        + _honest()
+        + pickle.STOP,
         "stack global": pickle.dumps(Call(eval, f"open({canary!r}, 'w')"), 4),
         "getattr": start + b"cbuiltins\ngetattr\n" + pickle.STOP,
         "partial": start + b"cfunctools\npartial\n" + pickle.STOP,
@@ -111,10 +128,7 @@ def attacks(canary: str) -> dict[str, bytes]:
         + body(("torch.strided",))
         + pickle.NEWOBJ
         + pickle.STOP,
-        "dotted name": pickle.PROTO
-        + b"\x04"
-        + b"\x8c\x05torch\x8c\x10serialization.io\x93"
-        + pickle.STOP,
+        "dotted name": pickle.PROTO + b"\x04" + b"\x8c\x05torch\x8c\x10serialization.io\x93" + pickle.STOP,
         "extension": start + pickle.EXT1 + b"\x01" + pickle.STOP,
         "persistent": start + body("x") + pickle.BINPERSID + pickle.STOP,
         "memory": start + pickle.NONE + pickle.LONG_BINPUT + b"\xff\xff\xff\xff" + pickle.STOP,
@@ -208,10 +222,8 @@ def read_index_once(folder: Path, content: bytes) -> None:
     (folder / NAME).write_bytes(content)
     read_index(folder)
     (folder / NAME).write_bytes(b"")
-    try:
+    with suppress(SpellError):
         read_index(folder)
-    except SpellError:
-        pass
 
 
 if __name__ == "__main__":

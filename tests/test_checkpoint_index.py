@@ -37,7 +37,9 @@ def test_an_honest_index_is_read_as_torch_wrote_it(folder: Path, protocol: int) 
 @pytest.mark.parametrize("kind", attacks(""))
 def test_an_index_that_is_more_is_refused(folder: Path, kind: str) -> None:
     (folder / NAME).write_bytes(attacks(str(folder / "canary"))[kind])
-    with pytest.raises(SpellError, match=r"\.metadata is not the index of a checkpoint \(.*\): nothing was read"):
+    with pytest.raises(
+        SpellError, match=r"\.metadata is not the index of a checkpoint \(.*\): nothing was read"
+    ):
         read_index(folder)
     assert not (folder / "canary").exists()
 

@@ -15,7 +15,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("spell_megatron", "megatron_patches", "launchers", "tokenizer", "eval")
 
 FLOORS = (
-    {"spell_megatron", "spell_megatron.types", "spell_megatron.config", "spell_megatron.placement"},
+    {
+        "spell_megatron",
+        "spell_megatron.types",
+        "spell_megatron.config",
+        "spell_megatron.placement",
+        "spell_megatron.outputs",
+    },
     {"spell_megatron.selfplay", "spell_megatron.corpus", "megatron_patches", "tokenizer"},
     {"spell_megatron.weights", "spell_megatron.policy", "spell_megatron.rollout"},
     {"spell_megatron.checkpoint", "spell_megatron.record", "spell_megatron.plan"},
