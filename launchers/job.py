@@ -13,7 +13,7 @@ from pathlib import Path
 from launchers.machines import Machines, recorded
 from launchers.profile import Profile
 from spell_megatron.config import Config, dump_config
-from spell_megatron.record.folder import RunFolder
+from spell_megatron.record.folder import RunFolder, private
 
 TRAINER = ("-m", "spell_megatron.cli", "resume")
 ENGINES = ("-m", "launchers.engines")
@@ -50,10 +50,11 @@ class Job:
 def prepare(config: Config, profile: Profile, on: Machines) -> Job:
     """Make the run folder of a configuration. Raises SpellError where it cannot be written."""
     config = absolute(recorded(config, on))
-    folder = RunFolder.create(config.runs, config.name)
-    folder.save_config(dump_config(config))
-    job = Job(folder.path, profile, on, tuple(read_by(config)), TRAINER, ENGINES)
-    job.logs.mkdir()
+    with private(config.record.group_readable):
+        folder = RunFolder.create(config.runs, config.name)
+        folder.save_config(dump_config(config))
+        job = Job(folder.path, profile, on, tuple(read_by(config)), TRAINER, ENGINES)
+        job.logs.mkdir()
     return job
 
 

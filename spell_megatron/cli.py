@@ -100,13 +100,29 @@ def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug
 
 
 @command
-def resume(run: Path, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
-    """Go on with a run after its newest whole checkpoint."""
+def resume(
+    run: Path,
+    overrides: Overrides = None,
+    from_: Annotated[str, typer.Option("--from", help="Another checkpoint's name: step-12.")] = "",
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again at step 0.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run after its newest whole checkpoint, or another one; later ones are renamed, not removed."""
+    origin = _origin(from_, restart)
     listen()
     from eval import live_benchmarks
     from spell_megatron.train import resume as go_on
 
-    _show(go_on(run, overrides or [], live_benchmarks), json)
+    _show(go_on(run, overrides or [], live_benchmarks, origin=origin), json)
+
+
+def _origin(name: str, restart: bool) -> int | None:
+    """The step to go on from; None for the newest."""
+    step = name.removeprefix("step-")
+    if name and (restart or not step.isdecimal() or not int(step)):
+        raise SpellError(f"--from {name}: give a checkpoint's name, as --from step-12, and without --restart")
+    return 0 if restart else int(step) if name else None
 
 
 def _show(summary: Any, as_json: bool) -> None:

@@ -292,6 +292,8 @@ class HeldOut:
 
 @dataclass(frozen=True, config=_STRICT)
 class Record:
+    group_readable: bool = False
+    """Whether the run's files are open to their group; to others they never are."""
     wandb: str = ""
     """A Weights & Biases project; empty switches it off."""
     checkpoint_every: int = Field(default=1, ge=0)

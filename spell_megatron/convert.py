@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast, get_args
 
+import torch.distributed as dist
+
 from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
 from spell_megatron.config import Dtype, Policy, load_config
+from spell_megatron.outputs import check_output, publish, stage
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.policy.world import agreed, start_world, stop_world
 from spell_megatron.types import SpellError
 from spell_megatron.weights.locate import model_folder
 from spell_megatron.weights.shape import read_hf_config
 
 
 def import_hf(folder: Path, out: Path) -> None:
-    """Write a model folder as `out/checkpoints/step-00000`, in the folder's own precision."""
+    """Write a model folder as `out/checkpoints/step-00000`, in the folder's own precision.
+
+    Raises SpellError where `out` is not empty and no earlier import, as a run's folder is.
+    """
+    check_output(out, "import")
     hf = read_hf_config(folder)
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in get_args(Dtype):
         raise SpellError(f"{folder} holds {dtype} weights; convert them to bfloat16 or float32 first")
     with _learner(Policy(dtype=cast(Dtype, dtype)), folder) as learner:
-        Checkpoints(out / "checkpoints").save(0, learner, {"model": str(folder.resolve()), "dtype": dtype})
+        made = {"model": str(folder.resolve()), "dtype": dtype}
+        main, group = learner.world.is_main, dist.group.WORLD if learner.world.size > 1 else None
+        staged = agreed(stage(out) if main else Path(), group)
+        try:
+            Checkpoints(staged / "checkpoints").save(0, learner, made)
+            if main:
+                publish(staged, out, "import")
+        finally:
+            if main:
+                shutil.rmtree(staged, ignore_errors=True)  # where it has not got its name
 
 
 def export_hf(source: Path, out: Path) -> None:
-    """Write the policy of a run, or of one of its checkpoints, as a model folder."""
+    """Write the policy of a run, or of one of its checkpoints, as a model folder.
+
+    Raises SpellError where `out` is not empty and no earlier model of ours.
+    """
+    check_output(out, "model")
     checkpoint = open_checkpoint(source)
     if "model" in checkpoint.run:  # made by import_hf
         policy, folder = Policy(dtype=checkpoint.run["dtype"]), Path(checkpoint.run["model"])

@@ -235,7 +235,7 @@ def _engine(
     """In this process where the topology has no servers, else a fleet of them."""
     rollout = settings.rollout
     common: dict[str, Any] = {
-        "scratch": run.path.parent / ".engine",  # vLLM caches there what it learns of a model; runs share it
+        "scratch": run.engine_cache,
         "stop": stop,
         "tells_experts": settings.policy.router_replay,
     }

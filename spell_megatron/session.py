@@ -15,6 +15,7 @@ from torch import Tensor
 from spell_megatron.checkpoint import Checkpoints
 from spell_megatron.config import Config, dump_config, load_config
 from spell_megatron.driver import Driver, Measurement, Played
+from spell_megatron.outputs import make_room
 from spell_megatron.placement import Phase, Placement
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner, Update
@@ -23,7 +24,7 @@ from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, agreed, start_world, stop_world
 from spell_megatron.preemption import Preempted, Stop, attempt, listen, preempted
-from spell_megatron.record import RunFolder, forget_episodes, same_episodes
+from spell_megatron.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import Engine, WeightsWanted
 from spell_megatron.rollout.experts import check_replay
@@ -59,6 +60,9 @@ class Session:
         main: MainRank,
         stack: ExitStack,
         benchmarks: Benchmarks | None = None,
+        *,
+        origin: int | None = None,
+        lock: RunLock | None = None,
     ) -> None:
         self.config, self.run, self.world, self._main = config, run, world, main
         self._stop: Stop = listen()
@@ -84,12 +88,16 @@ class Session:
             self._placement.admit(EngineResidence(self.driver.engine))
         record = config.record
         self._checkpoints = Checkpoints(
-            run.checkpoints, record.keep_last, keep_every=record.keep_every, background=record.async_save
+            run.checkpoints,
+            record.keep_last,
+            keep_every=record.keep_every,
+            background=record.async_save,
+            lost=lock.lost if lock else str,
         )
         stack.callback(self._checkpoints.close)
         self._played: Played | None = None
         self._dropped: frozenset[int] = frozenset()
-        self.step = self._resume()
+        self.step = self._resume(origin)
         self._state: dict[str, Any] = self.driver.selfplay.state() if self.driver else {}
         if self.driver:
             self.driver.begin(self.step)
@@ -231,13 +239,15 @@ class Session:
         """The last checkpoint, the exported model and the report."""
         self._save()
         self._placement.enter(Phase.SAVE)
+        if self.driver:
+            make_room(self.run.hf, "model")
         self.learner.save_hf(self.run.hf)
         self._report()
 
-    def _resume(self) -> int:
-        """Take over the newest whole checkpoint; the step that it was made after, 0 where there is none."""
+    def _resume(self, origin: int | None) -> int:
+        """Take over the newest whole checkpoint, or that of a step; the step, 0 at the very beginning."""
         self._placement.enter(Phase.SAVE)
-        found = self._checkpoints.restore(self.learner)
+        found = self._checkpoints.restore(self.learner, origin, self._main)
         if found is not None and self.driver:
             self.driver.selfplay.restore(found.run["selfplay"])
         step = found.step if found else 0
@@ -258,9 +268,12 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, run: Path | None, benchmarks: Benchmarks | None = None) -> Iterator[Session]:
+def open_session(
+    config: Config, run: Path | None, benchmarks: Benchmarks | None = None, *, origin: int | None = None
+) -> Iterator[Session]:
     """A session in the run folder `run`, resumed from its newest checkpoint; in a new folder where None.
 
+    `origin` is another step to go on from, 0 the very beginning; what is later is set aside.
     `benchmarks` makes what measures `heldout.benchmarks` (`eval.live_benchmarks`; this room does not know it).
     """
     if config.heldout.benchmarks and benchmarks is None:
@@ -271,20 +284,39 @@ def open_session(config: Config, run: Path | None, benchmarks: Benchmarks | None
         stack.callback(stop_world)
         main = MainRank(world)
         stack.callback(main.close)
+        stack.enter_context(private(config.record.group_readable))
         before = read_run_config(run) if run else config
         if run is None:
             run = main.work("makes the run folder", lambda: RunFolder.create(config.runs, config.name).path)
         folder = RunFolder(run)
+        lock = _locked(folder, main, stack)
         if world.is_main:
+            folder.close_to_others(config.record.group_readable)
             folder.save_config(dump_config(before))
-        session = Session(config, folder, world, main, stack, benchmarks)
+        session = Session(config, folder, world, main, stack, benchmarks, origin=origin, lock=lock)
         if world.is_main:
-            if not same_episodes(before, config):
+            if origin is not None or not same_episodes(before, config):
                 forget_episodes(folder, after=session.step)
             folder.save_config(
                 dump_config(config)
             )  # now that no episode of the one before is left to go on with
         yield session
+
+
+def _locked(folder: RunFolder, main: MainRank, stack: ExitStack) -> RunLock | None:
+    """Rank 0's lock of the run folder. Raises SpellError, on every rank, where it cannot be had."""
+    held: list[RunLock] = []
+
+    def lock() -> SpellError | None:
+        try:
+            held.append(stack.enter_context(locked(folder.path)))
+        except SpellError as error:
+            return error
+        return None
+
+    if (fault := main.work("locks the run folder", lock)) is not None:
+        raise fault
+    return held[0] if held else None
 
 
 def read_run_config(run: Path, overrides: tuple[str, ...] = ()) -> Config:

@@ -37,13 +37,24 @@ def train(config: Config, benchmarks: Benchmarks | None = None) -> Summary:
     return _run(config, None, benchmarks)
 
 
-def resume(run: Path, overrides: Iterable[str] = (), benchmarks: Benchmarks | None = None) -> Summary:
-    """Go on with a run after its newest whole checkpoint; overrides may lengthen it or change its layout."""
-    return _run(read_run_config(run, tuple(overrides)), run, benchmarks)
+def resume(
+    run: Path,
+    overrides: Iterable[str] = (),
+    benchmarks: Benchmarks | None = None,
+    *,
+    origin: int | None = None,
+) -> Summary:
+    """Go on with a run after its newest whole checkpoint; overrides may lengthen it or change its layout.
+
+    `origin` is the step of another checkpoint, 0 the very beginning; later checkpoints are set aside.
+    """
+    return _run(read_run_config(run, tuple(overrides)), run, benchmarks, origin)
 
 
-def _run(config: Config, run: Path | None, benchmarks: Benchmarks | None) -> Summary:
-    with open_session(config, run, benchmarks) as session:
+def _run(
+    config: Config, run: Path | None, benchmarks: Benchmarks | None, origin: int | None = None
+) -> Summary:
+    with open_session(config, run, benchmarks, origin=origin) as session:
         _loop(session)
         return _summary(session.run, session.step)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
+import io
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +13,36 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import ShardedObject
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from megatron.core.dist_checkpointing.strategies import torch as strategy
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
+from spell_megatron.checkpoint.faults import reason
+from spell_megatron.checkpoint.files import read_bytes
 from spell_megatron.checkpoint.folder import Checkpoint
+from spell_megatron.checkpoint.index import read_index
 from spell_megatron.policy.learner import Learner
 from spell_megatron.types import SpellError
+
+_LARGEST_VALUES = 1 << 28
 
 
 def load_learner(learner: Learner, checkpoint: Checkpoint) -> None:
     """Take over the state of a checkpoint in this learner's own layout. A collective.
 
-    Raises SpellError where it is another model's, or where its files hold more than tensors and plain values.
+    Raises SpellError where it is another model's, cannot be read, or holds more than tensors and plain values.
     """
     folder = checkpoint.learner
-    refuse_code(folder / ".metadata")
     try:
-        fresh = dist_checkpointing.load_common_state_dict(str(folder))["schedule"]["num_steps"] == 0
-        state = dist_checkpointing.load(learner_state(learner, loading=True, fresh=fresh), str(folder))
-    except Exception as error:
-        raise SpellError(
-            f"the checkpoint {checkpoint.path} does not fit the configured model: {error}"
-        ) from error
+        index = read_index(folder)
+        fresh = _plain_values(folder)["schedule"]["num_steps"] == 0
+        with _reading(index):
+            state = dist_checkpointing.load(learner_state(learner, loading=True, fresh=fresh), str(folder))
+    except SpellError:
+        raise
+    except (Exception, CheckpointException) as error:
+        raise SpellError(f"the checkpoint {checkpoint.path} cannot be taken over: {reason(error)}") from error
     for index, chunk in enumerate(learner.chunks):
         chunk.load_state_dict(state[_chunk_key(learner, index)], strict=False)
     if not fresh:
@@ -69,42 +81,38 @@ def _tensors(state: dict[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
 
 
-def refuse_code(metadata: Path) -> None:
-    """Raise SpellError where the pickled index of a distributed checkpoint could run code.
-
-    torch unpickles the index without a check (checkpoint/filesystem.py:930), and what the index calls bytes, too
-    (default_planner.py:387); everything else is read as tensors and plain values only.
-    """
+def _plain_values(folder: Path) -> dict[str, Any]:
+    """What of a state is no tensor. Raises SpellError where it is more than tensors and plain values."""
+    path = folder / "common.pt"
     try:
-        with metadata.open("rb") as file:
-            index = _IndexReader(file).load()
-        stored = index.state_dict_metadata.items()
-        hidden = [name for name, kind in stored if isinstance(kind, BytesStorageMetadata)]
+        content = read_bytes(path, _LARGEST_VALUES)
+        if sum(one.file_size for one in zipfile.ZipFile(io.BytesIO(content)).infolist()) > _LARGEST_VALUES:
+            raise ValueError("it unpacks to more than it may")
+        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(values["schedule"]["num_steps"], int):
+            raise TypeError("it has no number of steps")
+    except OSError:
+        raise
     except Exception as error:  # an unpickler raises whatever a hostile stream makes of it
-        raise SpellError(f"{metadata} is not the index of a checkpoint ({error}): nothing was read") from None
-    if hidden:
-        raise SpellError(f"{metadata} lists pickled objects ({hidden[0]} …), which are not read from files")
+        said = str(error).splitlines()[:1] or [type(error).__name__]
+        raise SpellError(f"{path} holds no plain values ({said[0][:200]}): nothing was read") from None
+    return values
 
 
-class _IndexReader(pickle.Unpickler):
-    """Knows the names that an index is made of, and no function that does anything."""
+@contextmanager
+def _reading(index: Metadata) -> Iterator[None]:
+    """Megatron-core reads distributed files by this index, and none from disk, until the block ends."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _INDEX_NAMES.get(module, ()):
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            return index
 
-
-_INDEX_NAMES = {
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-        *("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
-    },
-}
+    original = strategy._get_filesystem_reader
+    strategy._get_filesystem_reader = lambda folder, *args, **kwargs: Reader(folder)
+    try:
+        yield
+    finally:
+        strategy._get_filesystem_reader = original
 
 
 def _chunk_key(learner: Learner, index: int) -> str:

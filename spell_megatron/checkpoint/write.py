@@ -8,8 +8,6 @@ have a group of their own.
 
 from __future__ import annotations
 
-import errno
-import shutil
 import threading
 from collections.abc import Callable
 from itertools import chain
@@ -20,14 +18,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 
+from spell_megatron.checkpoint.faults import reason
 from spell_megatron.checkpoint.files import digests
 from spell_megatron.checkpoint.state import learner_state
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import Group, Value, agreed
 
-_SCRAPS = 1 << 20
 _Part = tuple[str, list[WriteResult], dict[str, str]]
 """Of one rank: a fault, what was written for the index, digests of the files."""
 
@@ -99,7 +98,7 @@ class Write:
         try:
             parts = gathered(self._written(), self._group)
             self._fault = agreed(self._finished(parts) if parts else "", self._group)
-        except Exception as error:  # of the group: another rank is gone
+        except (Exception, CheckpointException) as error:  # of the group: another rank is gone
             self._fault = reason(error, self._staged.folder)
 
     def _written(self) -> _Part:
@@ -108,7 +107,7 @@ class Write:
             results = self._staged.write()
             own = {result.storage_data.relative_path for result in results}
             return "", results, digests(self._staged.folder, own)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             return reason(error, self._staged.folder), [], {}
 
     def _finished(self, parts: list[_Part]) -> str:
@@ -118,7 +117,7 @@ class Write:
         try:
             self._staged.close([results for _, results, _ in parts])
             self._commit({name: digest for _, _, own in parts for name, digest in own.items()})
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             return reason(error, self._staged.folder)
         return ""
 
@@ -130,10 +129,3 @@ def gathered(value: Value, group: Group) -> list[Value]:
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0, group=group)
     return values or []
-
-
-def reason(error: Exception, folder: Path) -> str:
-    """What a fault in writing below `folder` comes down to. torch tells of a full disk as of an odd position."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    odd = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _SCRAPS
-    return "the disk is full" if full or odd else str(error) or type(error).__name__

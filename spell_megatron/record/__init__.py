@@ -1,8 +1,9 @@
 """What a run leaves behind, and what is seen of it while it runs."""
 
 from spell_megatron.record.console import Console, Live, step_line
-from spell_megatron.record.folder import RunFolder
+from spell_megatron.record.folder import RunFolder, private
 from spell_megatron.record.journal import Journal, forget_episodes, same_episodes
+from spell_megatron.record.lock import RunLock, locked
 from spell_megatron.record.logs import logging_to
 from spell_megatron.record.metrics import Metrics, read_metrics
 from spell_megatron.record.report import write_report
@@ -13,8 +14,11 @@ __all__ = [
     "Live",
     "Metrics",
     "RunFolder",
+    "RunLock",
     "forget_episodes",
+    "locked",
     "logging_to",
+    "private",
     "read_metrics",
     "same_episodes",
     "step_line",

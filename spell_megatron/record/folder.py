@@ -18,8 +18,9 @@ import errno
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +45,16 @@ def writing(path: Path) -> Iterator[None]:
         raise SpellError(
             f"cannot write {path}: {error.strerror or error}; choose another folder with runs=…"
         ) from error
+
+
+@contextmanager
+def private(group_readable: bool) -> Iterator[None]:
+    """What this process and its children make until the block ends is closed to others."""
+    before = os.umask(0o027 if group_readable else 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 class RunFolder:
@@ -90,6 +101,27 @@ class RunFolder:
         if not run.config.is_file():
             raise SpellError(f"{path} is not a run's folder: it has no config.yaml")
         return run
+
+    def close_to_others(self, group_readable: bool) -> None:
+        """Whatever stands in the folder, only its owner (and the group) gets there."""
+        with writing(self.path):
+            if self.path.stat().st_uid == os.getuid():
+                self.path.chmod(0o750 if group_readable else 0o700)
+
+    @property
+    def engine_cache(self) -> Path:
+        """Where vLLM keeps what it compiles, which later runs of this user load and execute.
+
+        Beside the run; within it where that cannot be written, or is another user's.
+        """
+        shared = self.path.parent / f".engine-{os.getuid()}"
+        with suppress(OSError):
+            shared.mkdir(mode=0o700, exist_ok=True)
+            status = shared.lstat()
+            private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
+            if private and status.st_uid == os.getuid() and os.access(shared, os.W_OK):
+                return shared
+        return self.path / "engine"
 
     def rollouts(self, step: int) -> Path:
         return self.path / "rollouts" / f"step-{step:05d}.jsonl"

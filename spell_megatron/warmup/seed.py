@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from spell_megatron.config import Layout, Optimizer, Policy
 from spell_megatron.corpus.toy import pieces, transcripts
+from spell_megatron.outputs import new_folder
 from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.selfplay.prompts import Prompts
@@ -69,10 +70,11 @@ def make_seed_model(
 ) -> Path:
     """Make the seed model in `folder`, a complete Hugging Face model with `provenance.json`; returns it.
 
-    `report` is told how far it is, as text. About twenty minutes on two CPU cores.
+    Raises SpellError where the folder is not empty and no earlier model of ours. `report` is told how far it is,
+    as text. About twenty minutes on two CPU cores.
     """
     digest = hashlib.sha256()
-    with TemporaryDirectory() as scratch:
+    with new_folder(folder, "model") as made, TemporaryDirectory() as scratch:
         model = Path(scratch) / "newborn"
         _be_born(model, seed, recipe)
         school = School(ChatTokenizer.load(model), seed)
@@ -82,17 +84,17 @@ def make_seed_model(
                 learner = Learner(_policy(term, recipe), model, world)
                 _teach(learner, school, term, recipe, digest, report)
                 last = number == len(recipe.terms)
-                model = folder if last else Path(scratch) / f"term-{number}"
+                model = made if last else Path(scratch) / f"term-{number}"
                 learner.save_hf(model)
         finally:
             stop_world()
-    provenance = {
-        "command": f"spell-megatron seed-model OUT --seed {seed}",
-        "seed": seed,
-        "lessons_sha256": digest.hexdigest(),
-        "recipe": asdict(recipe),
-    }
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+        provenance = {
+            "command": f"spell-megatron seed-model OUT --seed {seed}",
+            "seed": seed,
+            "lessons_sha256": digest.hexdigest(),
+            "recipe": asdict(recipe),
+        }
+        (made / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     return folder
 
 

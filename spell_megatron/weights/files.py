@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spell_megatron.outputs import new_folder
 from spell_megatron.types import SpellError
 
 _INDEX = "model.safetensors.index.json"
@@ -72,21 +73,18 @@ def write_model(
 ) -> None:
     """Write a model folder: streamed `weights` as shards, everything else copied from the folder `source`.
 
-    At most one shard is in memory. The folder appears under its name only when it is complete. Ranks that do
-    not write still consume the stream, whose items are collectives.
+    At most one shard is in memory. The folder appears under its name only when it is complete; one that is neither
+    empty nor an earlier model of this function is refused with a SpellError. Ranks that do not write still consume
+    the stream, whose items are collectives.
     """
-    partial = folder.with_name(folder.name + ".partial")
     if not write:
         for _ in weights:
             pass
         return
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _copy_companions(source, partial, dtype)
-        _write_shards(partial, weights)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with new_folder(folder, "model") as partial:
+            _copy_companions(source, partial, dtype)
+            _write_shards(partial, weights)
     except OSError as error:
         raise SpellError(f"cannot write the model to {folder}: {error}") from None
 
