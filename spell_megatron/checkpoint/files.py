@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
