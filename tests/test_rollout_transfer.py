@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any
@@ -234,3 +235,18 @@ def test_no_server_is_taken_back_to_an_older_version(
             client.greet()
         client.close()
         server.shutdown()
+
+
+@pytest.mark.parametrize("named", ["127.0.1.1", "192.0.2.7"])
+def test_engines_elsewhere_are_told_an_address_that_is_not_this_machines_alone(
+    monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    from spell_megatron.rollout.transfer.session import _reachable
+
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: named)
+    assert _reachable("10.1.2.3") == "10.1.2.3"
+    if not named.startswith("127."):
+        assert _reachable("0.0.0.0") == named
+        return
+    with suppress(EngineError):  # a machine without any network has no other
+        assert not _reachable("0.0.0.0").startswith("127.")

@@ -264,5 +264,18 @@ def _on_a_thread(work: Callable[[], None]) -> Future[None]:
 
 
 def _reachable(host: str) -> str:
-    """An address of this machine that engines can connect to."""
-    return socket.gethostbyname(socket.gethostname()) if host == "0.0.0.0" else host
+    """An address of this machine that engines can connect to. Raises EngineError where it knows none by itself."""
+    if host != "0.0.0.0":
+        return host
+    with contextlib.suppress(OSError):
+        if not (named := socket.gethostbyname(socket.gethostname())).startswith("127."):
+            return named
+    try:  # its name stands for itself alone: take the address that packets to elsewhere would bear (none is sent)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise EngineError(
+            f"no address of this machine is known that engines elsewhere could reach ({error}): set"
+            " rollout.servers.host to one (ip -br addr)"
+        ) from None
