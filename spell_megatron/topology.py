@@ -123,7 +123,7 @@ def _home(config: Config, cuda: bool) -> _Home:
         return _Home.SHARED
     # With several nodes and servers on each, the addresses are those of the trainer's other nodes.
     if servers.urls and (cluster.nodes == 1 or not servers.count):
-        return _Home.ELSEWHERE
+        return _Home.SPLIT if servers.count else _Home.ELSEWHERE  # all of them are reached in one way
     if placement == "auto" and cuda and not config.selfplay.max_staleness:
         return _Home.SHARED
     return _Home.SPLIT

@@ -21,7 +21,6 @@ from models import make_model
 
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.config import Servers
-from spell_megatron.rollout import backend
 from spell_megatron.rollout import member as member_module
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
@@ -382,8 +381,7 @@ def test_while_the_trainer_has_the_memory_no_server_starts(
     monkeypatch.setattr(member_module.Server, "start", start)
     with fleet_of(folder, 1, monkeypatch) as (_, [fake]):
         config = Settings(max_model_len=64, servers=replace(PATIENT, count=1))
-        fleet = Fleet(folder, config, scratch=folder / "scratch", logs=folder / "logs")
-        monkeypatch.setattr(backend, "current", lambda: replace(backend.CPU, sleeps=True))
+        fleet = Fleet(folder, config, scratch=folder / "scratch", logs=folder / "logs", sleeps=True)
         fake.dead = dies == "on its way"
         if fake.dead:
             started[0].alive = False
