@@ -202,6 +202,8 @@ def test_the_toy_recipe_trains_on_two_nodes_through_a_signal_to_the_end(
         "selfplay.group_size=4",
     ]
     small += ["rollout.kv_cache_mib=64", "rollout.max_num_seqs=64"]
+    # A server on each node, as on GPUs that trainer and engines share: the second node's waits for the trainer.
+    small += ["rollout.servers.count=1", "rollout.placement=colocated"]
     watcher = Watcher(
         tmp_path,
         "*/rollouts/step-00002.jsonl",
@@ -216,6 +218,9 @@ def test_the_toy_recipe_trains_on_two_nodes_through_a_signal_to_the_end(
     (run,) = tmp_path.glob("toy-*")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert max(row["mismatch/max"] for row in rows[1:]) < 1e-3, "both servers have the weights of every step"
+    assert len(list(run.glob(".vacated-*"))) == 2, "one for each attempt"
+    assert len(list((run / "logs").glob("engine-*.log"))) == 1
     assert (run / "hf" / "model.safetensors").is_file()
     assert (run / "report.html").is_file()
 
