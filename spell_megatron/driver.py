@@ -69,8 +69,10 @@ class Driver:
         self.codec = ChatTokenizer.load(model, settings.model.thinking)
         self.prompts = Prompts(settings.model.prompts)
         self._questions = load_heldout(settings.heldout)
+        console.phase("reading the corpus")
         clusters = ClusterSampler(settings.corpus, self.codec.count, settings.seed, run.corpus)
         replace_text(run.sources, json.dumps(clusters.facts))
+        console.phase("starting engines")
         self.engine = _engine(settings, run, model, self.codec.eos_ids, found)
         stack.callback(self.engine.close)
         self.selfplay = SelfPlay(

@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,6 +31,7 @@ from spell_megatron.record import (
     Journal,
     Metrics,
     RunFolder,
+    console,
     forget_episodes,
     logging_to,
     read_metrics,
@@ -379,6 +382,27 @@ def test_without_a_terminal_there_are_plain_lines_only() -> None:
     play_two_steps(Console(2, Terminal(file=output, force_terminal=False, width=60)))
     lines = output.getvalue().splitlines()
     assert lines == ["held-out before [0.53]", step_line(1, 2, FULL).plain, step_line(2, 2, FULL).plain]
+
+
+def test_without_a_terminal_a_long_phase_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "SILENCE_SECONDS", 0.05)
+    output = io.StringIO()
+    with Console(3, Terminal(file=output, force_terminal=False, width=60)) as live:
+        live.phase("starting engines")
+        _wait_for(lambda: "before step 1  starting engines 0:00" in output.getvalue())
+        live.begin(2, 24)
+        live.progress(kept=7, asked=30, rollouts=412, tokens=90_000)
+        _wait_for(lambda: "step 2/3  play 0:00" in output.getvalue() and "7/24 kept" in output.getvalue())
+    told = output.getvalue()
+    time.sleep(0.2)
+    assert output.getvalue() == told, "nobody speaks when the run has ended"
+
+
+def _wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_in_a_terminal_the_bar_shows_the_step_and_goes_away() -> None:

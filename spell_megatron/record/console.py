@@ -1,7 +1,11 @@
-"""What a run looks like in a terminal: a live bar inside the step, one readable line after it."""
+"""What a run looks like in a terminal: a live bar inside the step, one readable line after it.
+
+Where the output goes elsewhere, to a file or a job's log, the bar is a line a minute: a step of a large model takes long.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -15,6 +19,8 @@ ROLES = ("questioner", "responder", "verifier")
 PHASES = ("play", "update", "resync", "measure", "record")
 _BAR = 20
 """Characters of the bar."""
+SILENCE_SECONDS = 55.0
+"""Without a terminal, a line is due when nothing was printed for so long."""
 
 
 class Live(Protocol):
@@ -40,7 +46,7 @@ class Live(Protocol):
 
 
 class Console:
-    """Live for people: in a terminal a bar that moves, elsewhere plain lines only.
+    """Live for people: in a terminal a bar that moves, elsewhere plain lines now and then.
 
     A context manager: the bar is gone when it ends, also after an error.
     """
@@ -50,8 +56,10 @@ class Console:
         self._total = total
         self._step = self._needed = self._kept = self._asked = self._rollouts = self._tokens = 0
         self._phase = ""
-        self._began = self._phase_began = time.monotonic()
+        self._began = self._phase_began = self._printed = time.monotonic()
         self._seconds: list[float] = []
+        self._end = threading.Event()
+        self._speaker = threading.Thread(target=self._speak, name="console", daemon=True)
         self._screen = Screen(
             console=self.terminal,
             get_renderable=self._bar,
@@ -63,12 +71,15 @@ class Console:
     def __enter__(self) -> Console:
         if self.terminal.is_terminal:
             self._screen.start()
+        else:
+            self._speaker.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._screen.stop()
+        self._end.set()
 
     def begin(self, step: int, needed: int) -> None:
         self._step, self._needed = step, needed
@@ -85,10 +96,22 @@ class Console:
     def done(self, step: int, metrics: Mapping[str, float]) -> None:
         self._seconds = [*self._seconds[-9:], time.monotonic() - self._began]
         self._phase = ""
-        self.terminal.print(step_line(step, self._total, metrics), highlight=False, soft_wrap=True)
+        self._print(step_line(step, self._total, metrics))
 
     def note(self, text: str) -> None:
-        self.terminal.print(Text(text), highlight=False, soft_wrap=True)
+        self._print(Text(text))
+
+    def _print(self, line: Text) -> None:
+        self._printed = time.monotonic()
+        self.terminal.print(line, highlight=False, soft_wrap=True)
+
+    def _speak(self) -> None:
+        """Say where the run is whenever it has been silent for long. Runs on a thread of its own."""
+        while not self._end.wait(max(0.0, self._printed + SILENCE_SECONDS - time.monotonic())):
+            if time.monotonic() - self._printed >= SILENCE_SECONDS:
+                self._print(
+                    self._bar() or Text(f"{_clock(time.monotonic() - self._began)} since the last step")
+                )
 
     def _bar(self) -> Text:
         if not self._phase:
