@@ -1,6 +1,6 @@
 """What a run looks like in a terminal: a live bar inside the step, one readable line after it.
 
-Where the output goes elsewhere, to a file or a job's log, the bar is a line a minute: a step of a large model takes long.
+Where the output goes elsewhere, to a file or a job's log, the bar is a line a minute: steps of large models take long.
 """
 
 from __future__ import annotations
