@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -10,16 +11,18 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from models import make_model
 from reference import random_batch
+from stumbling import stumbling
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
+from spell_megatron.checkpoint import Checkpoints, files, load_learner, open_checkpoint
 from spell_megatron.checkpoint.files import digests
 from spell_megatron.checkpoint.write import Staged
 from spell_megatron.config import Dtype, Optimizer, Policy
@@ -231,6 +234,39 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(
         Checkpoints(tmp_path / "checkpoints").save(1, Learner(policy(), folder, world), {})
 
 
+@pytest.mark.parametrize("first", range(1, 8))
+def test_a_file_system_that_stumbles_loses_no_state(
+    world: World, folder: Path, tmp_path: Path, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The k-th call fails, for every k, through a resume and a save by torch's own writer."""
+    monkeypatch.setattr(files, "PATIENCE_SECONDS", 0.0)
+    learner = Learner(policy(), folder, world)
+    for step in (1, 2):
+        Checkpoints(tmp_path / "run").save(step, learner, {})
+
+    def cycle(fails: Container[int]) -> int:
+        """The calls of a resume and a save. Whatever ends them, the last good state can be taken over."""
+        place = tmp_path / "copy"
+        shutil.copytree(tmp_path / "run", place)
+        shutil.copy(tmp_path / "run.json", tmp_path / "copy.json")
+        checkpoints = Checkpoints(place)
+        with stumbling(tmp_path, fails.__contains__, errno.EIO) as shim, suppress(SpellError):
+            found = checkpoints.restore(learner)
+            assert found is not None
+            assert found.step == 2
+            checkpoints.save(3, learner, {})
+        found = Checkpoints(place).restore(learner)
+        assert found is not None, f"calls {fails}"
+        assert found.step in (2, 3), f"calls {fails}"
+        shutil.rmtree(place)
+        return shim.calls
+
+    calls = cycle(())
+    assert calls > 100
+    for number in range(first, calls + 1, 7):
+        cycle([number])
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch /tmp/evil",)
@@ -246,8 +282,8 @@ def test_an_index_that_could_run_code_is_refused(
     learner, checkpoints = Learner(policy(), folder, world), Checkpoints(tmp_path)
     checkpoints.save(1, learner, {})
     (tmp_path / "step-00001" / "learner" / ".metadata").write_bytes(pickle.dumps(index))
-    files = json.loads((tmp_path / "step-00001" / "files.json").read_text())
-    (tmp_path / "step-00001" / "files.json").write_text(json.dumps(digests(tmp_path / "step-00001", files)))
+    listed = json.loads((tmp_path / "step-00001" / "files.json").read_text())
+    (tmp_path / "step-00001" / "files.json").write_text(json.dumps(digests(tmp_path / "step-00001", listed)))
     found = checkpoints.newest()
     assert found is not None
     ran: list[str] = []

@@ -136,9 +136,9 @@ def wait_for_the_instant(kind: int, runs: Runs, draw: random.Random) -> None:
 
 
 def damage_newest(run: Path, draw: random.Random) -> bool:
-    """Flip one bit of the newest checkpoint; False where there is none."""
-    whole = [path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial"]
-    if not whole:
+    """Flip one bit of the newest checkpoint; False where it is the only one, without which a run does not go on."""
+    whole = [path for path in (run / "checkpoints").glob("step-*") if not path.suffix]
+    if len(whole) < 2:
         return False
     newest = max(whole)
     path = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
@@ -183,7 +183,9 @@ def kill_often(killed: Runs) -> Path:
     assert (killed.run / "run.log").read_text().count("skipped a checkpoint") >= damaged
     assert set(finished.values()) == {1}
     assert len(killed.requests) > len(set(killed.requests))  # unfinished episodes are asked again
-    kept = sorted(path.name for path in (killed.run / "checkpoints").iterdir())
+    left = sorted(path.name for path in (killed.run / "checkpoints").iterdir())
+    kept = [name for name in left if ".suspect-" not in name]
+    assert len(left) - len(kept) == damaged  # renamed, not removed
     assert kept == [f"step-{step:05d}" for step in (10, 20, 22, 23, 24)]
     metrics(killed.run)  # a row for every step, without a gap
     return killed.run

@@ -428,3 +428,22 @@ def test_a_rate_bounds_requests_a_second(tmp_path):
         run(standin, tmp_path, Settings(samples=2, concurrency=20), limits=limits)
     assert len(times) == 20
     assert max(times) - min(times) >= 19 / 100 - 0.05
+
+
+def test_special_tags_of_thought_are_asked_for():
+    """A server leaves special tokens out of its text: a flagged `<think>` would be lost, and the reasoning graded."""
+    bodies = []
+
+    def behave(kind, body, number):
+        bodies.append(body)
+        return right(kind, body, number)
+
+    async def ask(url, shows):
+        async with Endpoint(url, limits=QUICK) as endpoint:
+            endpoint.shows_special = shows
+            await endpoint.complete([ord("1"), 1], seed=0, max_tokens=4, temperature=0.0, top_p=1.0)
+
+    with StandIn(behave) as standin:
+        for shows in (True, False):
+            asyncio.run(ask(standin.url, shows))
+    assert [body.get("skip_special_tokens") for body in bodies] == [False, None]

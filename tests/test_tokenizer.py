@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers_built import FAMILIES
 
 from spell_megatron.corpus.toy import HELD_OUT, pieces, toy_cluster, transcripts
 from spell_megatron.types import SpellError
@@ -163,3 +164,17 @@ def test_the_shipped_tokenizer_equals_its_sentencepiece_model() -> None:
         same(shipped, reference, exchange.reply)
     for piece in pieces():
         assert shipped.count(f"x{piece}") == shipped.count("x") + 1, f"the shipped tokenizer splits {piece!r}"
+
+
+def test_a_folder_that_names_another_class_is_read_by_its_own_file(tmp_path: Path) -> None:
+    """As DeepSeek's folders do: byte-level files under the name of Llama's tokenizer, which would drop the blanks."""
+    codec = FAMILIES["like_qwen"]()
+    codec._hf.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "LlamaTokenizerFast"}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    loaded = ChatTokenizer.load(tmp_path)
+    text = "The cat  sat\n\non 12 mats."
+    assert loaded.encode(text) == codec.encode(text)
+    assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.prompt(text) == codec.prompt(text)

@@ -56,9 +56,12 @@ class Commands:
             spans = list(self._spans(text))
             if not spans:
                 break
-            for start, end in reversed(spans):
+            parts, behind = [], 0
+            for start, end in spans:
                 kept = text[start:end] if number < _ROUNDS and end - start > 1 else ""
-                text = f"{text[:start]}{kept[:1]} {kept[1:]}{text[end:]}"
+                parts += [text[behind:start], kept[:1], " ", kept[1:]]
+                behind = end
+            text = "".join([*parts, text[behind:]])
         return text
 
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:

@@ -200,7 +200,6 @@ class InProcessEngine:
         self._count(generated_tokens=len(delta.token_ids))
         if not output.finished:
             return
-        del self._requests[output.request_id]
         spans = ((span.version, span.start, span.end) for span in delta.weight_versions or ())
         version, updates = versions_of(spans, len(request.tokens))
         told: tuple[Experts | None, Experts | None] = (None, None)
@@ -208,6 +207,7 @@ class InProcessEngine:
             told = self._experts.split(
                 request.prompt, request.prompt_experts, delta.routed_experts, len(request.tokens)
             )
+        del self._requests[output.request_id]  # now that nothing can fail of which it would have to be told
         if not request.done.done():
             request.done.set_result(
                 Rollout(

@@ -12,73 +12,19 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterator
 
-from spell_megatron.selfplay.reading.latex import plain
+from spell_megatron.selfplay.reading.notation import DATE, tidy
 
 _LONGEST = 200
 """Characters of a number; anything longer is not one."""
 _DEEPEST = 32
 """Brackets within each other."""
 
-# --- One spelling: ASCII digits and signs, no separators of thousands, no units.
-
-_LOOKALIKES = str.maketrans(
-    {
-        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d", "-"),
-        **dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4`", "'"),
-        **dict.fromkeys("\u2248\u2243\u2245\u223c", "="),
-        **dict.fromkeys("\u00d7\u00b7\u22c5\u2217\u2219", "*"),
-        **dict.fromkeys("\u2044\u2215\u00f7", "/"),
-        **{"\u066b": ".", "\u066c": ",", "\u221a": "sqrt"},
-    }
-)
-_RAISED = re.compile("[\u207b\u207a]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
-_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
-_HTML_SPACES = re.compile(r"&(?:nbsp|thinsp|ensp|emsp|#160|#8239);")
-_WORDS = re.compile(
-    r"(?<![a-z])(?:approximately|approx\.?|about|around|roughly|nearly|almost|circa|ca\.|exactly|equal to|equals"
-    r"|thousands?|millions?|billions?|trillions?|per ?cent|percentage points?"
-    r"|us\$|hk\$|ca?\$|au?\$|usd|eur|gbp|rmb|cny|jpy|chf|inr|krw|cad|aud|hkd|sgd|rs\.?|us"
-    r"|dollars?|euros?|pounds?|yuan|yen|rupees?|cents?|and(?= \d{1,4} ?/ ?\d))(?![a-z])",
-    re.IGNORECASE,
-)
-_SIGNS = re.compile(r"[$£€¥₹₩₽%‰°~{}\[\]\"\u201c\u201d\u00ab\u00bb]|\\")
-_GROUPS = re.compile(
-    r"(?<![\d.,'])(?<!\d[ _])(?:\d{1,3}(?:,\d{3})+(?!,\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!,\d)"  # 1,234,567 and 12,34,567
-    r"|\d{1,3}(?: \d{3})+|\d{1,3}(?:'\d{3})+|\d{1,3}(?:_\d{3})+"
-    r"|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:\.\d{3})+(?=,\d))(?!['_]?\d)(?![, ]\d{3}(?!\d))(?!\.\d+[.,]\d)"
-)
-_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d+)(?![\d.,]*\d)")
-_TIMES = re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(])")
-_MIXED = re.compile(r"(?<![\d.])(\d+) ?\(\((\d+)\)/\((\d+)\)\)")
-_MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
-_LOOSE_SIGN = re.compile(r"([-+])\s+(?=[\d.])")
 _PRECISION = re.compile(r"[ -](?:decimal|significant|digit)")
 _NAMED = re.compile(r"^[A-Za-z]\w{0,20} ?=")
-
-# --- What has digits and is no number.
-
-_MONTH = (
-    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
-    r"|Nov(?:ember)?|Dec(?:ember)?)\b\.?"
-)
-_DATES = re.compile(
-    r"(?<![\d.])\d{4}([-/.])\d{1,2}\1\d{1,2}(?![\d])"  # 2019-03-05
-    r"|(?<![\d.])\d{1,2}([-/.])\d{1,2}\2(?:\d{4}|\d\d)(?!\d)"  # 05.03.2019
-    rf"|(?:\b\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?\b{_MONTH}(?:[ -]\d{{1,2}}(?:st|nd|rd|th)?\b,?)?(?:,?[ -]\d{{2,4}}\b)?"
-    r"|\b(?:[QqHh][1-4]|[1-4][QqHh]|FY|CY)[ -]?'?(?:\d{4}|\d\d)?\b"  # Q3, 2H 2020, FY19
-    r"|\b(?:quarter|half|year|years)(?: of)?(?: fiscal)?(?: year)? \d{4}\b"
-    r"|\b\d+(?:st|nd|rd|th)\b"
-    r"|\d+(?::\d+)+"  # 12:30, 3:1
-    r"|(?<![\d.-])\d+(?:-\d+){2,}(?![\d.])"  # 555-12-34
-)
-_DATE = "\u00a7"
-"""Stands for one of them: neither a number nor nothing."""
+_MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
 _YEARS = range(1500, 2200)
-
-# --- Tokens.
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)|(?P<sign>\*\*|[-+*/^()=]|sqrt)"
@@ -91,7 +37,7 @@ def parse_number(text: str) -> float | None:
     """The number that a short text states; None where it states none, several, or an endless one."""
     if len(text) > _LONGEST:
         return None
-    text = _tidy(text)
+    text = tidy(text)
     value = _equation(text)
     if value is None and len(runs := list(_runs(text))) == 1:
         value = _value(runs[0].rpartition("=")[2])
@@ -100,13 +46,13 @@ def parse_number(text: str) -> float | None:
 
 def is_calculation(text: str) -> bool:
     """Whether a short text is nothing but a number or a calculation with one."""
-    return len(text) <= _LONGEST and _equation(_tidy(text)) is not None
+    return len(text) <= _LONGEST and _equation(tidy(text)) is not None
 
 
 def first(statement: str) -> str | None:
     """The number with which a statement begins, or that it gives behind its last colon or equals sign."""
     for part in (statement, *_last_sides(statement)):
-        text = _NAMED.sub("", _tidy(part[: 2 * _LONGEST]))
+        text = _NAMED.sub("", tidy(part[: 2 * _LONGEST]))
         run = next(_runs(text), None)
         begins = run is not None and text.lstrip(" (=").startswith(run.lstrip(" (="))
         if run is not None and begins and not _PRECISION.match(text.partition(run)[2]):
@@ -118,7 +64,7 @@ def first(statement: str) -> str | None:
 
 def any_of(statement: str) -> str | None:
     """The first number written in a statement."""
-    for run in _runs(_tidy(statement[: 2 * _LONGEST])):
+    for run in _runs(tidy(statement[: 2 * _LONGEST])):
         number = run.rpartition("=")[2].strip()
         if _value(number) is not None:
             return number
@@ -132,32 +78,6 @@ def _last_sides(statement: str) -> Iterator[str]:
             yield side
 
 
-def _tidy(text: str) -> str:
-    """ASCII digits and signs, no separators, no units, one sign in the place of a date."""
-    text = plain(_HTML_SPACES.sub(" ", text))
-    text = _VULGAR.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])}", text)
-    text = _RAISED.sub(_raised, text)
-    text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)[: 4 * _LONGEST]
-    text = re.sub(r"(?<=\d)[\s~](?=\d)", " ", text).strip(" \t\r\n*").rstrip(" .*;,!")
-    text = _DATES.sub(_dated, text)
-    text = _GROUPS.sub(lambda match: re.sub(r"[^\d]", "", match[0]), text)
-    text = _COMMA.sub(r"\1.\2", text)
-    text = _SIGNS.sub(" ", _WORDS.sub(" ", text))
-    text = _MIXED.sub(r"\1 \2/\3", _TIMES.sub("*", text))
-    return _LOOSE_SIGN.sub(r"\1", text).strip()
-
-
-def _raised(match: re.Match[str]) -> str:
-    """An exponent behind a digit or bracket; that of a unit (m²) goes."""
-    before = match.string[match.start() - 1 : match.start()]
-    return f"^({unicodedata.normalize('NFKC', match[0])})" if before.isdigit() or before == ")" else ""
-
-
-def _dated(match: re.Match[str]) -> str:
-    """The sign of a date; a month's name without any digit is only a word."""
-    return f" {_DATE} " if any(map(str.isdigit, match[0])) or match[0][:2] in ("FY", "CY") else match[0]
-
-
 def _runs(text: str) -> Iterator[str]:
     """Stretches of digits and signs that hold a number or a date; what is glued to a word (Q3, m^2) is no number."""
     start = end = word = -1  # where the stretch begins and ends, and where the last word ends
@@ -166,7 +86,7 @@ def _runs(text: str) -> Iterator[str]:
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup or ""
         token, begin = match[kind], match.start(kind)
-        is_number = kind == "number" or token == _DATE
+        is_number = kind == "number" or token == DATE
         if is_number and before >= 0 and not _MIXED_AHEAD.match(text, before):  # two numbers side by side
             yield _balanced(text[start:end])
             start, depth, full = -1, 0, False

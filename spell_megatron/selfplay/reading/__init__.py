@@ -2,7 +2,8 @@
 
     statements   where a text states an answer: sentences, boxes, tags, brackets
     latex        the dress of a statement: LaTeX and inline HTML, taken off
-    letters      what a statement says as a letter of a choice (as a number: `selfplay.numbers`)
+    notation     numbers in one spelling, for the grammar of `selfplay.numbers`
+    letters      what a statement says as a letter of a choice
     texts        ... as words
     objects      JSON objects as models write them
     thoughts     where the reasoning ends

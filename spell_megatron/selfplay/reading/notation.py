@@ -1,0 +1,92 @@
+"""Numbers in one spelling: ASCII digits and signs, no separators of thousands, no units, no dates.
+
+What is left is for the grammar of `selfplay.numbers`. Groups of digits may stand apart by commas, blanks of any
+width, apostrophes, underscores or points (two and more, or with a decimal comma behind them); a lone comma that
+groups nothing is a decimal one.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from spell_megatron.selfplay.reading.latex import plain
+
+_LONGEST = 800
+"""Characters that are kept: some are longer in their compatibility form."""
+
+_LOOKALIKES = str.maketrans(
+    {
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d", "-"),
+        **dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4`", "'"),
+        **dict.fromkeys("\u2248\u2243\u2245\u223c", "="),
+        **dict.fromkeys("\u00d7\u00b7\u22c5\u2217\u2219", "*"),
+        **dict.fromkeys("\u2044\u2215\u00f7", "/"),
+        **{"\u066b": ".", "\u066c": ",", "\u221a": "sqrt"},
+    }
+)
+_RAISED = re.compile("[\u207b\u207a]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
+_HTML_SPACES = re.compile(r"&(?:nbsp|thinsp|ensp|emsp|#160|#8239);")
+_WORDS = re.compile(
+    r"(?<![a-z])(?:approximately|approx\.?|about|around|roughly|nearly|almost|circa|ca\.|exactly|equal to|equals"
+    r"|thousands?|millions?|billions?|trillions?|per ?cent|percentage points?"
+    r"|us\$|hk\$|ca?\$|au?\$|usd|eur|gbp|rmb|cny|jpy|chf|inr|krw|cad|aud|hkd|sgd|rs\.?|us"
+    r"|dollars?|euros?|pounds?|yuan|yen|rupees?|cents?|and(?= \d{1,4} ?/ ?\d))(?![a-z])",
+    re.IGNORECASE,
+)
+_SIGNS = re.compile(r"[$£€¥₹₩₽%‰°~{}\[\]\"\u201c\u201d\u00ab\u00bb]|\\")
+_GROUPS = re.compile(
+    r"(?<![\d.,'])(?<!\d[ _])(?:\d{1,3}(?:,\d{3})+(?!,\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!,\d)"  # 1,234,567 and 12,34,567
+    r"|\d{1,3}(?: \d{3})+|\d{1,3}(?:'\d{3})+|\d{1,3}(?:_\d{3})+"
+    r"|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:\.\d{3})+(?=,\d))(?!['_]?\d)(?![, ]\d{3}(?!\d))(?!\.\d+[.,]\d)"
+)
+_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d+)(?![\d.,]*\d)")
+_TIMES = re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(])")
+_MIXED = re.compile(r"(?<![\d.])(\d+) ?\(\((\d+)\)/\((\d+)\)\)")
+_LOOSE_SIGN = re.compile(r"([-+])\s+(?=[\d.])")
+
+# --- What has digits and is no number.
+
+_MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
+    r"|Nov(?:ember)?|Dec(?:ember)?)\b\.?"
+)
+_DATES = re.compile(
+    r"(?<![\d.])\d{4}([-/.])\d{1,2}\1\d{1,2}(?![\d])"  # 2019-03-05
+    r"|(?<![\d.])\d{1,2}([-/.])\d{1,2}\2(?:\d{4}|\d\d)(?!\d)"  # 05.03.2019
+    rf"|(?:\b\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?\b{_MONTH}(?:[ -]\d{{1,2}}(?:st|nd|rd|th)?\b,?)?(?:,?[ -]\d{{2,4}}\b)?"
+    r"|\b(?:[QqHh][1-4]|[1-4][QqHh]|FY|CY)[ -]?'?(?:\d{4}|\d\d)?\b"  # Q3, 2H 2020, FY19
+    r"|\b(?:quarter|half|year|years)(?: of)?(?: fiscal)?(?: year)? \d{4}\b"
+    r"|\b\d+(?:st|nd|rd|th)\b"
+    r"|\d+(?::\d+)+"  # 12:30, 3:1
+    r"|(?<![\d.-])\d+(?:-\d+){2,}(?![\d.])"  # 555-12-34
+)
+DATE = "\u00a7"
+"""Stands for one of them: neither a number nor nothing."""
+
+
+def tidy(text: str) -> str:
+    """ASCII digits and signs, no separators, no units, one sign in the place of a date."""
+    text = plain(_HTML_SPACES.sub(" ", text))
+    text = _VULGAR.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])}", text)
+    text = _RAISED.sub(_raised, text)
+    text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)[:_LONGEST]
+    text = re.sub(r"(?<=\d)[\s~](?=\d)", " ", text).strip(" \t\r\n*").rstrip(" .*;,!")
+    text = _DATES.sub(_dated, text)
+    text = _GROUPS.sub(lambda match: re.sub(r"[^\d]", "", match[0]), text)
+    text = _COMMA.sub(r"\1.\2", text)
+    text = _SIGNS.sub(" ", _WORDS.sub(" ", text))
+    text = _MIXED.sub(r"\1 \2/\3", _TIMES.sub("*", text))
+    return _LOOSE_SIGN.sub(r"\1", text).strip()
+
+
+def _raised(match: re.Match[str]) -> str:
+    """An exponent behind a digit or bracket; that of a unit (m²) goes."""
+    before = match.string[match.start() - 1 : match.start()]
+    return f"^({unicodedata.normalize('NFKC', match[0])})" if before.isdigit() or before == ")" else ""
+
+
+def _dated(match: re.Match[str]) -> str:
+    """The sign of a date; a month's name without any digit is only a word."""
+    return f" {DATE} " if any(map(str.isdigit, match[0])) or match[0][:2] in ("FY", "CY") else match[0]
