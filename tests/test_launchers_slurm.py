@@ -22,7 +22,7 @@ from tests.slurm_trainer import FAILURE
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 180
+SECONDS = 300
 FIRST_LOG = "*/logs/attempt-*-0.log"
 GREETING = "GREETING: 'a;b \"c\" $HOME'"
 HERE = f"cluster.env={{PYTHONPATH: {ROOT}, OMP_NUM_THREADS: 1, {GREETING}}}"
