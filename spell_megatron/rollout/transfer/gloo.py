@@ -27,7 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from spell_megatron.rollout.engine import EngineError
-from spell_megatron.rollout.transfer.manifest import buckets
+from spell_megatron.rollout.transfer.manifest import buckets, described
 from spell_megatron.rollout.transfer.receiver import Receiver
 
 NAME = "gloo"
@@ -164,11 +164,7 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInit]):
         self.client.start_weight_update()
         with ThreadPoolExecutor(1) as pool:
             for bucket in buckets(self.source, _BUCKET_BYTES):
-                update = GlooUpdate(
-                    [name for name, _ in bucket],
-                    [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-                    [list(tensor.shape) for _, tensor in bucket],
-                )
+                update = GlooUpdate(*described(bucket))
                 received = pool.submit(self.client.update_weights, asdict(update))
                 for name, tensor in bucket:
                     try:

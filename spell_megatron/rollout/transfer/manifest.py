@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,3 +100,9 @@ def buckets(
         size += tensor.nbytes
     if bucket:
         yield bucket
+
+
+def described(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[list[str], list[str], list[list[int]]]:
+    """Names, dtypes and shapes, as a message tells them."""
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket]
+    return [name for name, _ in bucket], dtypes, [list(tensor.shape) for _, tensor in bucket]

@@ -28,7 +28,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from spell_megatron.rollout.engine import EngineError
-from spell_megatron.rollout.transfer.manifest import buckets
+from spell_megatron.rollout.transfer.manifest import buckets, described
 from spell_megatron.rollout.transfer.receiver import Receiver
 
 NAME = "shm"
@@ -176,23 +176,13 @@ class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
                 names = _everyones(self._buffer.name)  # and nobody is still writing this one
                 if self.is_sender:
                     loaded = pool.submit(
-                        self.client.update_weights, asdict(_described(bucket, offsets, names))
+                        self.client.update_weights, asdict(ShmUpdate(*described(bucket), offsets, names))
                     )
             if loaded is not None:
                 loaded.result()
             _meet()  # who goes on may write the next version
         if self.is_sender:
             self.client.finish_weight_update()
-
-
-def _described(bucket: Bucket, offsets: list[int], buffers: list[tuple[str, str]]) -> ShmUpdate:
-    return ShmUpdate(
-        [name for name, _ in bucket],
-        [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-        [list(tensor.shape) for _, tensor in bucket],
-        offsets,
-        buffers,
-    )
 
 
 def _part(memory: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
