@@ -41,6 +41,7 @@ from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.record import RunFolder, read_metrics
+from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.residence import EngineResidence
 from spell_megatron.train import train
@@ -182,7 +183,12 @@ class _Pair:
                 asyncio.get_running_loop().call_later(_MOMENT, meanwhile)
             return TrainBatch(tuple(await asyncio.gather(*map(group, range(4)))))
 
-        return asyncio.run(groups())
+        try:
+            return asyncio.run(groups())
+        except WeightsWanted:  # it was started again, and nobody kept them
+            self._placement.enter(Phase.RESYNC)
+            fleet.update_weights(self._learner.weights(), fleet.version)
+            return self._sampled()
 
     def _agree(self, batch: TrainBatch) -> float:
         gap = self._gap(batch)
