@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,11 +22,13 @@ from pydantic.dataclasses import dataclass
 
 from spell_megatron.types import SpellError
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 RECIPES = Path(__file__).parent / "recipes"
 
 Dtype = Literal["float32", "bfloat16"]
 Task = Literal["doc_general_qa", "docmath_qa", "doc_mc"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(SpellError):
@@ -76,7 +78,8 @@ class Corpus:
 
 @dataclass(frozen=True, config=_STRICT)
 class Sampling:
-    temperature: float = Field(default=0.7, ge=0)
+    temperature: float = Field(default=0.7, gt=0)
+    """Of rollouts that are trained on: at 0 there would be no distribution to take log-probs of."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     questioner_tokens: int = Field(default=4096, gt=0)
     responder_tokens: int = Field(default=4096, gt=0)
@@ -98,7 +101,7 @@ class SelfPlay:
     """m: fresh documents that the questioner reads."""
     memory: int = Field(default=3, ge=0)
     """L: remembered questions of a (task, cluster); 0 switches the curriculum off."""
-    memory_range: tuple[float, float] = (0.01, 1.0)
+    memory_range: tuple[Share, Share] = (0.01, 1.0)
     """A question is remembered iff its mean responder reward lies in this range."""
     grounding: bool = True
     """Drop questions that the responder answers without the documents."""
@@ -108,15 +111,15 @@ class SelfPlay:
     """References of doc_general_qa over this length are dropped, unpenalised."""
     questioner_reward: Literal["gaussian", "reverse", "linear"] = "gaussian"
     questioner_sigma: float = Field(default=0.5 / 3, gt=0)
-    bad_format_reward: float = -1.0
-    bad_ground_reward: float = -0.5
+    bad_format_reward: float = Field(default=-1.0, le=0)
+    bad_ground_reward: float = Field(default=-0.5, le=0)
     combine: Literal["max", "mean", "min", "sum"] = "max"
     """How rule and verifier make the responder's reward."""
     verifier_consistency: Literal["maj_cons", "maj"] = "maj_cons"
     """`maj_cons` trains only verdicts whose majority agrees with the rule."""
-    verifier_agreement: tuple[float, float] = (0.51, 0.99)
+    verifier_agreement: tuple[Share, Share] = (0.51, 0.99)
     """A verifier group is used iff the share of valid votes with the majority lies in this range."""
-    verifier_share: float | None = None
+    verifier_share: float | None = Field(default=None, ge=0)
     """Verifier samples per responder sample; 1/G where not given."""
     failure_ratio: float = Field(default=1.0, ge=0)
     """Sampled failures of the questioner per kept question."""
@@ -173,7 +176,7 @@ class Rollout:
     max_model_len: int = Field(default=22_528, gt=0)
     max_num_seqs: int = Field(default=256, gt=0)
     max_batched_tokens: int = Field(default=16_384, gt=0)
-    kv_cache_mib: int | None = None
+    kv_cache_mib: int | None = Field(default=None, gt=0)
     """KV cache in MiB; where not given, the share of GPU memory below."""
     gpu_memory: float = Field(default=0.85, gt=0, le=1)
     eager: bool = False
@@ -194,7 +197,7 @@ class Layout:
     sequence: bool = False
     """Sequence parallel: activations outside attention and MLP are sharded over the TP group."""
     pipeline: int = Field(default=1, gt=0)
-    virtual_pipeline: int | None = None
+    virtual_pipeline: int | None = Field(default=None, gt=0)
     """Model chunks per pipeline rank (interleaved schedule)."""
     context: int = Field(default=1, gt=0)
     expert: int = Field(default=1, gt=0)
@@ -209,7 +212,7 @@ class Optimizer:
     """Cosine decay to `min_lr` that ends at this step; 0 keeps the rate constant."""
     min_lr: float = Field(default=0.0, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, gt=0)
     distributed: bool = False
@@ -229,7 +232,7 @@ class Loss:
     normalisation: Literal["token_mean", "sequence_length"] = "token_mean"
     """`sequence_length` is Dr. GRPO: a constant denominator, `max_response_tokens` a response."""
     max_response_tokens: int = Field(default=4096, gt=0)
-    importance_cap: float | None = None
+    importance_cap: float | None = Field(default=None, gt=0)
     """Truncated importance weights: engine-learner probability ratio capped at this value."""
     kl: float = Field(default=0.0, ge=0)
     """Coefficient of KL(policy ‖ reference), k3 estimator; the reference is loaded only if > 0."""
@@ -286,7 +289,7 @@ class HeldOut:
     """Folder of the benchmarks' data sets; downloaded where empty."""
     max_input: int = Field(default=16_384, ge=16)
     """Tokens to which long-context benchmarks are truncated."""
-    limit: int | None = None
+    limit: int | None = Field(default=None, gt=0)
     """The first items of each benchmark alone."""
 
 
@@ -308,6 +311,15 @@ class Record:
     mismatch_action: Literal["stop", "drop"] = "stop"
     """Beyond the bound, `stop` ends the run; `drop` leaves the groups that are beyond it out of the update,
     for which the batch is computed once more (a forward pass)."""
+    bad_step: Literal["stop", "skip"] = "stop"
+    """An update of numbers that are not finite, or beyond the bounds below, is never made: `stop` ends the run with the
+    state of before; `skip` goes on with the next step, but not after three in a row."""
+    entropy_min: float = Field(default=0.0, ge=0)
+    """Mean entropy of the policy on its responses, in nats, below which it has collapsed; 0 allows any."""
+    entropy_max: float | None = Field(default=None, gt=0)
+    """Mean entropy above which nothing is left of the model; the logarithm of the vocabulary is pure chance."""
+    reward_min: float | None = Field(default=None, le=1)
+    """Mean reward of the responder below which a step is bad; any where not given."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -413,8 +425,15 @@ def _contradictions(config: Config, where: str) -> None:
         )
     if config.policy.layout.sequence and config.policy.layout.tensor == 1:
         faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
-    if play.verifier_agreement[0] > play.verifier_agreement[1]:
-        faults.append("selfplay.verifier_agreement: the lower bound is above the upper one")
+    optimizer, record = config.policy.optimizer, config.record
+    for key, low, high in (
+        ("selfplay.verifier_agreement", *play.verifier_agreement),
+        ("selfplay.memory_range", *play.memory_range),
+        ("policy.optimizer.min_lr … lr", optimizer.min_lr, optimizer.lr),
+        ("record.entropy_min … entropy_max", record.entropy_min, record.entropy_max),
+    ):
+        if high is not None and low > high:
+            faults.append(f"{key}: the lower bound {low:g} is above the upper one {high:g}")
     if faults:
         raise ConfigError(f"{where} contradicts itself:\n" + "\n".join(f"  {fault}" for fault in faults))
 

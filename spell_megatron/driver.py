@@ -23,11 +23,12 @@ from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.staleness import importance, staleness
 from spell_megatron.preemption import Stop
 from spell_megatron.record import Console, Journal, Live, Metrics, RunFolder, logging_to, write_report
-from spell_megatron.record.folder import replace_text
+from spell_megatron.record.folder import replace_text, writing
 from spell_megatron.rollout.engine import Engine, EngineStats
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.selfplay import Episode, Play, Prompts, SelfPlay, accuracy, step_metrics
+from spell_megatron.selfplay.batch import Batch
 from spell_megatron.topology import Topology
 from tokenizer.chat import ChatTokenizer
 
@@ -166,29 +167,22 @@ class Driver:
         step: int,
         played: Played,
         dropped: Collection[int],
-        update: Update,
+        update: Update | None,
         scores: Mapping[str, float],
     ) -> float:
-        """Write the step's metrics; `dropped` groups of its batch were left out of the update.
+        """Write the step's metrics; `dropped` groups of its batch were left out of the update, None was skipped.
 
         Returns the mean gap between engine and learner on the samples of the newest weights.
         """
         with self.phase("record"):
-            batch, cap = played.play.batch.without(dropped), self.settings.policy.loss.importance_cap
-            gap = mismatch(batch.train, update.scores, batch.roles)
+            batch = played.play.batch.without(dropped)
+            learned = self._learned(batch, update) if update else {}
             values = {
                 **step_metrics(played.play),
-                **gap,
                 "mismatch/dropped": len(dropped),
+                "policy/skipped": float(update is None),
                 **staleness(batch.train, step - 1),
-                **importance(batch.train, update.scores, cap),
-                "policy/loss": update.loss,
-                "policy/grad_norm": update.grad_norm,
-                "policy/lr": update.lr,
-                "policy/clipped": update.clipped,
-                **update.router_metrics(),
-                **update.scores.mean_entropy(batch.roles),
-                "tokens/trained": update.tokens,
+                **learned,
                 **played.metrics,
                 **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
                 **scores,
@@ -196,7 +190,31 @@ class Driver:
             self._seconds.clear()  # what this phase takes shows in the next row
             self.metrics.log(step, values)
         self.live.done(step, values)
-        return gap.get("mismatch/newest", 0.0)
+        return learned.get("mismatch/newest", 0.0)
+
+    def _learned(self, batch: Batch, update: Update) -> dict[str, float]:
+        """What an update says of its batch and of itself."""
+        return {
+            **mismatch(batch.train, update.scores, batch.roles),
+            **importance(batch.train, update.scores, self.settings.policy.loss.importance_cap),
+            "policy/loss": update.loss,
+            "policy/grad_norm": update.grad_norm,
+            "policy/lr": update.lr,
+            "policy/clipped": update.clipped,
+            **update.router_metrics(),
+            **update.scores.mean_entropy(batch.roles),
+            "tokens/trained": update.tokens,
+        }
+
+    def reward(self, played: Played) -> float | None:
+        """The responder's mean reward in a step; None where nobody answered."""
+        return step_metrics(played.play).get("responder/reward")
+
+    def set_aside(self, step: int) -> None:
+        """Keep a step's episodes out of the way: a resumed run asks its questions anew."""
+        path = self.run.rollouts(step)
+        with writing(path):
+            path.rename(path.with_name(path.name + ".bad"))
 
     def report(self) -> None:
         write_report(self.run.path)

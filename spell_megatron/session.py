@@ -18,9 +18,10 @@ from spell_megatron.driver import Driver, Measurement, Played
 from spell_megatron.outputs import make_room
 from spell_megatron.placement import Phase, Placement
 from spell_megatron.policy.head import Sampled
-from spell_megatron.policy.learner import Learner, Update
+from spell_megatron.policy.learner import Learner, Scores, Update
 from spell_megatron.policy.mismatch import groups_beyond
 from spell_megatron.policy.residence import LearnerResidence
+from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, agreed, start_world, stop_world
 from spell_megatron.preemption import Preempted, Stop, attempt, listen, preempted
@@ -34,6 +35,14 @@ from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.locate import model_folder
 
 Benchmarks = Callable[[Config], Measurement | None]
+
+
+_SKIPS = 3
+"""Bad steps in a row after which a run ends, whatever `record.bad_step` says."""
+
+
+class BadStepError(SpellError):
+    """A step whose update was not made, or not kept."""
 
 
 class MismatchError(SpellError):
@@ -97,6 +106,7 @@ class Session:
         stack.callback(self._checkpoints.close)
         self._played: Played | None = None
         self._dropped: frozenset[int] = frozenset()
+        self._skipped = 0
         self.step = self._resume(origin)
         self._state: dict[str, Any] = self.driver.selfplay.state() if self.driver else {}
         if self.driver:
@@ -158,16 +168,70 @@ class Session:
             self.driver.live.note(str(wanted))
             return None, False
 
-    def update(self, batch: TrainBatch) -> Update:
-        """One update, of the groups that are within `record.mismatch_bound` where others are to be dropped."""
+    def update(self, batch: TrainBatch) -> Update | None:
+        """One update, of the groups that are within `record.mismatch_bound` where others are to be dropped.
+
+        None where it must not be made and `record.bad_step` says to go on.
+        """
         self._placement.enter(Phase.UPDATE)
         with self._phase("update"):
-            if self.config.record.mismatch_action == "drop":
-                batch = self._within_bound(batch)
-            return self.learner.update(batch)
+            try:
+                self._check_reward()
+                if self.config.record.mismatch_action == "drop":
+                    batch = self._within_bound(batch)
+                update = self.learner.update(batch, self._judge)
+            except UnsoundError as fault:
+                self._bad(fault)
+                return None
+        self._skipped = 0
+        return update
+
+    def _check_reward(self) -> None:
+        """Raise UnsoundError, on every rank, where the step's play has no reward worth learning from."""
+        low = self.config.record.reward_min
+        if low is not None and (mean := self._shared(self._reward())) is not None and not mean >= low:
+            raise UnsoundError(f"the responder's mean reward is {mean:.3g}, below record.reward_min={low:g}")
+
+    def _reward(self) -> float | None:
+        return self.driver.reward(self._played) if self.driver and self._played else None
+
+    def _judge(self, scores: Scores) -> UnsoundError | None:
+        record = self.config.record
+        return entropy_beyond(scores.entropy, record.entropy_min, record.entropy_max)
+
+    def _bad(self, fault: UnsoundError) -> None:
+        """Go on to the next step or raise: with the state of before on disk, unless the weights are touched."""
+        self._skipped += 1
+        step = self.step + 1
+        where = "" if fault.group is None else f" in group {fault.group}{self._described(fault.group)}"
+        what = f"step {step}: {fault}{where}"
+        if self.config.record.bad_step == "skip" and self._skipped < _SKIPS and not fault.touched:
+            if self.driver:
+                self.driver.live.note(f"{what}; the step is skipped")
+            return
+        if fault.touched:
+            kept = "its weights are not saved; `resume` goes on from the last checkpoint"
+        else:
+            self._save()
+            if fault.group is not None and self.driver:
+                self.driver.set_aside(step)  # or every resume would read it again
+            kept = f"nothing was updated, and the state after step {self.step} is saved; `resume` goes on from it"
+        self._checkpoints.wait()
+        raise BadStepError(
+            f"{what}; {kept}. Look at the rollouts and metrics of the steps before; a smaller"
+            " policy.optimizer.lr, or record.bad_step=skip, may help"
+        ) from None
+
+    def _described(self, group: int) -> str:
+        """The group's role and task, known to rank 0."""
+        if self._played is None:
+            return ""
+        batch = self._played.play.batch.without(self._dropped)
+        return f" ({batch.roles[group]}, {batch.tasks[group]})"
 
     def _within_bound(self, batch: TrainBatch) -> TrainBatch:
         """The groups on which engine and learner agree. Costs a forward pass over the batch."""
+        self.learner.check()
         scores, bound = self.learner.score(batch), self.config.record.mismatch_bound
         self._dropped = self._shared(groups_beyond(batch, scores, bound) if self.driver else frozenset())
         if len(self._dropped) == len(batch.groups):
@@ -193,20 +257,20 @@ class Session:
         doing = f"measures after step {step}"
         return self._with_engines(doing, lambda driver: driver.measure(step), step) if due else {}
 
-    def record(self, step: int, update: Update, scores: Mapping[str, float]) -> None:
+    def record(self, step: int, update: Update | None, scores: Mapping[str, float]) -> None:
         """Write the step's row, then its checkpoint if one is due: a resumed run forgets rows beyond its
         checkpoint, but could not make up for one that is missing."""
         gap = self._main.work(f"records step {step}", lambda: self._recorded(step, update, scores))
         self.step = step
-        drifted, every = gap > self.config.record.mismatch_bound, self.config.record.checkpoint_every
+        drifted, every = not gap <= self.config.record.mismatch_bound, self.config.record.checkpoint_every
         if drifted or (every and step % every == 0):
             self.commit(step)
         if drifted:
             self._save()
             raise self._mismatch(step, f"by {gap:.3f} on average")
 
-    def _recorded(self, step: int, update: Update, scores: Mapping[str, float]) -> float:
-        """Rank 0's part of it: the gap between engine and learner."""
+    def _recorded(self, step: int, update: Update | None, scores: Mapping[str, float]) -> float:
+        """Rank 0's part of it: the gap between engine and learner, 0 where the update was skipped."""
         assert self.driver is not None and self._played is not None, "rank 0 has played"
         self._state = self._played.state
         return self.driver.record(step, self._played, self._dropped, update, scores)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic.fields import FieldInfo
 
 from spell_megatron.config import RECIPES, Config, ConfigError, dump_config, load_config, parse_config
 
@@ -63,6 +67,15 @@ def test_a_recipe_inherits_another(tmp_path: Path) -> None:
         ("policy.fp8=e4m3", "'delayed'"),
         ("selfplay.judge=false", "train_verifier"),
         ("selfplay.verifier_agreement=[0.9, 0.5]", "lower bound"),
+        ("selfplay.memory_range=[1, 0]", "selfplay.memory_range: the lower bound"),
+        ("selfplay.verifier_share=-1", "selfplay.verifier_share: "),
+        ("selfplay.sampling.temperature=0", "selfplay.sampling.temperature: "),
+        ("rollout.kv_cache_mib=-5", "rollout.kv_cache_mib: "),
+        ("policy.loss.importance_cap=-1", "policy.loss.importance_cap: "),
+        ("policy.layout.virtual_pipeline=0", "policy.layout.virtual_pipeline: "),
+        ("policy.optimizer.betas=[0.9, 1.0]", "policy.optimizer.betas.1: "),
+        ("policy.optimizer.min_lr=1", "policy.optimizer.min_lr"),
+        ("heldout.limit=-1", "heldout.limit: "),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, hint: str) -> None:
@@ -82,3 +95,46 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"recipe\.yaml"):
         load_config(str(path))
+
+
+UNBOUNDED = {"seed", "heldout.seed"}
+"""Any integer is a seed."""
+
+
+def numbers(section: type, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a section whose values are numbers, or pairs of them."""
+    for name, field in section.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        if dataclasses.is_dataclass(field.annotation):
+            yield from numbers(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif field.annotation is not bool and {int, float} & parts(field.annotation):
+            yield prefix + name, field
+
+
+def parts(kind: object) -> set[object]:
+    """The types that an annotation is made of; those of mappings are somebody else's keys."""
+    if get_origin(kind) in (dict, Literal):
+        return set()
+    return {kind, *(part for inner in get_args(kind) for part in parts(inner))}
+
+
+def test_every_number_has_a_range() -> None:
+    found = dict(numbers(Config))
+    assert len(found) > 60
+    for key in found.keys() - UNBOUNDED:
+        path, values = key.split("."), [10**9, -(10**9)]
+        refused = []
+        for value in values:
+            pair = "[{0}, {0}]" if "tuple" in str(found[key].annotation) else "{0}"
+            try:
+                load_config("toy", [f"{key}={pair.format(value)}"])
+            except ConfigError as error:
+                refused.append(f"  {'.'.join(path)}" in str(error))
+        assert any(refused), f"{key} takes any number: give it a range"
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_no_number_is_infinite(value: str) -> None:
+    for key, field in numbers(Config):
+        if float in parts(field.annotation) and "tuple" not in str(field.annotation):
+            with pytest.raises(ConfigError, match=key):
+                load_config("toy", [f"{key}={value}"])

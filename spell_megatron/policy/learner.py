@@ -30,6 +30,14 @@ from spell_megatron.policy.loss import TokenTerms, token_losses
 from spell_megatron.policy.model import FP8_TOKENS, SpanModel, build_chunks
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.replay import Choices, Replay, replayed
+from spell_megatron.policy.soundness import (
+    GROWTH,
+    UnsoundError,
+    first_unsound,
+    norms,
+    unsound_batch,
+    unsound_scores,
+)
 from spell_megatron.policy.spans import SpanPlan, plan_spans
 from spell_megatron.policy.stream import Stream, plan_streams
 from spell_megatron.policy.world import World
@@ -44,7 +52,7 @@ PerSample = list[list[np.ndarray]]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probs and entropies of a batch's response tokens; complete on rank 0, partial elsewhere."""
+    """Log-probs and entropies of a batch's response tokens, complete on every rank."""
 
     logprobs: PerSample
     entropy: PerSample
@@ -93,6 +101,10 @@ class Update:
         return metrics
 
 
+Judge = Callable[[Scores], UnsoundError | None]
+"""A reason not to make an update, seen from its scores; the same on every rank."""
+
+
 class Learner:
     """A policy, its optimizer and its schedule on this rank of `world`."""
 
@@ -120,34 +132,43 @@ class Learner:
         for chunk in self.chunks:
             yield from chunk.named_parameters()
 
-    def update(self, batch: TrainBatch) -> Update:
-        """Train on a batch: `policy.minibatches` optimizer updates. The same batch on every rank."""
+    def update(self, batch: TrainBatch, judge: Judge = lambda _: None) -> Update:
+        """Train on a batch: `policy.minibatches` optimizer updates. The same batch on every rank.
+
+        Raises UnsoundError on every rank where numbers are not finite or `judge` objects, before the optimizer steps;
+        and after it, where nothing is left of the weights.
+        """
+        if (fault := unsound_batch(batch)) is not None:
+            raise fault
+        size = self.check()
         old = self.score(batch).logprobs if self.policy.minibatches > 1 else None
         reference = self._score(batch, self.reference).logprobs if self.reference else None
         parts = _minibatches(batch, self.policy.minibatches)
         self.expert_load.clear()
         if self.replay:
             self.replay.clear()
-        total, clipped, tokens, norms, scores = 0.0, 0.0, 0, [], []
+        total, clipped, tokens, lengths, scores = 0.0, 0.0, 0, list[float](), list[Scores]()
         for part, offset in parts:
             self._zero_grad()
             run = _Run(part, _part(old, offset, part), _part(reference, offset, part))
             self._run(run, run_loss=partial(self._loss, run), train=True)
+            scores.append(self._collect(run))
+            values = self._reduce(run.loss_sum, run.denominator, run.clipped)
+            self._check(scores[-1], values[0], judge, touched=bool(lengths))
             _, grad_norm, _ = self.optimizer.step()
             self.schedule.step(1)
-            norms.append(float(grad_norm))
-            values = self._reduce(run.loss_sum, run.denominator, run.clipped)
+            lengths.append(float(grad_norm))
             total += values[0] / max(values[1], 1.0) / len(parts)
             clipped += values[2]
             tokens += run.tokens
-            scores.append(self._collect(run))
+        self._check_weights(size)
         merged = Scores(
             [group for score in scores for group in score.logprobs],
             [group for score in scores for group in score.entropy],
         )
         return Update(
             loss=total,
-            grad_norm=float(np.mean(norms)),
+            grad_norm=float(np.mean(lengths)),
             lr=self.optimizer.param_groups[0]["lr"],
             clipped=clipped / max(batch.response_tokens, 1),
             tokens=tokens,
@@ -156,6 +177,56 @@ class Learner:
             router_gap=self.replay.differing() if self.replay else None,
             replayed=replayed(batch),
         )
+
+    def check(self) -> Tensor:
+        """The norm of the weights that this rank holds. Raises UnsoundError on every rank where any has none."""
+        norm = self._weight_norm()
+        if not self._everywhere(norm.isfinite()):
+            fault = self._first("weights are", first_unsound(self.named_parameters()))
+            fault.touched = True
+            raise fault
+        return norm
+
+    def _check(self, scores: Scores, loss: float, judge: Judge, *, touched: bool) -> None:
+        """Raise UnsoundError on every rank where any has a reason not to step."""
+        fault = unsound_scores(scores.logprobs, scores.entropy) or judge(scores)
+        if fault is None and not math.isfinite(loss):
+            fault = UnsoundError("the loss is not finite")
+        buffers = [
+            buffer.grad_data for m in self.models for buffer in (*m.buffers, *m.expert_parallel_buffers)
+        ]
+        if fault is None and not self._everywhere(norms(buffers).isfinite().all()):
+            gradients = ((name, p.main_grad) for name, p in self.named_parameters() if p.requires_grad)
+            fault = self._first("gradients are", first_unsound(gradients))
+        if fault is not None:
+            fault.touched = touched
+            raise fault
+
+    def _check_weights(self, before: Tensor) -> None:
+        """Raise UnsoundError on every rank where the update wrecked the weights of any; `before` is their norm."""
+        now = self._weight_norm()
+        if not self._everywhere((now <= GROWTH * before) & now.isfinite()):
+            fault = self._first("after the update weights are", first_unsound(self.named_parameters()))
+            fault.touched = True
+            raise fault
+
+    def _weight_norm(self) -> Tensor:
+        """Of all that this rank holds; a NaN anywhere is a NaN here."""
+        self.settle()
+        return torch.linalg.vector_norm(norms(p for _, p in self.named_parameters()))
+
+    def _everywhere(self, sound: Tensor) -> bool:
+        """Whether something holds on every rank."""
+        verdict = sound.to(self.world.device, torch.int32)
+        dist.all_reduce(verdict, dist.ReduceOp.MIN)
+        return bool(verdict)
+
+    def _first(self, what: str, name: str) -> UnsoundError:
+        """What is wrong, with the first parameter that it is seen at on any rank."""
+        names: list[Any] = [None] * self.world.size
+        dist.all_gather_object(names, name)
+        name = next(filter(None, names), "")
+        return UnsoundError(f"{what} not finite at {name}" if name else f"{what} far too large")
 
     def gradients(self, batch: TrainBatch) -> float:
         """Forward and backward without an update; the gradients stay in `main_grad`. Returns the loss."""

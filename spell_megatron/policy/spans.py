@@ -164,9 +164,12 @@ def plan_spans(
         start = layout.add(prompt, 0)
         keys, first = (start, start + len(prompt)), len(layout.spans)
         for reply in replies:
+            if not len(reply):  # a model may end at once: nothing to predict
+                continue
             own = layout.add(reply, len(prompt), keys)
             predecessors.append(np.concatenate(([keys[1] - 1], own + np.arange(len(reply) - 1))))
-        rectangles.append((first, len(layout.spans), keys))
+        if len(layout.spans) > first:
+            rectangles.append((first, len(layout.spans), keys))
     _pad_to_multiple(layout, cp_size * multiple)
 
     ids, positions = np.concatenate(layout.ids), np.concatenate(layout.positions)
@@ -180,7 +183,7 @@ def plan_spans(
     held = at[before] >= 0
     lengths = [len(target) for target in targets]
     starts = np.zeros(len(before), dtype=bool)
-    starts[np.cumsum([0, *lengths[:-1]], dtype=np.int64)[: len(lengths)]] = bool(lengths)
+    starts[[end - length for end, length in zip(accumulate(lengths), lengths, strict=True) if length]] = True
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
