@@ -12,8 +12,8 @@ from launchers.profile import Profile
 from spell_megatron.config import Config
 from spell_megatron.policy.layout import LayoutError, check_layout
 from spell_megatron.types import SpellError
+from spell_megatron.weights.contents import shape_of
 from spell_megatron.weights.locate import model_folder
-from spell_megatron.weights.shape import model_shape
 
 
 def check_model(config: Config, on: Machines, *, fetch: bool) -> Config:
@@ -29,8 +29,9 @@ def check_model(config: Config, on: Machines, *, fetch: bool) -> Config:
         from spell_megatron.plan.catalogue import architecture  # its room needs torch and megatron-core
 
         folder = architecture(path)
+    shape = shape_of(folder)
     try:
-        check_layout(config.policy.layout, model_shape(folder), on.world_size)
+        check_layout(config.policy.layout, shape, on.world_size)
     except LayoutError as error:
         raise LayoutError(
             f"{error}\n  ({on.nodes} nodes x {on.ranks} ranks; change policy.layout of the recipe, or"

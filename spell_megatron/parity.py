@@ -23,7 +23,7 @@ from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch
-from spell_megatron.weights.shape import model_shape
+from spell_megatron.weights.contents import read_contents
 
 _SEQUENCES = 4
 _BOUNDS: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.5}
@@ -65,7 +65,7 @@ class Parity:
 def compare(folder: Path, tokens: int) -> Parity:
     """Sample `tokens` tokens after each of a few random prompts, and score them three times."""
     dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    shape = model_shape(folder)
+    shape = read_contents(folder).shape
     draw = random.Random(0)
     prompts = [[draw.randrange(shape.vocab) for _ in range(32)] for _ in range(_SEQUENCES)]
     world = start_world(Layout(), seed=0, timeout_seconds=600)

@@ -39,7 +39,8 @@ from spell_megatron.policy.stream import Stream as PackedStream
 from spell_megatron.policy.stream import plan_streams
 from spell_megatron.rollout.transfer.manifest import STAGED_BYTES
 from spell_megatron.types import SpellError, TrainBatch
-from spell_megatron.weights.shape import ModelShape, model_shape
+from spell_megatron.weights.contents import shape_of
+from spell_megatron.weights.shape import ModelShape
 
 ROOM = 0.08
 """Share of GPU memory that should stay free at the peak: what the planner cannot see."""
@@ -204,7 +205,7 @@ def resized(config: Config, gpus: int | None, gpu_memory_gib: float | None) -> C
 
 def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None = None) -> Plan:
     """The plan by arithmetic. With a built model, what a rank holds comes from it, and the batch is really packed."""
-    shape, policy, cluster = model_shape(architecture(config.model.path)), config.policy, config.cluster
+    shape, policy, cluster = shape_of(architecture(config.model.path)), config.policy, config.cluster
     world = check_layout(policy.layout, shape, cluster.gpus)
     parts = held(shape, policy.layout)
     lengths = Lengths.of(config, assumed)

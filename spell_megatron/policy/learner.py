@@ -42,9 +42,9 @@ from spell_megatron.policy.spans import SpanPlan, plan_spans
 from spell_megatron.policy.stream import Stream, plan_streams
 from spell_megatron.policy.world import World
 from spell_megatron.types import SpellError, TrainBatch
+from spell_megatron.weights.contents import read_contents
 from spell_megatron.weights.convert import load_weights, stream_weights
 from spell_megatron.weights.files import ModelFolder, write_model
-from spell_megatron.weights.shape import model_shape
 
 PerSample = list[list[np.ndarray]]
 """`[group][sample]` -> float32 `[response tokens]`, aligned with a batch's groups."""
@@ -110,12 +110,13 @@ class Learner:
 
     def __init__(self, policy: Policy, folder: Path, world: World, *, sampled: Sampled | None = None) -> None:
         self.policy, self.folder, self.world = policy, folder, world
-        self.shape = model_shape(folder)
+        self._contents = read_contents(folder)
+        self.shape = self._contents.shape
         check_layout(policy.layout, self.shape, world.size)
         self.dtype = getattr(torch, policy.dtype)
         self.chunks = build_chunks(policy, self.shape, folder)
         self.sampled = sampled or Sampled()
-        load_weights(self.chunks, self.shape, ModelFolder(folder))
+        load_weights(self.chunks, self.shape, ModelFolder(self._contents))
         self.expert_load = ExpertLoad(self.chunks, self.shape, world.device)
         self.replay = self._build_replay() if policy.router_replay else None
         self.reference = self._build_reference() if policy.loss.kl > 0 else None
@@ -259,7 +260,7 @@ class Learner:
     def _build_reference(self) -> list[SpanModel]:
         """The model that the run began with, frozen."""
         chunks = build_chunks(self.policy, self.shape, self.folder)
-        load_weights(chunks, self.shape, ModelFolder(self.folder))
+        load_weights(chunks, self.shape, ModelFolder(self._contents))
         for chunk in chunks:
             chunk.requires_grad_(False)
         return chunks

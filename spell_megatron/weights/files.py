@@ -14,17 +14,17 @@ from torch import Tensor
 
 from spell_megatron.outputs import new_folder
 from spell_megatron.types import SpellError
+from spell_megatron.weights.contents import INDEX, Contents
 
-_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30
 
 
 class ModelFolder:
     """Reads parts of tensors, so that a rank loads only what it holds."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files = self._index()
+    def __init__(self, contents: Contents) -> None:
+        self.folder = contents.folder
+        self._files = contents.files
         self._open: dict[Path, safe_open] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -45,27 +45,6 @@ class ModelFolder:
             return tensor[rows, columns] if columns is not None else tensor[rows]
         except (SafetensorError, OSError) as error:
             raise SpellError(f"{path} is damaged at {name!r}: {error}; copy the model folder again") from None
-
-    def _index(self) -> dict[str, Path]:
-        index = self.folder / _INDEX
-        try:
-            if index.is_file():
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {name: self.folder / file for name, file in names.items()}
-            files = sorted(self.folder.glob("*.safetensors"))
-            if not files:
-                raise SpellError(
-                    f"{self.folder} has no *.safetensors: convert the model to safetensors first"
-                )
-            found: dict[str, Path] = {}
-            for path in files:
-                with safe_open(path, framework="pt") as handle:
-                    found.update(dict.fromkeys(handle.keys(), path))
-            return found
-        except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-            raise SpellError(
-                f"cannot read the weights in {self.folder}: {error}; copy the folder again"
-            ) from None
 
 
 def write_model(
@@ -92,7 +71,7 @@ def write_model(
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Config and tokenizer files; no weights, no half-written ones."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != _INDEX:
+        if path.is_file() and path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != INDEX:
             shutil.copyfile(path, target / path.name)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -131,4 +110,4 @@ def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         "metadata": {"total_size": total},
         "weight_map": {name: final[file].name for name, file in names.items()},
     }
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.types import SpellError
-
-ROPE = ("default", "linear", "yarn", "llama3")
-"""RoPE types whose angles depend on the position alone, not on the length of the sequence it stands in."""
-FAMILIES = {"qwen2": "Qwen2.5", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE"}
+from spell_megatron.weights.keys import FAMILIES, check_keys, number, rope
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a Qwen2.5, Qwen3 or Qwen3-MoE decoder."""
+    """Sizes of a decoder of one of the `FAMILIES`."""
 
     family: str
     vocab: int
@@ -37,11 +34,11 @@ class ModelShape:
 
     @property
     def qkv_bias(self) -> bool:
-        return self.family == "qwen2"
+        return FAMILIES[self.family].qkv_bias
 
     @property
     def qk_norm(self) -> bool:
-        return self.family != "qwen2"
+        return FAMILIES[self.family].qk_norm
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -61,50 +58,46 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def model_shape(folder: Path) -> ModelShape:
-    config = read_hf_config(folder)
-    family = config.get("model_type")
-    if family not in FAMILIES:
+    """The shape that config.json gives. Raises SpellError for any key that is not understood (`keys`)."""
+    config, where = read_hf_config(folder), folder / "config.json"
+    family = check_keys(config, folder)
+
+    def size(key: str) -> int:
+        return int(number(config, key, where, int))
+
+    heads = size("num_attention_heads")
+    experts = size("num_experts" if "num_experts" in config else "num_local_experts") if family.experts else 0
+    shape = ModelShape(
+        family=config["model_type"],
+        vocab=size("vocab_size"),
+        hidden=size("hidden_size"),
+        layers=size("num_hidden_layers"),
+        heads=heads,
+        kv_heads=heads if config.get("num_key_value_heads", 0) is None else size("num_key_value_heads"),
+        head_dim=size("head_dim")
+        if "head_dim" in config
+        else family.head_dim or size("hidden_size") // heads,
+        ffn=size("intermediate_size"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=float(number(config, "rms_norm_eps", where, float)),
+        max_positions=_positions(config, where),
+        experts=experts,
+        experts_per_token=size("num_experts_per_tok") if experts else 0,
+        expert_ffn=size("moe_intermediate_size") if experts else 0,
+        norm_topk=bool(config.get("norm_topk_prob", False)) if experts else True,
+    )
+    if shape.heads % shape.kv_heads or shape.experts_per_token > shape.experts:
         raise SpellError(
-            f"{folder}: model type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{where}: {shape.heads} heads do not share {shape.kv_heads} key-value heads"
+            if shape.heads % shape.kv_heads
+            else f"{where}: num_experts_per_tok={shape.experts_per_token} is more than {shape.experts} experts"
         )
-    moe = family == "qwen3_moe"
-    if moe and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers")):
-        raise SpellError(f"{folder}: models that mix dense and expert layers are not supported")
-    if config.get("use_sliding_window"):
-        raise SpellError(
-            f"{folder}: sliding-window attention is not supported; set use_sliding_window to false"
-        )
-    try:
-        return ModelShape(
-            family=family,
-            vocab=config["vocab_size"],
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-            ffn=config["intermediate_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            norm_eps=config["rms_norm_eps"],
-            max_positions=_positions(config, folder),
-            experts=config.get("num_experts", config.get("num_local_experts", 0)) if moe else 0,
-            experts_per_token=config["num_experts_per_tok"] if moe else 0,
-            expert_ffn=config["moe_intermediate_size"] if moe else 0,
-            norm_topk=bool(config.get("norm_topk_prob", False)) if moe else True,
-        )
-    except KeyError as missing:
-        raise SpellError(f"{folder / 'config.json'} lacks {missing}") from None
+    return shape
 
 
-def _positions(config: dict[str, Any], folder: Path) -> int:
+def _positions(config: dict[str, Any], where: Path) -> int:
     """How many positions the model is meant for; a YaRN factor may reach beyond `max_position_embeddings`."""
-    given = config["max_position_embeddings"]
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE:
-        raise SpellError(
-            f"{folder}: RoPE scaling of type {kind!r} is not supported; supported: {', '.join(ROPE)}."
-            " For long documents set rope_scaling in config.json to"
-            ' {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}'
-        )
-    return max(given, int(rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", 0)))
+    given, scaling = int(number(config, "max_position_embeddings", where, int)), rope(config)
+    return max(
+        given, int((scaling.get("factor") or 1) * (scaling.get("original_max_position_embeddings") or 0))
+    )

@@ -7,16 +7,15 @@ that the engine was started from.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-
 from spell_megatron.rollout.engine import EngineError
+from spell_megatron.types import SpellError
+from spell_megatron.weights.contents import HEAD, read_contents
 
 if TYPE_CHECKING:
     import torch
@@ -42,21 +41,12 @@ class Manifest:
 
     @classmethod
     def of(cls, folder: Path) -> Manifest:
-        """Read the headers of a model folder. Raises EngineError where there are none to read."""
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise EngineError(f"{folder} holds no *.safetensors file: give a Hugging Face model folder")
-        shapes: dict[str, tuple[int, ...]] = {}
+        """Of a model folder, checked. Raises EngineError where it is not one to train."""
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            for file in files:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        except (OSError, ValueError, SafetensorError) as error:
-            raise EngineError(f"cannot read the model in {folder}: {error}") from None
-        tied = config.get("tie_word_embeddings", False)
-        return cls(shapes, frozenset({"lm_head.weight"}) if tied else frozenset())
+            contents = read_contents(folder)
+        except SpellError as error:
+            raise EngineError(str(error)) from None
+        return cls(contents.sizes, frozenset({HEAD}) if contents.shape.tied else frozenset())
 
     @property
     def largest(self) -> int:

@@ -1,0 +1,213 @@
+"""What is in a model folder, held against what its config.json promises, before anything is made of it.
+
+Every reader of a model begins here: training, conversions, parity, engines, launchers. Only headers are read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from spell_megatron.types import SpellError
+from spell_megatron.weights.shape import ModelShape, model_shape
+
+_log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Tensors that are computed from config.json, and stand in some folders besides."""
+_DTYPES = ("F32", "BF16", "F16", "F64")
+_KINDS = (
+    (r"scale|qweight|qzeros|g_idx|absmax|quant", "scales of quantised weights"),
+    (r"visual|vision|audio|projector", "another modality's tower"),
+    (r"lora_|adapter", "an adapter: merge it into the model first"),
+    (r"v_head|value_head|score\.|summary", "a value or reward head"),
+    (r"mtp|nextn|eh_proj", "layers that predict further tokens"),
+    (r"layers\.\d+\.", "layers or parts of layers that config.json does not name"),
+)
+_SHOWN = 3
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A model folder whose tensors are those of its shape."""
+
+    folder: Path
+    shape: ModelShape
+    """With embedding and head untied where the folder has two that differ."""
+    files: Mapping[str, Path]
+    """Where each of the model's tensors is."""
+    sizes: Mapping[str, Sizes]
+    """And its size."""
+
+
+def read_contents(folder: Path) -> Contents:
+    """Read and check a model folder. Raises SpellError for whatever would be loaded wrongly, or not at all."""
+    shape = model_shape(folder)
+    _check_tokenizer(folder, shape)
+    found = _headers(folder)
+    _check_index(folder, {path.name for path, _, _ in found.values()})
+    if shape.tied and HEAD in found and not _equal(found[HEAD][0], found.get(EMBEDDING, (None,))[0]):
+        shape = replace(shape, tied=False)
+        _log.warning(
+            "%s: tie_word_embeddings is true, and %s differs from the embedding: they are not tied",
+            folder,
+            HEAD,
+        )
+    wanted = dict(expected(shape))
+    extra = sorted(name for name in found.keys() - wanted.keys() if not (shape.tied and name == HEAD))
+    derived = [name for name in extra if _DERIVED.fullmatch(name)]
+    if derived:
+        _log.info("%s: %d derived tensors are not read: %s", folder, len(derived), derived[0])
+    _refuse_extra(folder, [name for name in extra if name not in derived])
+    for name, sizes in wanted.items():
+        if name not in found:
+            raise SpellError(f"{folder} lacks the tensor {name!r}: is it the folder of the configured model?")
+        path, given, dtype = found[name]
+        if dtype not in _DTYPES:
+            raise SpellError(f"{path}: {name!r} holds {dtype} numbers; quantised weights are not trained")
+        if given != sizes:
+            raise SpellError(
+                f"{path}: {name!r} has the shape {list(given)}, and by config.json it is {list(sizes)}: one of the"
+                " two belongs to another model; copy the model folder again"
+            )
+    return Contents(
+        folder, shape, {name: found[name][0] for name in wanted}, {name: found[name][1] for name in wanted}
+    )
+
+
+def shape_of(folder: Path) -> ModelShape:
+    """The shape of a model folder, checked; of one without weights what config.json says."""
+    return read_contents(folder).shape if any(folder.glob("*.safetensors")) else model_shape(folder)
+
+
+def expected(shape: ModelShape) -> Iterator[tuple[str, Sizes]]:
+    """Name and size of every tensor of a model."""
+    h, d, q, kv = shape.hidden, shape.head_dim, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    yield EMBEDDING, (shape.vocab, h)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}."
+        yield f"{prefix}input_layernorm.weight", (h,)
+        yield f"{prefix}post_attention_layernorm.weight", (h,)
+        for part, rows in (("q", q), ("k", kv), ("v", kv)):
+            yield f"{prefix}self_attn.{part}_proj.weight", (rows, h)
+            if shape.qkv_bias:
+                yield f"{prefix}self_attn.{part}_proj.bias", (rows,)
+        if shape.qk_norm:
+            yield f"{prefix}self_attn.q_norm.weight", (d,)
+            yield f"{prefix}self_attn.k_norm.weight", (d,)
+        yield f"{prefix}self_attn.o_proj.weight", (h, q)
+        if shape.experts:
+            yield f"{prefix}mlp.gate.weight", (shape.experts, h)
+        mlps = [f"{prefix}mlp.experts.{e}." for e in range(shape.experts)] or [f"{prefix}mlp."]
+        for mlp in mlps:
+            width = shape.expert_ffn or shape.ffn
+            yield f"{mlp}gate_proj.weight", (width, h)
+            yield f"{mlp}up_proj.weight", (width, h)
+            yield f"{mlp}down_proj.weight", (h, width)
+    yield "model.norm.weight", (h,)
+    if not shape.tied:
+        yield HEAD, (shape.vocab, h)
+
+
+def _headers(folder: Path) -> dict[str, tuple[Path, Sizes, str]]:
+    """File, size and number format of every tensor in the folder; a tensor is in one file."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SpellError(f"{folder} has no *.safetensors: convert the model to safetensors first")
+    found: dict[str, tuple[Path, Sizes, str]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                    if name in found:
+                        raise SpellError(
+                            f"{folder} holds two sets of weights: {name!r} is in {found[name][0].name} and in"
+                            f" {path.name}; keep one of them"
+                        )
+                    part = tensors.get_slice(name)
+                    found[name] = path, tuple(part.get_shape()), part.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise SpellError(f"cannot read the weights in {path}: {error}; copy the folder again") from None
+    return found
+
+
+def _check_index(folder: Path, files: set[str]) -> None:
+    path = folder / INDEX
+    if not path.exists():
+        return
+    named = _json(path).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise SpellError(f"{path} has no weight_map of file names; copy the folder again")
+    if missing := sorted(set(named.values()) - files):
+        raise SpellError(
+            f"{path} names {missing[0]!r}, which is not in the folder; copy that file, or remove the index where the"
+            " weights are in other files"
+        )
+
+
+def _refuse_extra(folder: Path, names: list[str]) -> None:
+    if not names:
+        return
+    what = next((what for pattern, what in _KINDS if re.search(pattern, names[0])), "no part of this model")
+    shown = ", ".join(map(repr, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
+    raise SpellError(
+        f"{folder} holds {len(names)} tensors that the model of its config.json does not have ({what}): {shown}."
+        " Take the folder of the plain text model, or remove them from a copy"
+    )
+
+
+def _equal(head: Path, embedding: Path | None) -> bool:
+    """Whether the head is the embedding, bit by bit."""
+    if embedding is None:
+        return False
+    import torch  # bfloat16 has no numpy type
+
+    try:
+        with safe_open(head, framework="pt") as one, safe_open(embedding, framework="pt") as other:
+            left, right = one.get_slice(HEAD), other.get_slice(EMBEDDING)
+            if left.get_shape() != right.get_shape() or left.get_dtype() != right.get_dtype():
+                return False
+            rows = range(0, left.get_shape()[0], 4096)
+            return all(torch.equal(left[row : row + 4096], right[row : row + 4096]) for row in rows)
+    except SafetensorError as error:
+        raise SpellError(f"{head} is damaged at {HEAD!r}: {error}; copy the model folder again") from None
+
+
+def _check_tokenizer(folder: Path, shape: ModelShape) -> None:
+    """Its ids are rows of the embedding; generation settings, which say where a completion ends, can be read."""
+    if (folder / "generation_config.json").is_file():
+        _json(folder / "generation_config.json")
+    if not (folder / "tokenizer.json").is_file():
+        return
+    tokenizer = _json(folder / "tokenizer.json")
+    model, added = tokenizer.get("model") or {}, tokenizer.get("added_tokens") or []
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = [token.get("id") for token in added if isinstance(token, dict)]
+    ids += vocab.values() if isinstance(vocab, dict) else [len(vocab or ()) - 1]
+    largest = max((token for token in ids if isinstance(token, int)), default=-1)
+    if largest >= shape.vocab:
+        raise SpellError(
+            f"{folder}: the tokenizer has the id {largest}, and the embedding {shape.vocab} rows: they belong to"
+            " different models, or tokens were added and the embedding not resized"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpellError(f"cannot read {path}: {error}; copy the model folder again") from None
+    if not isinstance(value, dict):
+        raise SpellError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
