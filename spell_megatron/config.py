@@ -101,6 +101,11 @@ class SelfPlay:
     """m: fresh documents that the questioner reads."""
     memory: int = Field(default=3, ge=0)
     """L: remembered questions of a (task, cluster); 0 switches the curriculum off."""
+    memory_questions: int = Field(default=20_000, gt=0)
+    """Questions remembered over all clusters and tasks, about 1 KB each in memory and in every checkpoint. Raise it
+    where a corpus has more pairs of cluster and task than a third of it, or they are forgotten before they come again."""
+    memory_steps: int = Field(default=2_000, gt=0)
+    """Steps after which a (task, cluster) that was not asked about again is forgotten."""
     memory_range: tuple[Share, Share] = (0.01, 1.0)
     """A question is remembered iff its mean responder reward lies in this range."""
     grounding: bool = True
@@ -311,6 +316,10 @@ class Record:
     mismatch_action: Literal["stop", "drop"] = "stop"
     """Beyond the bound, `stop` ends the run; `drop` leaves the groups that are beyond it out of the update,
     for which the batch is computed once more (a forward pass)."""
+    keep_rollouts: int = Field(default=100, gt=0)
+    """Steps whose rollouts stay as they were written; never fewer than a resume from a kept checkpoint may need."""
+    old_rollouts: Literal["compress", "remove"] = "compress"
+    """What becomes of the rollouts of steps before: gzip files beside, or nothing."""
     bad_step: Literal["stop", "skip"] = "stop"
     """An update of numbers that are not finite, or beyond the bounds below, is never made: `stop` ends the run with the
     state of before; `skip` goes on with the next step, but not after three in a row."""

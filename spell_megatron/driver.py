@@ -22,7 +22,16 @@ from spell_megatron.policy.learner import Update
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.staleness import importance, staleness
 from spell_megatron.preemption import Stop
-from spell_megatron.record import Console, Journal, Live, Metrics, RunFolder, logging_to, write_report
+from spell_megatron.record import (
+    Archive,
+    Console,
+    Journal,
+    Live,
+    Metrics,
+    RunFolder,
+    logging_to,
+    write_report,
+)
 from spell_megatron.record.folder import replace_text, writing
 from spell_megatron.rollout.engine import Engine, EngineStats
 from spell_megatron.rollout.fleet import Fleet
@@ -99,6 +108,9 @@ class Driver:
         after = step or -1  # before the first step, its measurement is made again, too
         self.metrics = Metrics(self.run, self.settings.record.wandb, after=after)
         self._stack.callback(self.metrics.close)
+        self._archive = Archive(self.run, self.settings.record)
+        self._stack.callback(self._archive.close)
+        self._archive.begin(step)
         if step:
             self.live.note(f"resumed after step {step}")
 
@@ -189,6 +201,7 @@ class Driver:
             }
             self._seconds.clear()  # what this phase takes shows in the next row
             self.metrics.log(step, values)
+            self._archive.after(step)
         self.live.done(step, values)
         return learned.get("mismatch/newest", 0.0)
 
@@ -242,6 +255,7 @@ class Driver:
         )
 
     metrics: Metrics
+    _archive: Archive
     _before: EngineStats
     _journal: Journal
     _kept: int

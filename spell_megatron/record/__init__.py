@@ -1,5 +1,6 @@
 """What a run leaves behind, and what is seen of it while it runs."""
 
+from spell_megatron.record.archive import Archive
 from spell_megatron.record.console import Console, Live, step_line
 from spell_megatron.record.folder import RunFolder, private
 from spell_megatron.record.journal import Journal, forget_episodes, same_episodes
@@ -9,6 +10,7 @@ from spell_megatron.record.metrics import Metrics, read_metrics
 from spell_megatron.record.report import write_report
 
 __all__ = [
+    "Archive",
     "Console",
     "Journal",
     "Live",

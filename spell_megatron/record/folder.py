@@ -5,6 +5,7 @@ runs/<name>-<time>/
     metrics.jsonl          one line a step
     tensorboard/           the same, for TensorBoard
     rollouts/step-00001.jsonl   the step's finished episodes, readable
+    rollouts/step-00001.jsonl.gz   of an old step (record.keep_rollouts); .bad: set aside
     checkpoints/           learner and run state, committed together
     hf/                    the exported model
     corpus/                prepared clusters (corpus.store)

@@ -89,7 +89,7 @@ class SelfPlay:
         on_episode: Callable[[Episode], None] = lambda episode: None,
     ) -> None:
         _check_lengths(settings.sampling, max_model_len)
-        self.memory = Memory(settings.memory)
+        self.memory = Memory(settings.memory, settings.memory_questions, settings.memory_steps)
         self._settings, self._clusters, self._seed, self._on_episode = settings, clusters, seed, on_episode
         self._leftovers: dict[int, Leftover] = {}
         self._newest = 0  # weights that a finished rollout was made by: later requests get no older ones
@@ -120,7 +120,7 @@ class SelfPlay:
             played = await self._round(step, number, wanted, known, tally)
             episodes += played
             wanted -= sum(episode.kept for episode in played)
-            self._remember(played)
+            self._remember(step, played)
             if wanted == 0:
                 batch = compose(episodes, self._settings, random_of(self._seed, step, "batch"))
                 return Play(
@@ -240,13 +240,13 @@ class SelfPlay:
             return Job(step, number, index, cluster, what.task, question=what)
         return Job(step, number, index, cluster, what, self.memory.recall(what, cluster.id))
 
-    def _remember(self, episodes: Iterable[Episode]) -> None:
+    def _remember(self, step: int, episodes: Iterable[Episode]) -> None:
         """Store the questions that were answered with some reward, in their own order."""
         low, high = self._settings.memory_range
         for episode in episodes:
             question, answered = episode.question, episode.asked and episode.responses
             if question and answered and low <= episode.mean_reward <= high:
-                self.memory.store(episode.task, episode.cluster, episode.documents, question)
+                self.memory.store(episode.task, episode.cluster, episode.documents, question, step)
 
 
 def _known(job: Job, known: dict[tuple[int, int], Episode]) -> Episode | None:
