@@ -103,7 +103,7 @@ class SelfPlay:
     """L: remembered questions of a (task, cluster); 0 switches the curriculum off."""
     memory_questions: int = Field(default=20_000, gt=0)
     """Questions remembered over all clusters and tasks, about 1 KB each in memory and in every checkpoint. Raise it
-    where a corpus has more pairs of cluster and task than a third of it, or they are forgotten before they come again."""
+    where a corpus has more pairs of cluster and task than a third of it: they are forgotten before they come again."""
     memory_steps: int = Field(default=2_000, gt=0)
     """Steps after which a (task, cluster) that was not asked about again is forgotten."""
     memory_range: tuple[Share, Share] = (0.01, 1.0)

@@ -111,6 +111,11 @@ REFUSED: dict[str, tuple[Kind, Change, str]] = {
     "mixed layers": ("moe", configured(mlp_only_layers=[0]), "mix dense and expert layers"),
     "dynamic": ("qwen3", rope(rope_type="dynamic", factor=2.0), "'dynamic' is not supported"),
     "factor in words": ("qwen3", rope(rope_type="yarn", factor="4.0"), "factor is '4.0', expected a number"),
+    "no original length": (
+        "qwen3",
+        rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=None),
+        "original_max_position_embeddings is None",
+    ),
     "unknown rope key": ("qwen3", rope(rope_type="yarn", factor=4.0, attn_factor=0.8), "attn_factor"),
     "two ropes": (
         "qwen3",

@@ -25,7 +25,7 @@ from spell_megatron.cli import app
 from spell_megatron.config import load_config
 from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.session import MismatchError, open_session
+from spell_megatron.session import BadStepError, MismatchError, Session, open_session
 from spell_megatron.train import resume, train
 from spell_megatron.types import Group, SpellError, TrainBatch
 
@@ -172,6 +172,32 @@ def test_groups_on_which_engine_and_learner_differ_are_left_out_of_the_update(ru
     assert update.loss == pytest.approx(-sum(weights) / len(weights), abs=1e-6)
     assert read_metrics(run)[-1]["mismatch/dropped"] == 1
     assert (run.checkpoints / "step-00000").is_dir()  # saved before it stopped
+
+
+def test_bad_numbers_stop_the_run_and_resume_goes_on(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(self: Session, step: int) -> TrainBatch:
+        first, second, *rest = play(self, step).groups
+        last = second.samples[-1]
+        wrong = replace(last, logprobs=[*last.logprobs[:-1], float("nan")])
+        return TrainBatch((first, replace(second, samples=(*second.samples[:-1], wrong)), *rest))
+
+    quick = ("heldout.questions=0", "heldout.benchmarks=[]", "record.keep_last=1")
+    run = Path(train(load_config("toy", small(runs, "name=bad", "steps=1", *quick))).run_dir)
+    saved = RunFolder(run).checkpoints / "step-00001"
+    play = Session.play
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "play", poisoned)
+        with pytest.raises(
+            BadStepError, match=r"step 2: log-probs of the engine are not finite in group 1 \(\w+, "
+        ):
+            resume(run, ["steps=2"])
+    with pytest.raises(BadStepError, match=r"step 2: after the update weights are .*last checkpoint"):
+        resume(run, ["steps=2", "policy.optimizer.lr=1e30"])
+    assert saved.is_dir()
+    assert [row["step"] for row in read_metrics(RunFolder(run))] == [0, 1]
+    resume(run, ["steps=2", f"policy.optimizer.lr={load_config('toy').policy.optimizer.lr}"])
+    assert [row["step"] for row in read_metrics(RunFolder(run))] == [0, 1, 2]
+    assert read_metrics(RunFolder(run))[-1]["policy/grad_norm"] > 0
 
 
 def test_real_text_that_nobody_wrote_for_this(runs: Path, tmp_path: Path) -> None:

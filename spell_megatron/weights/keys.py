@@ -114,6 +114,7 @@ _ROPE = frozenset(
         ),
     )
 )
+_CHOSEN = frozenset(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"))
 ROPE = ("default", "linear", "yarn", "llama3")
 """RoPE types whose angles depend on the position alone, not on the length of the sequence it stands in."""
 
@@ -175,7 +176,9 @@ def check_rope(config: Mapping[str, Any], where: Path) -> None:
             continue
         if key not in _ROPE:
             raise SpellError(f"{where}: {key}={value!r} of the RoPE scaling is not known; remove it")
-        if key not in ("rope_type", "type", "truncate") and value is not None:
+        if key in _CHOSEN and value is None:  # the same as not given
+            continue
+        if key not in ("rope_type", "type", "truncate"):
             number(given, key, where, float)
 
 
