@@ -53,6 +53,8 @@ class Source:
     """Name of the domain in metrics; the path's last part where empty."""
     tasks: tuple[Task, ...] = ("doc_general_qa", "docmath_qa", "doc_mc")
     """Tasks that make sense on these documents."""
+    clusters: int | None = Field(default=None, gt=0)
+    """At most so many clusters, drawn by the run's seed: memory acts where they come again. All where not given."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the clusters drawn from this source, relative to the others."""
     group_by: Literal["given", "similarity", "random"] = "given"
@@ -106,6 +108,10 @@ class SelfPlay:
     where a corpus has more pairs of cluster and task than a third of it: they are forgotten before they come again."""
     memory_steps: int = Field(default=2_000, gt=0)
     """Steps after which a (task, cluster) that was not asked about again is forgotten."""
+    memory_form: Literal["release", "paper"] = "release"
+    """What is remembered of a question. `release`, as the authors' code: all documents that its questioner read, so
+    that the context only grows. `paper`, as Algorithm 1: the fresh ones alone, of questions with 0 < mean reward < 1;
+    the context then holds (memory + 1) x documents at most, and the ring really forgets."""
     memory_range: tuple[Share, Share] = (0.01, 1.0)
     """A question is remembered iff its mean responder reward lies in this range."""
     grounding: bool = True
@@ -220,6 +226,9 @@ class Optimizer:
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, gt=0)
+    max_growth: float = Field(default=2.0, gt=1)
+    """Times the norm of a rank's weights may grow in one update, which is a wreck beyond that and never saved; training
+    changes it by thousandths."""
     distributed: bool = False
     """Shard optimizer state over data-parallel ranks."""
     overlap: bool = False

@@ -7,6 +7,7 @@ run on a thread of their own (`ahead`); everything else is called, and runs, on 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
@@ -41,6 +42,7 @@ from spell_megatron.selfplay.batch import Batch
 from spell_megatron.topology import Topology
 from tokenizer.chat import ChatTokenizer
 
+_log = logging.getLogger(__name__)
 Measurement = Callable[[Engine, ChatTokenizer, Path], Coroutine[Any, Any, dict[str, float]]]
 """Scores of what an engine holds; answers and tables go to the folder."""
 
@@ -82,6 +84,8 @@ class Driver:
         console.phase("reading the corpus")
         clusters = ClusterSampler(settings.corpus, self.codec.count, settings.seed, run.corpus)
         replace_text(run.sources, json.dumps(clusters.facts))
+        self._clusters = clusters
+        _warn_of_rare_visits(settings, clusters)
         console.phase("starting engines")
         self.engine = _engine(settings, run, model, self.codec.eos_ids, found)
         stack.callback(self.engine.close)
@@ -195,6 +199,7 @@ class Driver:
                 "policy/skipped": float(update is None),
                 **staleness(batch.train, step - 1),
                 **learned,
+                **{f"visits/{domain}": times for domain, times in self._clusters.visits.items()},
                 **played.metrics,
                 **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
                 **scores,
@@ -278,6 +283,22 @@ def _engine(
     # Of servers that somebody else started nobody knows which weights they hold, until they are given some.
     version = -1 if rollout.servers.urls else 0
     return Fleet(model, rollout, logs=run.path / "engines", version=version, found=found, **common)
+
+
+def _warn_of_rare_visits(settings: config.Config, clusters: ClusterSampler) -> None:
+    """A curriculum by memory needs pairs of cluster and task that come again (the paper meets each 5 to 8 times)."""
+    visits = clusters.expected_visits(settings.steps * settings.selfplay.round_questions)
+    for domain, times in visits.items():
+        if settings.selfplay.memory and times < 1:
+            _log.warning(
+                "corpus %s: in %d steps each of its %s clusters is met with each task about %.2g times, so the"
+                " history memory will hardly act: cap the source (`clusters` of its corpus.sources entry), or"
+                " raise steps",
+                domain,
+                settings.steps,
+                f"{clusters.domains[domain]:,}",
+                times,
+            )
 
 
 def _token_metrics(before: EngineStats, now: EngineStats) -> dict[str, float]:

@@ -43,13 +43,13 @@ SP = {"sequence": True}
 REPLAY = {"router_replay": True}
 """The routers are told experts drawn at random, there and here."""
 CASES = (
-    Case("single", 1, ("qwen3", "qwen3_tied", "qwen2", "moe"), fast=True),
+    Case("single", 1, ("qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied"), fast=True),
     Case("single recompute", 1, ("qwen3", "moe"), policy={"recompute": "full"}),
     Case("single selective", 1, ("qwen3", "moe"), policy={"recompute": "selective"}),
     Case("tp2", 2, layout={"tensor": 2}),
-    Case("tp2+sp", 2, ("qwen3", "qwen3_tied", "qwen2", "moe"), {"tensor": 2, **SP}, fast=True),
+    Case("tp2+sp", 2, ("qwen3", "qwen3_tied", "qwen2", "moe", "llama"), {"tensor": 2, **SP}, fast=True),
     Case("tp2+sp recompute", 2, ("qwen3", "moe"), {"tensor": 2, **SP}, policy={"recompute": "full"}),
-    Case("pp2", 2, ("qwen3", "qwen3_tied", "moe"), {"pipeline": 2}, fast=True),
+    Case("pp2", 2, ("qwen3", "qwen3_tied", "moe", "llama_tied"), {"pipeline": 2}, fast=True),
     Case(
         "vpp2",
         2,
@@ -58,13 +58,13 @@ CASES = (
         model={"num_hidden_layers": 4},
         fast=True,
     ),
-    Case("cp2", 2, ("qwen3_tied", "qwen2", "moe"), {"context": 2}, fast=True),
+    Case("cp2", 2, ("qwen3_tied", "qwen2", "moe", "llama"), {"context": 2}, fast=True),
     Case("ep2", 2, MOE, {"expert": 2}, fast=True),
     Case("ep1 dp2", 2, MOE, {}),
     Case("dp2", 2, ("qwen3_tied", "moe"), fast=True),
     Case("dp2+distributed", 2, ("qwen3_tied", "moe"), optimizer={"distributed": True}, fast=True),
     Case("dp2+overlap", 2, ("qwen3_tied", "moe"), optimizer={"distributed": True, "overlap": True}),
-    Case("kv heads < tp", 2, ("qwen3", "qwen2"), {"tensor": 2}, model={"num_key_value_heads": 1}),
+    Case("kv heads < tp", 2, ("qwen3", "qwen2", "llama"), {"tensor": 2}, model={"num_key_value_heads": 1}),
     Case("kv heads < tp+sp", 4, ("qwen3", "qwen2", "moe"), {"tensor": 4, **SP}),
     Case("cp4", 4, ("qwen3_tied", "qwen2"), {"context": 4}),
     Case("tp2·pp2", 4, ("qwen3_tied", "qwen2"), {"tensor": 2, "pipeline": 2}),
@@ -154,7 +154,9 @@ def _run_case(case: Case) -> list[Result]:
             cpu_products._WORTH_IT, cpu_products._GRAIN = for_small if shared else (1, 16)
             # An eps of the gradients' size keeps Adam's first step from being a mere sign, and a large rate
             # keeps the rounding of the weights out of the difference.
-            optimizer = Optimizer(lr=100.0, eps=1.0, weight_decay=0.0, clip_grad=1e9, **case.optimizer)
+            # A step that is large beside the weights: their difference has all its digits.
+            large = {"lr": 100.0, "max_growth": 1e9}
+            optimizer = Optimizer(**large, eps=1.0, weight_decay=0.0, clip_grad=1e9, **case.optimizer)
             policy = Policy(
                 layout=Layout(**case.layout),
                 optimizer=optimizer,
@@ -240,13 +242,14 @@ def _bfloat16_exact(policy: Any, folder: Path, world: Any) -> bool:
     from safetensors.torch import load_file
 
     from spell_megatron.policy.model import build_chunks
+    from spell_megatron.weights.contents import read_contents
     from spell_megatron.weights.convert import load_weights, stream_weights
     from spell_megatron.weights.files import ModelFolder
     from spell_megatron.weights.shape import model_shape
 
     shape = model_shape(folder)
     chunks = build_chunks(replace(policy, dtype="bfloat16"), shape, folder)
-    load_weights(chunks, shape, ModelFolder(folder))
+    load_weights(chunks, shape, ModelFolder(read_contents(folder)))
     original = {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
     return all(torch.equal(original[n], t) for n, t in stream_weights(chunks, shape))
 

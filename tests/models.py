@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import (
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -22,7 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-Kind = Literal["qwen3", "qwen3_tied", "qwen2", "moe"]
+Kind = Literal["qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _SHAPE: dict[str, Any] = {
@@ -53,7 +55,9 @@ def make_config(kind: Kind, **overrides: Any) -> PreTrainedConfig:
     if kind == "qwen2":  # has no head_dim of its own: hidden_size / num_attention_heads
         shape = {**_SHAPE, "hidden_size": 128, "tie_word_embeddings": False, **overrides}
         return Qwen2Config(**shape)
-    shape = {**_SHAPE, "head_dim": 32, "tie_word_embeddings": kind == "qwen3_tied"}
+    shape = {**_SHAPE, "head_dim": 32, "tie_word_embeddings": kind.endswith("_tied")}
+    if kind.startswith("llama"):
+        return LlamaConfig(**{**shape, **overrides})
     if kind == "moe":
         return Qwen3MoeConfig(**{**shape, **_EXPERTS, **overrides})
     return Qwen3Config(**{**shape, **overrides})
@@ -68,6 +72,8 @@ def build_model(kind: Kind, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         "qwen3_tied": Qwen3ForCausalLM,
         "qwen2": Qwen2ForCausalLM,
         "moe": Qwen3MoeForCausalLM,
+        "llama": LlamaForCausalLM,
+        "llama_tied": LlamaForCausalLM,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -460,6 +460,30 @@ def test_an_epoch_brings_every_cluster_with_every_task_once(two_sources: Corpus)
     assert draws[:14] != draws[14:28]
 
 
+def test_a_source_that_is_capped_comes_again_and_again(tmp_path: Path) -> None:
+    """The paper's proportions, a tenth of its size: 215 sets of documents a task, 48 draws a step, 70 steps."""
+    for name, tasks in (("finance", 1), ("web", 2)):
+        rows = [{"text": prose(1000 * tasks + i, 30), "cluster": i} for i in range(900)]
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    common = {"path": str(tmp_path / "finance.jsonl"), "tasks": ("docmath_qa",)}
+    web = {"path": str(tmp_path / "web.jsonl"), "tasks": ("doc_general_qa", "doc_mc"), "weight": 2.0}
+
+    def sampler(seed: int, **cap: int) -> ClusterSampler:
+        sources = (Source(**common, **cap), Source(**web, **cap))  # type: ignore[arg-type]
+        limits = {"cluster_tokens": 40, "max_documents": 1}
+        return ClusterSampler(Corpus(sources=sources, **limits), words, seed)  # type: ignore[arg-type]
+
+    capped = sampler(0, clusters=215)
+    met = Counter((cluster.id, task) for cluster, task in capped.draw(70 * 48))
+    assert len(met) == 3 * 215
+    assert set(met.values()) == {5, 6}, "the paper: 5 to 8 times"
+    assert capped.domains == {"finance": 215, "web": 215}
+    assert capped.visits == pytest.approx(capped.expected_visits(70 * 48), abs=0.01)
+    assert all(5 < times < 6 for times in capped.visits.values())
+    assert set(met) != set(Counter((c.id, t) for c, t in sampler(1, clusters=215).draw(645))), "by the seed"
+    assert max(Counter((c.id, t) for c, t in sampler(0).draw(1000)).values()) == 1
+
+
 def test_sources_take_turns_by_weight_and_tasks_are_balanced(two_sources: Corpus) -> None:
     drawn = ClusterSampler(two_sources, words, 0).draw(40)
     assert Counter(cluster.domain for cluster, _ in drawn) == {"news": 30, "reports": 10}

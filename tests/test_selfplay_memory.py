@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.selfplay.curriculum import choose_documents, choose_key
+from spell_megatron.selfplay.curriculum import choose_documents, choose_key, remembered_documents
 from spell_megatron.selfplay.memory import Memory, Remembered
 from spell_megatron.selfplay.seeds import random_of, seed_of
 from spell_megatron.types import Question, SpellError
@@ -98,6 +99,28 @@ def test_the_context_grows_with_every_remembered_question_up_to_the_cluster():
         history.append(Remembered(chosen, question(str(number))))
         sizes.append(len(chosen))
     assert sizes == [3, 6, 9, 12, 12]
+
+
+@pytest.mark.parametrize(
+    ("form", "kept", "sizes"),
+    [
+        ("release", [2, 4, 6, 8, 10], [2, 4, 6, 8, 10]),  # each entry holds all before it
+        ("paper", [2, 2, 2, 2, 2], [2, 4, 6, 8, 8]),  # at most (L + 1) m = 4 x 2
+    ],
+)
+def test_what_is_remembered_makes_the_context_grow_for_good_or_as_far_as_the_ring(
+    form: Any, kept: list[int], sizes: list[int]
+):
+    """By hand: a cluster of 40 documents, m = 2 fresh ones, L = 3."""
+    memory, contexts, entries = Memory(3), [], []
+    for number in range(5):
+        history = memory.recall("docmath_qa", "c")
+        read = choose_documents(40, history, 2, random.Random(number))
+        entry = remembered_documents(read, history, form)
+        memory.store("docmath_qa", "c", entry, question(str(number)))
+        contexts.append(len(read))
+        entries.append(len(entry))
+    assert (entries, contexts) == (kept, sizes)
 
 
 @settings(max_examples=200, deadline=None)

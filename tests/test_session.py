@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from spell_megatron.config import load_config
+from spell_megatron.corpus import ClusterSampler
+from spell_megatron.driver import _warn_of_rare_visits
 from spell_megatron.placement import Phase
 from spell_megatron.rollout.engine import EngineError, WeightsWanted
 from spell_megatron.session import Session
@@ -72,3 +75,12 @@ def test_any_other_fault_of_the_engines_ends_the_play(monkeypatch: pytest.Monkey
     with pytest.raises(SpellError, match="all engines are lost"):
         story.session.play(5)
     assert story.told == [Phase.GENERATE, ("play", 5), "saved"]
+
+
+@pytest.mark.parametrize(("clusters", "warned"), [(60, False), (5000, True)])
+def test_a_run_that_meets_its_clusters_less_than_once_says_so(
+    caplog: pytest.LogCaptureFixture, clusters: int, warned: bool
+) -> None:
+    config = load_config("toy", [f"corpus.toy_clusters={clusters}"])
+    _warn_of_rare_visits(config, ClusterSampler(config.corpus, len, 0))
+    assert ("history memory will hardly act" in caplog.text) == warned

@@ -17,6 +17,10 @@ from spell_megatron.types import Cluster, SpellError
 logger = logging.getLogger(__name__)
 
 
+_NOT_READ = {"weight": 0, "tasks": (), "clusters": None}
+"""Keys of a source that change what is drawn of it, and not what is read."""
+
+
 class Clusters(Protocol):
     """A source's clusters, by number, and what is known of them."""
 
@@ -40,8 +44,13 @@ class _Stream:
     credit: float = 0.0
 
     @property
+    def size(self) -> int:
+        """Clusters that are drawn: all, or as many as the source is capped at."""
+        return min(len(self.clusters), self.source.clusters or len(self.clusters))
+
+    @property
     def epoch_length(self) -> int:
-        return len(self.clusters) * len(self.source.tasks)
+        return self.size * len(self.source.tasks)
 
 
 class ClusterSampler:
@@ -75,8 +84,17 @@ class ClusterSampler:
 
     @property
     def domains(self) -> dict[str, int]:
-        """Number of clusters of each domain."""
-        return {stream.domain: len(stream.clusters) for stream in self._streams}
+        """Number of clusters of each domain that are drawn."""
+        return {stream.domain: stream.size for stream in self._streams}
+
+    @property
+    def visits(self) -> dict[str, float]:
+        """How often each pair of a cluster and a task was drawn so far, by domain."""
+        return {stream.domain: stream.drawn / stream.epoch_length for stream in self._streams}
+
+    def expected_visits(self, draws: int) -> dict[str, float]:
+        """The same after so many draws in all."""
+        return {stream.domain: draws * stream.share / stream.epoch_length for stream in self._streams}
 
     @property
     def facts(self) -> dict[str, dict[str, Any]]:
@@ -118,7 +136,7 @@ class ClusterSampler:
         if source.path == "toy":
             return _ToyWorld(self._seed, self._corpus.toy_clusters, domain)
         limits = (self._corpus.cluster_tokens, self._corpus.max_documents)
-        values = json.dumps([dataclasses.asdict(source) | {"weight": 0, "tasks": ()}, *limits])
+        values = json.dumps([dataclasses.asdict(source) | _NOT_READ, *limits])
         path = self._folder / f"{domain}-{blake2b(values.encode(), digest_size=4).hexdigest()}.sqlite"
         if not path.exists():
             build(path, source, budget=limits[0], max_documents=limits[1], count=self._count)
@@ -133,7 +151,9 @@ class ClusterSampler:
         stream.drawn += 1
         turn, which = divmod(position, len(stream.source.tasks))
         task = stream.source.tasks[which]
-        number = permuted(turn, len(stream.clusters), f"{self._seed}/{stream.domain}/{epoch}/{task}")
+        number = permuted(turn, stream.size, f"{self._seed}/{stream.domain}/{epoch}/{task}")
+        if stream.size < len(stream.clusters):
+            number = permuted(number, len(stream.clusters), f"{self._seed}/{stream.domain}/chosen")
         return self._fit(stream.clusters[number]), task
 
     def _fit(self, cluster: Cluster) -> Cluster:

@@ -31,7 +31,6 @@ from spell_megatron.policy.model import FP8_TOKENS, SpanModel, build_chunks
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.replay import Choices, Replay, replayed
 from spell_megatron.policy.soundness import (
-    GROWTH,
     UnsoundError,
     first_unsound,
     norms,
@@ -206,7 +205,8 @@ class Learner:
     def _check_weights(self, before: Tensor) -> None:
         """Raise UnsoundError on every rank where the update wrecked the weights of any; `before` is their norm."""
         now = self._weight_norm()
-        if not self._everywhere((now <= GROWTH * before) & now.isfinite()):
+        most = self.policy.optimizer.max_growth
+        if not self._everywhere((now <= most * before) & now.isfinite()):
             fault = self._first("after the update weights are", first_unsound(self.named_parameters()))
             fault.touched = True
             raise fault

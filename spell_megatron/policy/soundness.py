@@ -18,9 +18,6 @@ from spell_megatron.types import SpellError, TrainBatch
 
 PerSample: TypeAlias = Sequence[Sequence[np.ndarray]]
 
-GROWTH = 2.0
-"""Times the norm of a rank's weights may grow in one update. Training changes it by thousandths."""
-
 
 class UnsoundError(SpellError):
     """An update that must not be made, or should not have been. Raised on every rank."""

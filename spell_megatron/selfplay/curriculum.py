@@ -1,14 +1,17 @@
 """What a questioner reads, and where a correct choice has to stand.
 
-With a history the questioner reads every document that a remembered question was asked about, and `m`
-fresh ones: the context, and with it the reach of the questions, grows with each success up to the
-whole cluster, until the ring of the memory forgets the oldest.
+With a history the questioner reads every document that a remembered question brings, and `m` fresh ones. What a
+question brings is one of two things. In the authors' code it is all that its questioner read: the newest one then
+holds the documents of all before it, and the context grows with each success up to the whole cluster. In the paper
+(Algorithm 1) it is the fresh documents alone: the ring forgets the oldest, and there are at most (L + 1) m. With the
+20 documents of a 16K cluster and m = 5 the two hardly differ; with the 100 of a 100K cluster they do.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.parsing import LETTERS
@@ -25,6 +28,16 @@ def choose_documents(
     known = {index for entry in history for index in entry.documents if 0 <= index < available}
     others = [index for index in range(available) if index not in known]
     return tuple(sorted(known.union(random.sample(others, min(fresh, len(others))))))
+
+
+def remembered_documents(
+    read: Sequence[int], history: Sequence[Remembered], form: Literal["release", "paper"]
+) -> tuple[int, ...]:
+    """What the memory keeps of the documents that a questioner with this history has read."""
+    if form == "release":
+        return tuple(read)
+    known = {index for entry in history for index in entry.documents}
+    return tuple(index for index in read if index not in known)
 
 
 def choose_key(random: random.Random) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from spell_megatron import config
 from spell_megatron.selfplay.batch import Batch, compose
+from spell_megatron.selfplay.curriculum import remembered_documents
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.leftovers import Leftover, Tally, cancel
 from spell_megatron.selfplay.memory import Memory
@@ -242,11 +243,17 @@ class SelfPlay:
 
     def _remember(self, step: int, episodes: Iterable[Episode]) -> None:
         """Store the questions that were answered with some reward, in their own order."""
-        low, high = self._settings.memory_range
         for episode in episodes:
             question, answered = episode.question, episode.asked and episode.responses
-            if question and answered and low <= episode.mean_reward <= high:
-                self.memory.store(episode.task, episode.cluster, episode.documents, question, step)
+            if question and answered and self._memorable(episode.mean_reward):
+                documents = remembered_documents(
+                    episode.documents, episode.history, self._settings.memory_form
+                )
+                self.memory.store(episode.task, episode.cluster, documents, question, step)
+
+    def _memorable(self, reward: float) -> bool:
+        low, high = self._settings.memory_range
+        return low <= reward <= high and (self._settings.memory_form == "release" or 0 < reward < 1)
 
 
 def _known(job: Job, known: dict[tuple[int, int], Episode]) -> Episode | None:

@@ -30,6 +30,7 @@ FAMILIES = {
     "qwen2": Family("Qwen2.5", qkv_bias=True),
     "qwen3": Family("Qwen3", qk_norm=True, head_dim=128),
     "qwen3_moe": Family("Qwen3-MoE", qk_norm=True, experts=True),
+    "llama": Family("Llama"),
 }
 
 READ = frozenset(
