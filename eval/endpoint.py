@@ -20,6 +20,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from eval.benchmark import Completion
+from spell_megatron.rollout.address import Address
 from spell_megatron.types import SpellError
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -79,14 +80,16 @@ class Endpoint:
 
     def __init__(
         self,
-        url: str,
+        url: str | Address,
         *,
         model: str = "",
         api_key: str = "",
         limits: Limits | None = None,
         identity: Sequence[str] = (),
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        plain = str(url).rstrip("/").removesuffix("/v1")
+        address = url if isinstance(url, Address) else Address(plain, secret=api_key)
+        self.url = address.url
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise SpellError(f"an endpoint is a URL like http://host:8000, found {url!r}")
         self.model = model
@@ -99,12 +102,10 @@ class Endpoint:
         """Ask for special tokens in the text, because the tags of thought are among them."""
         self._limits = limits or Limits()
         self._turn = 0.0
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
+        self._client = address.async_client(
             timeout=httpx.Timeout(self._limits.timeout, connect=min(30.0, self._limits.timeout)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            trust_env=urlsplit(self.url).hostname not in _LOOPBACK,
+            trust_env=not address.socket and urlsplit(self.url).hostname not in _LOOPBACK,
         )
 
     async def __aenter__(self) -> Endpoint:

@@ -110,8 +110,8 @@ def evaluate(
     for folder in folders:
         home = out / _safe(str(folder))
         say(console, f"starting a vLLM server for {folder} (log: {home / 'server.log'})")
-        with serve(folder, serving or work.serving(folder), home / "vllm", log=home / "server.log") as url:
-            source = Endpoint(url, model=SERVED_NAME, limits=limits, identity=_fingerprint(folder))
+        with serve(folder, serving or work.serving(folder), home / "vllm", log=home / "server.log") as served:
+            source = Endpoint(served, model=SERVED_NAME, limits=limits, identity=_fingerprint(folder))
             reports.append(asyncio.run(work.report(source, tokenizer or folder, str(folder))))
     if len(reports) == 1:
         return Evaluation(reports, None)

@@ -14,14 +14,16 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
+from launchers.job import SECRET
 from spell_megatron.config import Config, Servers, load_config
 from spell_megatron.preemption import attempt
 from spell_megatron.record.folder import RunFolder
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.address import read_secret
 from spell_megatron.rollout.server import Launch, Server
 from spell_megatron.weights.locate import model_folder
 
@@ -37,13 +39,14 @@ class _Kept:
 
     launch: Launch
     port: int
+    secret: str = field(repr=False)
     server: Server
     started: float
     failed_starts: int = 0
 
     @classmethod
-    def start(cls, launch: Launch, port: int) -> _Kept:
-        return cls(launch, port, Server.start(launch, port), time.monotonic())
+    def start(cls, launch: Launch, port: int, secret: str) -> _Kept:
+        return cls(launch, port, secret, Server.start(launch, port, secret), time.monotonic())
 
     def mend(self) -> bool:
         """Start an ended server again; False where it ends at once, time after time."""
@@ -55,7 +58,7 @@ class _Kept:
         self.failed_starts = self.failed_starts + 1 if quick else 0
         if self.failed_starts > self.launch.settings.servers.max_restarts:
             return False
-        self.server, self.started = Server.start(self.launch, self.port), time.monotonic()
+        self.server, self.started = Server.start(self.launch, self.port, self.secret), time.monotonic()
         return True
 
 
@@ -94,10 +97,11 @@ def serve(run: Path, first_port: int, count: int) -> int:
     signal.signal(signal.SIGTERM, _end)
     kept: list[_Kept] = []
     try:
+        secret = read_secret(run / SECRET)
         settings = load_config(str(RunFolder.open(run).config))
         _wait_for_room(run, settings)
         for slot, launch in enumerate(launches(run, settings, count)):
-            kept.append(_Kept.start(launch, first_port + slot))
+            kept.append(_Kept.start(launch, first_port + slot, secret))
         while all(server.mend() for server in kept):
             time.sleep(_POLL_SECONDS)
         return 1

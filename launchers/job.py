@@ -14,9 +14,12 @@ from launchers.machines import Machines, recorded
 from launchers.profile import Profile
 from spell_megatron.config import Config, dump_config
 from spell_megatron.record.folder import RunFolder, private
+from spell_megatron.rollout.address import write_secret
 
 TRAINER = ("-m", "spell_megatron.cli", "resume")
 ENGINES = ("-m", "launchers.engines")
+SECRET = "engines.secret"
+"""A file in the run folder with what every request to the job's servers must carry."""
 REQUEUED = "requeued-"
 """Begins the name of an empty file in `logs`, one for each attempt that sent itself back to the queue."""
 
@@ -39,6 +42,10 @@ class Job:
         return self.run / "logs"
 
     @property
+    def secret(self) -> Path:
+        return self.run / SECRET
+
+    @property
     def sbatch(self) -> Path:
         return self.run / "job.sbatch"
 
@@ -55,6 +62,7 @@ def prepare(config: Config, profile: Profile, on: Machines) -> Job:
         folder.save_config(dump_config(config))
         job = Job(folder.path, profile, on, tuple(read_by(config)), TRAINER, ENGINES)
         job.logs.mkdir()
+        write_secret(job.secret)
     return job
 
 

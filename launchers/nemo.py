@@ -28,6 +28,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
 
 from launchers import script
 from launchers.job import Job
+from spell_megatron.record.folder import private
 
 _TASK = "train"
 _WATCH_SECONDS = 5  # between two looks at the steps of a job that has several
@@ -65,7 +66,12 @@ def refusals(job_folder: Path) -> list[str]:
 
 
 def write(job: Job) -> str:
-    """Write `job.sbatch`, and return its text."""
+    """Write `job.sbatch`, and return its text. It may hold secrets (`cluster.env`): no other user can read it."""
+    with private(group_readable=False):
+        return _write(job)
+
+
+def _write(job: Job) -> str:
     home = get_nemorun_home()
     work = job.run / "launch"
     set_nemorun_home(str(work))

@@ -12,8 +12,8 @@ from launchers.job import REQUEUED, Job
 from spell_megatron.preemption import REQUEUE
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that kernels take short-lived ports from
-ENGINE_PORT = 8100
-"""Of the first vLLM server on an engine node; the next ones follow."""
+_FIRST_ENGINE_PORT, _ENGINE_PORTS, _PORTS_A_JOB = 30_000, 2_752, 16
+"""The job's servers listen on ports that follow each other, as many jobs' as fit below the kernel's range."""
 
 _FAILED = "failed-"
 """Begins the name of a file in `logs` with the exit code of the rank that failed first. srun would return the highest:
@@ -69,7 +69,7 @@ _ENGINES = Template(
 # The vLLM servers that are not the trainer's own.
 engines=
 for node in "$${nodes[@]:$first:$count}"; do
-    for slot in $slots; do engines="$$engines,\\"http://$$node:$$(($port + slot))\\""; done
+    for slot in $slots; do engines="$$engines,\\"http://$$node:$$((ENGINE_PORT + slot))\\""; done
 done
 export ENGINES="[$${engines#,}]\""""
 )
@@ -90,6 +90,7 @@ def setup_lines(job: Job) -> str:
             crash=_CRASH,
         ),
         f'export MASTER_ADDR="$head_node" MASTER_PORT=$(({_FIRST_PORT} + ({attempt}) % {_PORTS}))',
+        f"export ENGINE_PORT=$(({_FIRST_ENGINE_PORT} + ({attempt}) * {_PORTS_A_JOB} % {_ENGINE_PORTS}))",
         *exports(profile.env),
         *profile.setup,
     ]
@@ -98,7 +99,7 @@ def setup_lines(job: Job) -> str:
     if serving := job.machines.serving:
         slots = " ".join(map(str, range(job.machines.servers)))
         where = {"first": serving.start, "count": len(serving)}
-        lines.append(_ENGINES.substitute(where, slots=slots, port=ENGINE_PORT))
+        lines.append(_ENGINES.substitute(where, slots=slots))
     return "\n".join(lines)
 
 
@@ -109,13 +110,14 @@ def rank_command(job: Job) -> str:
         words.append("rollout.servers.count=0")
     if job.machines.serving:
         words += ['"rollout.servers.host=$MASTER_ADDR"', '"rollout.servers.urls=$ENGINES"']
+        words.append(shlex.quote(f"rollout.servers.secret_file={job.secret}"))
     return _RANK.substitute(command=" ".join(words), failed=shlex.quote(str(job.logs / _FAILED)))
 
 
 def engine_command(job: Job) -> str:
     """What srun starts once on each engine node."""
-    words = (*job.engines, str(job.run), str(ENGINE_PORT), str(job.machines.servers))
-    return f"exec {_python(job)} {shlex.join(words)}"
+    words = shlex.join((*job.engines, str(job.run)))
+    return f'exec {_python(job)} {words} "$ENGINE_PORT" {job.machines.servers}'
 
 
 def exports(env: Mapping[str, str]) -> list[str]:

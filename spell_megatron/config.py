@@ -158,6 +158,8 @@ class Servers:
     where that cannot be: with several ranks, or `selfplay.max_staleness` above 0."""
     urls: tuple[str, ...] = ()
     """Servers that somebody else started, besides."""
+    secret_file: str = ""
+    """A file with the secret that the servers of `urls` ask for, readable by its user alone."""
     tensor: int = Field(default=1, gt=0)
     """Tensor-parallel size of each started server."""
     host: str = "127.0.0.1"

@@ -115,7 +115,9 @@ def compare(folder: Path, tokens: int) -> Parity:
 @torch.no_grad()
 def _hf_logprobs(folder: Path, batch: TrainBatch, dtype: str) -> np.ndarray:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), trust_remote_code=False
+    ).to(device)
     parts = []
     for group in batch.groups:
         reply = torch.tensor(list(group.samples[0].tokens), device=device)

@@ -1,7 +1,7 @@
 """A proxy between a client and an HTTP server that lets some requests fail.
 
 One connection carries one request (the proxy asks the server to close it), so that bytes can be passed on
-unread. `strikes` is asked for every request, with its path, what shall become of it.
+unread. `strikes` is asked for every request, with its server and path, what shall become of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from spell_megatron.rollout.address import Address
+
 Fault = Literal["", "error", "reset", "half"]
 """Pass it on; answer 500; reset the connection; let the server work, and reset before its answer is out."""
 
@@ -28,16 +30,16 @@ class Proxies:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="proxies", daemon=True).start()
 
-    def front(self, url: str) -> str:
-        """The URL of a new proxy for the server at `url`."""
+    def front(self, address: Address) -> Address:
+        """The address of a new proxy for the server at `address`."""
 
         async def start() -> int:
             server = await asyncio.start_server(
-                lambda reader, writer: self._serve(url, reader, writer), "127.0.0.1", 0, backlog=512
+                lambda reader, writer: self._serve(address, reader, writer), "127.0.0.1", 0, backlog=512
             )
             return int(server.sockets[0].getsockname()[1])
 
-        return f"http://127.0.0.1:{self._run(start())}"
+        return Address(f"http://127.0.0.1:{self._run(start())}", secret=address.secret)
 
     def close(self) -> None:
         self._run(self._cancel_all())
@@ -52,7 +54,9 @@ class Proxies:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self, url: str, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, address: Address, client: asyncio.StreamReader, answer: asyncio.StreamWriter
+    ) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             head = await client.readuntil(b"\r\n\r\n")
             line, *fields = head.decode().split("\r\n")
@@ -60,13 +64,13 @@ class Proxies:
                 (int(f.split(":")[1]) for f in fields if f.lower().startswith("content-length:")), 0
             )
             body = await client.readexactly(length)
-            fault = self._strikes(url, line.split()[1])
+            fault = self._strikes(str(address), line.split()[1])
             if fault == "error":
                 answer.write(b"HTTP/1.1 500 Broken\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
             elif fault != "reset":
                 kept = [f for f in fields if f and not f.lower().startswith("connection:")]
                 request = "\r\n".join([line, *kept, "connection: close", "", ""]).encode() + body
-                await _exchange(url, request, client, answer, cut=10 if fault == "half" else None)
+                await _exchange(address, request, client, answer, cut=10 if fault == "half" else None)
             if fault in ("reset", "half"):
                 _reset(answer)
         with contextlib.suppress(OSError):
@@ -74,11 +78,18 @@ class Proxies:
 
 
 async def _exchange(
-    url: str, request: bytes, client: asyncio.StreamReader, answer: asyncio.StreamWriter, cut: int | None
+    address: Address,
+    request: bytes,
+    client: asyncio.StreamReader,
+    answer: asyncio.StreamWriter,
+    cut: int | None,
 ) -> None:
     """Pass a request on and its answer back, the first `cut` bytes of it or all, until either end closes."""
-    address = urlsplit(url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    where = urlsplit(address.url)
+    if address.socket:
+        reader, writer = await asyncio.open_unix_connection(address.socket)
+    else:
+        reader, writer = await asyncio.open_connection(where.hostname, where.port)
     try:
         writer.write(request)
         passing = asyncio.create_task(_pass_on(reader, answer, cut))

@@ -93,8 +93,8 @@ def run(chaos: Chaos, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
         def behind_a_proxy(launch: Launch) -> Server:
             server = start(launch)
-            chaos.servers[server.url] = server
-            server.url = network.front(server.url)
+            chaos.servers[str(server.address)] = server
+            server.address = network.front(server.address)
             return server
 
         patch.setattr(Server, "start", behind_a_proxy)

@@ -168,7 +168,7 @@ def test_every_flag_is_there(
     for recipe in RECIPES.glob("*.yaml"):
         rollout = load_config(recipe.stem).rollout
         launch = Launch(tmp_path, rollout, tmp_path, tmp_path / "log", "ipc", sleeps=True, devices=(0,))
-        words = launch.command(8000)
+        words = launch.command({"port": 8000})
         flags = {word[2:].replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
         assert not flags - known, recipe.stem
         if chosen is backend.CUDA:
@@ -180,7 +180,7 @@ def test_every_flag_is_there(
 def test_who_never_sleeps_is_not_made_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(backend, "current", lambda: backend.CUDA)
     launch = Launch(tmp_path, Rollout(), tmp_path, tmp_path / "log", "nccl")
-    assert "--enable-sleep-mode" not in launch.command(8000)
+    assert "--enable-sleep-mode" not in launch.command({"port": 8000})
 
 
 def test_arguments_of_the_users_own_arrive_under_vllms_names(tmp_path: Path) -> None:
@@ -189,12 +189,12 @@ def test_arguments_of_the_users_own_arrive_under_vllms_names(tmp_path: Path) -> 
     ]
     rollout = load_config("toy", [*keys, "rollout.engine_environment={VLLM_HOST_IP: 10.0.0.7}"]).rollout
     launch = Launch(tmp_path, rollout, tmp_path, tmp_path / "log")
-    words = launch.command(8000)
+    words = launch.command({"port": 8000})
     assert "--enable-expert-parallel" in words and "--no-async-scheduling" in words
     assert words[words.index("--kv-transfer-config") + 1] == '{"a": 1}'
     flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
     assert {"enable_expert_parallel", "kv_transfer_config"} <= flags & fields("AsyncEngineArgs")
-    assert launch.environment(str(tmp_path))["VLLM_HOST_IP"] == "10.0.0.7"
+    assert launch.environment(str(tmp_path), "secret")["VLLM_HOST_IP"] == "10.0.0.7"
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_arguments_that_are_set_already_are_refused_by_their_owner(
 def test_variables_that_are_ours_or_not_vllms_are_refused(tmp_path: Path, name: str, said: str) -> None:
     launch = Launch(tmp_path, Rollout(engine_environment={name: "1"}), tmp_path, tmp_path / "log")
     with pytest.raises(ConfigError, match=said):
-        launch.environment(str(tmp_path))
+        launch.environment(str(tmp_path), "secret")
 
 
 def test_a_source_has_all_that_vllm_has_it_implement() -> None:

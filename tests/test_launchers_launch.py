@@ -364,17 +364,16 @@ class TestSbatch:
         assert {"--relative=4", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set(engines)
         assert trainer[trainer.index("--output") + 1] != engines[engines.index("--output") + 1]
         command = engines[engines.index("-c") + 1]
-        assert command.endswith(f"-m launchers.engines {job.run} {script.ENGINE_PORT} 4")
-        found = bash(f"nodes=(a b c d e f)\nhead_node=a\n{self.urls(text)}\necho $ENGINES").stdout
-        assert json.loads(found) == [
-            f"http://{node}:{script.ENGINE_PORT + i}" for node in "ef" for i in range(4)
-        ]
+        assert command.endswith(f'-m launchers.engines {job.run} "$ENGINE_PORT" 4')
+        found = bash(f"nodes=(a b c d e f)\nENGINE_PORT=30016\n{self.urls(text)}\necho $ENGINES").stdout
+        assert json.loads(found) == [f"http://{node}:{30016 + i}" for node in "ef" for i in range(4)]
         overrides = trainer[trainer.index("-c") + 1].partition(str(job.run))[2]
         assert "rollout.servers.urls=$ENGINES" in overrides
         assert "rollout.servers.count=0" in overrides
+        assert f"rollout.servers.secret_file={job.secret}" in overrides
         assert "--overlap" not in engines
         assert (
-            load_config("toy", [f"rollout.servers.urls={found}"]).rollout.servers.urls[0] == "http://e:8100"
+            load_config("toy", [f"rollout.servers.urls={found}"]).rollout.servers.urls[0] == "http://e:30016"
         )
 
     def test_servers_beside_the_trainer_share_its_nodes(self, job: Job) -> None:
@@ -383,10 +382,8 @@ class TestSbatch:
         trainer, engines = (shlex.split(line) for line in text.splitlines() if line.startswith("srun "))
         assert "--nodes=4" in trainer
         assert {"--relative=1", "--nodes=3", "--overlap"} <= set(engines)
-        found = bash(f"nodes=(a b c d)\n{self.urls(text)}\necho $ENGINES").stdout
-        assert json.loads(found) == [
-            f"http://{node}:{script.ENGINE_PORT + i}" for node in "bcd" for i in range(2)
-        ]
+        found = bash(f"nodes=(a b c d)\nENGINE_PORT=30016\n{self.urls(text)}\necho $ENGINES").stdout
+        assert json.loads(found) == [f"http://{node}:{30016 + i}" for node in "bcd" for i in range(2)]
         assert "rollout.servers.count" not in text
 
     def test_a_recipe_of_the_hub_is_printed_without_its_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 from launchers import job as jobs
 from launchers import launch, slurm
 from launchers.launch import JobFailed
+from spell_megatron.rollout.address import read_secret
 from tests import slurm_cluster
 from tests.slurm_cluster import Cluster
 from tests.slurm_trainer import FAILURE
@@ -175,14 +177,15 @@ def test_the_trainer_is_told_where_the_engine_nodes_serve(
     assert launch("toy", [f"runs={tmp_path}", "steps=2", HERE, *nodes], "slurm", "cpu") == 0
     (text,) = attempts(tmp_path)
     assert steps(text) == [1, 2]
-    assert (
-        """told ['rollout.servers.count=0', 'rollout.servers.host=n1', 'rollout.servers.urls=["http://n2:8100"]']"""
-        in text
-    )
+    (told,) = re.findall(r"told (\[.*\])", text)
+    *where, secret = ast.literal_eval(told)
+    assert where[:2] == ["rollout.servers.count=0", "rollout.servers.host=n1"]
+    assert re.fullmatch(r'rollout\.servers\.urls=\["http://n2:3\d{4}"\]', where[2])
+    assert read_secret(Path(secret.removeprefix("rollout.servers.secret_file=")))
     (engines,) = tmp_path.glob("*/logs/engines-*.log")
     (run,) = tmp_path.glob("toy-*")
     if cluster.own_names:
-        assert engines.read_text().startswith(f"n2 ['{run}', '8100', '1']")
+        assert re.match(rf"n2 \['{run}', '3\d{{4}}', '1'\]", engines.read_text())
 
 
 def test_the_toy_recipe_trains_on_two_nodes_through_a_signal_to_the_end(

@@ -47,7 +47,7 @@ def test_the_servers_command_line_asks_for_them(scratch: Path) -> None:
     parser = make_arg_parser(FlexibleArgumentParser())
     for tells in (True, False):
         launch = Launch(scratch, Rollout(), scratch, scratch / "log", tells_experts=tells)
-        parsed = parser.parse_args(launch.command(8000)[3:])
+        parsed = parser.parse_args(launch.command({"port": 8000})[3:])
         assert AsyncEngineArgs.from_cli_args(parsed).enable_return_routed_experts is tells
 
 

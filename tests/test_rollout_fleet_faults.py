@@ -22,6 +22,7 @@ from models import make_model
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.config import Servers
 from spell_megatron.rollout import member as member_module
+from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State
@@ -356,7 +357,7 @@ class Process:
     group = 0
 
     def __init__(self, url: str) -> None:
-        self.url, self.alive = url, True
+        self.address, self.alive = Address(url), True
 
     def running(self) -> bool:
         return self.alive

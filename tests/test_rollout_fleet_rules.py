@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -322,3 +323,26 @@ def test_nothing_outlives_the_guards_parent(end: str) -> None:
     wait_for(0, group)
     parent.kill()
     parent.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("whom", ["guard", "its other half"])
+def test_nothing_outlives_a_guard_that_is_signalled(number: signal.Signals, whom: str) -> None:
+    started = subprocess.Popen(
+        [sys.executable, "-m", guard.__name__, sys.executable, "-c", FAMILY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert started.stdout is not None and started.stdin is not None
+    try:
+        group = int(started.stdout.readline())
+        wait_for(2, group)
+        (half,) = psutil.Process(started.pid).children()
+        os.kill(started.pid if whom == "guard" else half.pid, number)
+        wait_for(0, group)
+        started.wait(20)
+    finally:
+        started.stdin.close()
+        started.kill()
+        started.wait()

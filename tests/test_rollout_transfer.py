@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.server import free_port
 
@@ -225,7 +226,9 @@ def test_no_server_is_taken_back_to_an_older_version(
     monkeypatch.setattr(Labelled, "label", label)
     with HTTPServer(("127.0.0.1", 0), Labelled) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        client = FanOut([Peer("remote-0", f"http://127.0.0.1:{server.server_port}", 1, 0)], 7, SECONDS)
+        client = FanOut(
+            [Peer("remote-0", Address(f"http://127.0.0.1:{server.server_port}"), 1, 0)], 7, SECONDS
+        )
         refusal = (
             pytest.raises(EngineError, match=r"remote-0 .* holds version 8, and 7")
             if backwards

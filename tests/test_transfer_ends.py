@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spell_megatron.config import Servers
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.server import free_port
 from spell_megatron.rollout.transfer.manifest import Manifest
 
@@ -64,7 +65,7 @@ class Server(ThreadingHTTPServer):
     def peer(self, number: int) -> Any:
         from spell_megatron.rollout.transfer.fanout import Peer
 
-        return Peer(f"engine-{number}", f"http://127.0.0.1:{self.server_port}", 1, 1)
+        return Peer(f"engine-{number}", Address(f"http://127.0.0.1:{self.server_port}"), 1, 1)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -260,7 +261,9 @@ def _ipc_rank(rank: int, port: int, urls: list[int], scratch: str) -> None:
 
     fanout._GRACE_SECONDS = GRACE
     local.STAGED_BYTES = 256  # less than the largest tensor
-    peers = [fanout.Peer(f"engine-{i}", f"http://127.0.0.1:{url}", 1, 1) for i, url in enumerate(urls)]
+    peers = [
+        fanout.Peer(f"engine-{i}", Address(f"http://127.0.0.1:{url}"), 1, 1) for i, url in enumerate(urls)
+    ]
     main = Nearby("ipc", MANIFEST, Servers()) if rank == 0 else None
     other = local.LocalSender("ipc", MANIFEST) if main is None else None
     for version in (1, 2):

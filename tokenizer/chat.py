@@ -102,10 +102,10 @@ def _faithful(folder: Path) -> PreTrainedTokenizerBase:
     The class that `tokenizer_config.json` names can differ from `tokenizer.json`: DeepSeek's files name Llama's, which
     transformers 5 builds anew and which then drops every blank. The file itself is right in that case.
     """
-    hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if _round_trips(hf) or not (folder / "tokenizer.json").is_file():
         return hf
-    plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return plain if _round_trips(plain) else hf
 
 

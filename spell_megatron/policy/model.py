@@ -73,7 +73,7 @@ class SpanModel(GPTModel):
 
 def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanModel]:
     """The pipeline chunks of this rank (one, unless the schedule is interleaved), weights not yet filled."""
-    hf = transformers.AutoConfig.from_pretrained(folder)
+    hf = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     rope = Qwen3RotaryEmbedding(hf)
     config = transformer_config(policy, shape, rope_scaling=rope.attention_scaling)
     chunks = []

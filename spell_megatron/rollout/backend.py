@@ -109,6 +109,8 @@ _OURS = {
     "model": "model.path",
     "served_model_name": "this program",
     "host": "rollout.servers.host",
+    "allowed_origins": "nobody: no browser talks to an engine",
+    "api_key": "this program",
     "port": "this program",
     "uds": "this program",
     "middleware": "this program",
@@ -157,16 +159,18 @@ def common_environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def server_environment(scratch: Path, sockets: str) -> dict[str, str]:
-    """Variables of a vLLM server; `sockets` is a folder with a short path for it alone."""
+def server_environment(scratch: Path, sockets: str, way: str | None) -> dict[str, str]:
+    """Variables of a vLLM server; `sockets` is a folder with a short path for it alone, `way` its weights'."""
     variables = {
         **common_environment(scratch),
         "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
         "VLLM_RPC_BASE_PATH": sockets,
         "TMPDIR": sockets,
-        # Handles of shared GPU memory come pickled; they come from the trainer, over loopback.
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     }
+    if way == "ipc":
+        # Handles of shared GPU memory come pickled. Only who knows the server's secret can send any (`door`), and who
+        # knows it is the server's own user.
+        variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if current() is CPU:
         variables["TORCHDYNAMO_DISABLE"] = "1"  # as in `prepare`
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # servers on one machine would bind the same cores

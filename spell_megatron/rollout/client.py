@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from spell_megatron.rollout import experts
+from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError, versions_of
 from spell_megatron.rollout.server import SERVED_NAME
 from spell_megatron.types import Experts, Rollout, Tokens
@@ -40,10 +41,9 @@ class Completion:
 class Client:
     """An asynchronous client of one server; belongs to the event loop that made it."""
 
-    def __init__(self, url: str, request_seconds: float) -> None:
-        self.url = url
-        self._http = httpx.AsyncClient(
-            base_url=url,
+    def __init__(self, address: Address, request_seconds: float) -> None:
+        self.address = address
+        self._http = address.async_client(
             trust_env=False,
             timeout=httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS),
             # The server drops an idle connection after 5 s: stop using it well before.
@@ -87,7 +87,7 @@ class Client:
         try:
             return _completion(prompt, answer)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise Unavailable(f"{self.url} sent an answer that makes no sense: {error!r}") from None
+            raise Unavailable(f"{self.address} sent an answer that makes no sense: {error!r}") from None
 
     async def version(self, timeout: float) -> str:
         """The label of the weights it holds. The engine's core answers, so this is a sign of life, too."""
@@ -111,15 +111,15 @@ class Client:
             httpx.HTTPError,
             RuntimeError,
         ) as error:  # a client that was closed meanwhile raises the latter
-            raise Unavailable(f"{self.url}{path}: {str(error) or type(error).__name__}") from None
+            raise Unavailable(f"{self.address}{path}: {str(error) or type(error).__name__}") from None
         if response.status_code == httpx.codes.BAD_REQUEST:
-            raise EngineError(f"{self.url}{path} refused: {response.text[:500]}")
+            raise EngineError(f"{self.address}{path} refused: {response.text[:500]}")
         if response.is_error:
-            raise Unavailable(f"{self.url}{path} answered {response.status_code}: {response.text[:500]}")
+            raise Unavailable(f"{self.address}{path} answered {response.status_code}: {response.text[:500]}")
         try:
             answer = response.json() if response.content else {}
         except ValueError:
-            raise Unavailable(f"{self.url}{path} sent something that is not JSON") from None
+            raise Unavailable(f"{self.address}{path} sent something that is not JSON") from None
         return answer if isinstance(answer, dict) else {}
 
 

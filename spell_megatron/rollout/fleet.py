@@ -24,6 +24,7 @@ import torch
 from spell_megatron.config import Config
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.address import Address, read_secret
 from spell_megatron.rollout.client import Aborted, Unavailable
 from spell_megatron.rollout.dispatch import Dispatcher
 from spell_megatron.rollout.engine import (
@@ -99,6 +100,7 @@ class Fleet:
             )
         self._settings = settings
         self._servers = servers
+        self._secret = read_secret(Path(servers.secret_file)) if servers.secret_file else ""
         self._sleeps = (found.colocated and backend.current().sleeps) if sleeps is None else sleeps
         self._stop = list(stop if stop is not None else stop_tokens(folder))
         self._version = self._first_version = version
@@ -237,7 +239,8 @@ class Fleet:
             self._members.append(member)
             await member.start()
         for index, url in enumerate(self._servers.urls):
-            member = Member(f"remote-{index}", Health(self._version), surroundings, url=url.rstrip("/"))
+            address = Address(url.rstrip("/"), secret=self._secret)
+            member = Member(f"remote-{index}", Health(self._version), surroundings, address=address)
             self._members.append(member)
         self._tending = [asyncio.create_task(member.tend()) for member in self._members]
 
@@ -451,5 +454,6 @@ def _peers(members: Iterable[Member]) -> list[Peer]:
     from spell_megatron.rollout.transfer.fanout import Peer
 
     return [
-        Peer(m.name, m.client.url, m.world_size, m.incarnation, asleep=bool(m.health.asleep)) for m in members
+        Peer(m.name, m.client.address, m.world_size, m.incarnation, asleep=bool(m.health.asleep))
+        for m in members
     ]

@@ -3,9 +3,12 @@
     python -m spell_megatron.rollout.guard COMMAND…
 
 A vLLM server is a family of processes; killing one of them leaves the others running. The guard puts the
-family into a process group of its own and ends the whole group when either the server exits or the guard's
-standard input closes, which the kernel does even for a parent that was killed. It prints the group's id, and
-exits when the last of the family has.
+family into a process group of its own and ends the whole group when the server exits, when the guard is told to end
+(TERM, HUP), or when its standard input closes, which the kernel does even for a parent that was killed. It prints the
+group's id, and exits when the last of the family has.
+
+The guard is two processes, each of which ends the family when the other is killed. Where both are at once, the
+kernel kills the server itself.
 """
 
 from __future__ import annotations
@@ -20,28 +23,83 @@ import sys
 import time
 
 GRACE_SECONDS = 5.0
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
+_LIBC = ctypes.CDLL(None)
 
 
 def main(command: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to handle
-    # Orphans of the family become the guard's children: it can wait for them, and bury them.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
+    told, telling = os.pipe()
+    outer = os.getpid()
+    keeper = os.fork()
+    if keeper == 0:
+        os.close(told)
+        os._exit(_keep(command, outer, telling))
+    os.close(telling)
+    _adopt()
+    for number in _ENDS:
+        signal.signal(number, lambda *_: _signal(keeper, signal.SIGTERM))
+    status = os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
+    group = int(os.read(told, 32) or 0)
+    if status < 0 and group:  # it was killed, and could end nobody
+        _end(group)
+    return status if status >= 0 else 128 - status
+
+
+def _keep(command: list[str], outer: int, telling: int) -> int:
+    """Run the command until it ends or is to end; returns its exit code."""
+    reading, waking = os.pipe()
+    os.set_blocking(waking, False)
+    signal.set_wakeup_fd(waking)
+    for number in _ENDS:
+        signal.signal(number, lambda *_: None)  # that it came is in the pipe
+    _adopt()
+    _dies_with(outer, signal.SIGTERM)
+    keeper = os.getpid()
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        start_new_session=True,
+        preexec_fn=lambda: _dies_with(keeper, signal.SIGKILL),  # this process has one thread
+    )
+    os.write(telling, str(child.pid).encode())
     os.write(sys.stdout.fileno(), f"{child.pid}\n".encode())
     with selectors.DefaultSelector() as selector:
-        selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
-        selector.register(os.pidfd_open(child.pid), selectors.EVENT_READ)
+        for descriptor in (sys.stdin.fileno(), reading, os.pidfd_open(child.pid)):
+            selector.register(descriptor, selectors.EVENT_READ)
         selector.select()
     if child.poll() is None:
-        os.killpg(child.pid, signal.SIGTERM)
+        _signal(-child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(GRACE_SECONDS)
-    with contextlib.suppress(ProcessLookupError):  # a stopped process obeys only this
-        os.killpg(child.pid, signal.SIGKILL)
+    _signal(-child.pid, signal.SIGKILL)  # a stopped process obeys only this
     status = child.wait()
     _bury(child.pid)
-    return status
+    return status if status >= 0 else 128 - status
+
+
+def _adopt() -> None:
+    """Orphans of the family become this process's children: it can wait for them, and bury them."""
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _dies_with(parent: int, number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends, or raise it where that was before."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:
+        signal.raise_signal(number)
+
+
+def _end(group: int) -> None:
+    _signal(-group, signal.SIGKILL)
+    _bury(group)
+
+
+def _signal(process: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
 
 
 def _bury(group: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from spell_megatron.config import Servers
+from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.client import Client, Unavailable
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.health import (
@@ -52,20 +53,26 @@ class Surroundings:
 
 
 class Member:
-    """A server of ours (`launch`), or one that somebody else started at `url`.
+    """A server of ours (`launch`), or one that somebody else started at `address`.
 
     Belongs to the event loop that it was made in.
     """
 
     def __init__(
-        self, name: str, health: Health, fleet: Surroundings, *, url: str = "", launch: Launch | None = None
+        self,
+        name: str,
+        health: Health,
+        fleet: Surroundings,
+        *,
+        address: Address | None = None,
+        launch: Launch | None = None,
     ) -> None:
         self.name, self.health, self.launch = name, health, launch
         self.world_size = 1
         self.incarnation = 0
         """Number of the process, of those that had this name."""
         self.server: Server | None = None
-        self.client = Client(url, fleet.servers.request_seconds)
+        self.client = Client(address or Address(""), fleet.servers.request_seconds)
         self._fleet = fleet
         self._changed = asyncio.Event()
 
@@ -102,7 +109,7 @@ class Member:
         if self.launch is not None:
             self.server = await asyncio.to_thread(Server.start, self.launch)
             await self.client.close()
-            self.client = Client(self.server.url, self._fleet.servers.request_seconds)
+            self.client = Client(self.server.address, self._fleet.servers.request_seconds)
 
     async def stop(self) -> None:
         """End the process, if it is ours."""
@@ -123,7 +130,7 @@ class Member:
 
     def fault(self) -> str:
         """What is known about its end."""
-        return self.server.tail() if self.server else f"it answers at {self.client.url}, or should"
+        return self.server.tail() if self.server else f"it answers at {self.client.address}, or should"
 
     async def _restart(self) -> None:
         await self.stop()

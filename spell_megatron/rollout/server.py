@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +19,14 @@ import httpx
 
 import spell_megatron
 from spell_megatron.config import Rollout
-from spell_megatron.rollout import backend, guard
+from spell_megatron.rollout import backend, door, guard, private_folder
+from spell_megatron.rollout.address import Address, new_secret
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.topology import visible
 
 SERVED_NAME = "policy"
-_LOG_LINES = 15
+_LOG_LINES, _LOG_BYTES = 15, 64 << 10
+"""Of the end of a log, in a message."""
 # What torchrun tells its workers would make a server take itself for one of them.
 _TORCHRUN = (
     "RANK",
@@ -61,7 +62,8 @@ class Launch:
     tells_experts: bool = False
     """Whether completions come with the experts that made them."""
 
-    def command(self, port: int) -> list[str]:
+    def command(self, where: Mapping[str, Any]) -> list[str]:
+        """`where` it listens, in vLLM's arguments."""
         servers = self.settings.servers
         arguments: dict[str, Any] = {
             **backend.engine_arguments(
@@ -69,8 +71,10 @@ class Launch:
             ),
             "model": str(self.model),
             "served_model_name": SERVED_NAME,
-            "host": servers.host,
-            "port": port,
+            **where,
+            "middleware": f"{door.__name__}.{door.Door.__name__}",
+            "allowed_origins": [],  # of browsers
+            "disable_uvicorn_access_log": True,  # a line a request would fill disks
             "tensor_parallel_size": servers.tensor,
             "skip_tokenizer_init": not self.tokenizer,
             "enable_scale_out": True,  # the endpoint that takes and gives tokens
@@ -82,18 +86,19 @@ class Launch:
         module = "vllm.entrypoints.openai.api_server"  # the `vllm` script needs the distribution of that name
         return [sys.executable, "-m", module, *_flags(arguments)]
 
-    def environment(self, sockets: str) -> dict[str, str]:
+    def environment(self, sockets: str, secret: str) -> dict[str, str]:
         inherited = {
             name: value
             for name, value in os.environ.items()
             if name not in _TORCHRUN and not name.startswith(("TORCHELASTIC_", "VLLM_"))
         }
         package = str(Path(spell_megatron.__file__).parent.parent)
-        ours = backend.server_environment(self.scratch, sockets)
+        ours = backend.server_environment(self.scratch, sockets, self.transfer)
         variables = {
             **inherited,
             **backend.passed_variables(self.settings, ours),
             **ours,
+            door.VARIABLE: secret,
             "PYTHONPATH": os.pathsep.join(filter(None, [package, inherited.get("PYTHONPATH")])),
         }
         if self.devices:
@@ -107,32 +112,40 @@ class Launch:
 class Server:
     """A server that was started. It ends with `stop`, and with this process, whichever comes first."""
 
-    url: str
+    address: Address
     group: int
     """Process group of the server and all its workers."""
     log: Path
     _guard: subprocess.Popen[bytes] = field(repr=False)
-    _sockets: str = field(repr=False)
+    _sockets: Path = field(repr=False)
 
     @classmethod
-    def start(cls, launch: Launch, port: int = 0) -> Server:
-        """Start it on a port, or on any free one."""
+    def start(cls, launch: Launch, port: int = 0, secret: str = "") -> Server:
+        """Start it on a Unix socket, or on a port of `servers.host` for clients elsewhere. Without a `secret` it gets
+        one of its own."""
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         launch.scratch.mkdir(parents=True, exist_ok=True)
-        port = port or free_port(launch.settings.servers.host)
-        sockets = tempfile.mkdtemp(prefix="spell-")  # a socket's path must be short
-        with launch.log.open("ab") as log:
+        secret = secret or new_secret()
+        with private_folder.make() as (sockets, lock), launch.log.open("ab") as log:
+            if port:
+                host = launch.settings.servers.host
+                where: dict[str, Any] = {"host": host, "port": port}
+                address = Address(f"http://{host}:{port}", secret=secret)
+            else:
+                where = {"uds": str(sockets / "http")}
+                address = Address("http://engine", where["uds"], secret)
             process = subprocess.Popen(
-                [sys.executable, "-m", guard.__name__, *launch.command(port)],
+                [sys.executable, "-m", guard.__name__, *launch.command(where)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=launch.environment(sockets),
+                env=launch.environment(str(sockets), secret),
                 start_new_session=True,
+                pass_fds=(lock,),  # the guard's, for as long as it lives
             )
         assert process.stdout is not None
         group = int(process.stdout.readline() or 0)
-        return cls(f"http://{launch.settings.servers.host}:{port}", group, launch.log, process, sockets)
+        return cls(address, group, launch.log, process, sockets)
 
     def running(self) -> bool:
         return self._guard.poll() is None
@@ -147,20 +160,22 @@ class Server:
 
     def tail(self) -> str:
         """The end of the log, for an error message."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+            lines = log.read(_LOG_BYTES).decode("utf-8", "replace").strip().splitlines()
         return f"the end of {self.log}:\n" + "\n".join(lines[-_LOG_LINES:])
 
 
 @contextmanager
-def serve(model: Path, settings: Rollout, scratch: Path, *, log: Path) -> Iterator[str]:
-    """A server with its own tokenizer, for as long as the block runs; yields its URL once it answers.
+def serve(model: Path, settings: Rollout, scratch: Path, *, log: Path) -> Iterator[Address]:
+    """A server with its own tokenizer, for as long as the block runs; yields its address once it answers.
 
     Raises EngineError where it ends, or stays silent for `settings.servers.start_seconds`.
     """
     server = Server.start(Launch(model, settings, scratch, log, tokenizer=True))
     deadline = time.monotonic() + settings.servers.start_seconds
     try:
-        with httpx.Client(base_url=server.url, trust_env=False, timeout=5.0) as client:
+        with server.address.client(trust_env=False, timeout=5.0) as client:
             while not _answers(client):
                 if not server.running():
                     raise EngineError(f"the vLLM server ended before it answered; {server.tail()}")
@@ -168,7 +183,7 @@ def serve(model: Path, settings: Rollout, scratch: Path, *, log: Path) -> Iterat
                     seconds = settings.servers.start_seconds
                     raise EngineError(f"the vLLM server was not ready in {seconds:.0f} s; {server.tail()}")
                 time.sleep(0.5)
-        yield server.url
+        yield server.address
     finally:
         server.stop()
 

@@ -19,6 +19,7 @@ import httpx
 from vllm.distributed.weight_transfer.base import WeightTransferUpdatePayload
 from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
 
+from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError
 
 _GRACE_SECONDS = 10.0
@@ -30,7 +31,7 @@ class Peer:
     """An engine server that takes part. A restarted server is another peer."""
 
     name: str
-    url: str
+    address: Address
     world_size: int
     incarnation: int
     asleep: bool = field(default=False, compare=False)
@@ -62,9 +63,7 @@ class FanOut:
         self._apart = apart
         self._deadline = time.monotonic() + timeout + _GRACE_SECONDS
         once = httpx.Limits(max_keepalive_connections=0)  # after an error a server closes the connection
-        self._clients = {
-            peer: httpx.Client(base_url=peer.url, trust_env=False, limits=once) for peer in peers
-        }
+        self._clients = {peer: peer.address.client(trust_env=False, limits=once) for peer in peers}
         self._pool = ThreadPoolExecutor(2 * len(peers) + 1)  # an update that hangs can still be called off
         ends = accumulate((peer.world_size for peer in peers), initial=0)
         self._ranks = {
@@ -114,7 +113,7 @@ class FanOut:
             held = self._held(peer)
             if held.isdecimal() and int(held) > int(self._version):
                 raise EngineError(
-                    f"{peer.name} ({peer.url}) holds version {held}, and {self._version} would take it back:"
+                    f"{peer.name} ({peer.address}) holds version {held}, and {self._version} would take it back:"
                     " another trainer feeds it. Give every run servers of its own"
                 )
 

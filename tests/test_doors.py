@@ -1,0 +1,211 @@
+"""Nobody without the secret is answered by an engine server, and no other user reaches it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from models import make_model
+
+from spell_megatron.config import Rollout, Servers
+from spell_megatron.rollout import door, private_folder
+from spell_megatron.rollout.address import Address, read_secret, write_secret
+from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.server import Launch, Server, free_port
+
+UNLISTED = (
+    "/openapi.json",
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/redoc",
+    "/metrics",
+    "/health",
+    "/nowhere",
+    "/",
+)
+
+
+def through(scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a door sends; an application behind it says 'inside'."""
+    monkeypatch.setenv(door.VARIABLE, "the secret")
+    sent: list[dict[str, Any]] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "inside"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the request of a stranger was read")
+
+    asyncio.run(door.Door(application)(scope, receive, send))
+    return sent
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [(b"authorization", b"")],
+        [(b"authorization", b"Bearer ")],
+        [(b"authorization", b"the secret")],
+        [(b"authorization", b"Bearer the secre")],
+        [(b"authorization", b"Bearer the secret ")],
+        [(b"authorization", b"Bearer \xff\xfe")],
+        [(b"authorization", b"Bearer no"), (b"authorization", b"Bearer the secret")],
+        [(b"x-api-key", b"the secret")],
+    ],
+)
+def test_the_door_is_shut_to_strangers(
+    headers: list[tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = through({"type": "http", "headers": headers}, monkeypatch)
+    assert sent[0]["status"] == 401
+
+
+@pytest.mark.unit
+def test_the_door_opens_to_the_secret_and_to_nothing_but_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [(b"authorization", b"Bearer the secret")]
+    assert through({"type": "http", "headers": known}, monkeypatch) == [{"type": "inside"}]
+    assert through({"type": "websocket", "headers": known}, monkeypatch)[0]["type"] == "websocket.close"
+    with pytest.raises(ValueError, match="not served"):
+        through({"type": "unheard of", "headers": known}, monkeypatch)
+    monkeypatch.delenv(door.VARIABLE)
+    with pytest.raises(ValueError, match="open to everybody"):
+        door.Door(lambda *_: None)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.unit
+def test_a_secret_is_its_users_alone(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    write_secret(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert len(read_secret(file)) >= 32
+    with pytest.raises(FileExistsError):
+        write_secret(file)
+    assert read_secret(file) not in repr(Address("http://a", secret=read_secret(file)))
+    file.chmod(0o640)
+    with pytest.raises(EngineError, match="by others"):
+        read_secret(file)
+    file.chmod(0o600)
+    for text in ("", "short", "two lines of it\nare not one secret", "ü" * 40):
+        file.write_text(text)
+        with pytest.raises(EngineError, match="secret"):
+            read_secret(file)
+
+
+@pytest.mark.unit
+def test_folders_of_killed_servers_are_swept_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_folder.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "spell-notes").mkdir()
+    (tmp_path / "spell-notes" / "thesis").write_text("mine")
+    holder = subprocess.Popen(["sleep", "60"])
+    try:
+        with private_folder.make() as (dead, _):
+            pass  # nobody inherited it
+        with private_folder.make() as (living, lock):
+            holder.kill()
+            holder.wait()
+            holder = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+        assert stat.S_IMODE(living.stat().st_mode) == 0o700
+        private_folder.sweep()
+        assert living.exists()
+        assert not dead.exists()
+        assert (tmp_path / "spell-notes" / "thesis").exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    private_folder.sweep()
+    assert not living.exists()
+
+
+@pytest.fixture(scope="module", params=["socket", "port"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    scratch = tmp_path_factory.mktemp("doors")
+    settings = Rollout(
+        dtype="float32", max_model_len=256, max_num_seqs=2, kv_cache_mib=32, servers=Servers(count=1)
+    )
+    launch = Launch(
+        make_model("qwen3", scratch / "model"), settings, scratch / "vllm", scratch / "log", "gloo", threads=1
+    )
+    port = 0 if request.param == "socket" else free_port("127.0.0.1")
+    started = Server.start(launch, port)
+    try:
+        with started.address.client(timeout=5.0) as client:
+            while started.running() and not _healthy(client):
+                pass
+        assert started.running(), started.tail()
+        yield started
+    finally:
+        started.stop()
+
+
+def _healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").is_success
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.engine
+def test_no_route_answers_without_the_secret(server: Server) -> None:
+    with server.address.client(timeout=30.0) as client:
+        listed = client.get("/openapi.json").json()["paths"]
+        assert client.get("/weight_info").json()["weight_version"]
+        assert {"/collective_rpc", "/update_weights", "/inference/v1/generate"} <= set(listed)
+    routes = [(method.upper(), path) for path, methods in listed.items() for method in methods]
+    routes += [(method, path) for path in UNLISTED for method in ("GET", "POST", "OPTIONS")]
+    for secret in ("", "0" * 64):
+        stranger = Address(server.address.url, server.address.socket, secret)
+        with stranger.client(timeout=30.0) as client:
+            for method, path in routes:
+                answer = client.request(method, re.sub(r"{\w+}", "x", path))
+                assert (answer.status_code, answer.content) == (401, b""), (method, path)
+    assert server.running()
+
+
+@pytest.mark.engine
+def test_the_secret_is_on_no_command_line_and_in_no_log(server: Server) -> None:
+    secret = server.address.secret.encode()
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert secret not in process.read_bytes()
+        except OSError:
+            continue
+    log = server.log.read_bytes()
+    assert secret not in log
+    assert b"GET /weight_info" not in log  # no line a request
+
+
+@pytest.mark.engine
+def test_another_user_reaches_neither_socket_nor_secret(server: Server) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    if not server.address.socket:
+        pytest.skip("a port is there for all: its secret guards it")
+    reach = (
+        "import os, socket, sys\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "def denied(what):\n"
+        "    try: what()\n"
+        "    except PermissionError: return True\n"
+        "s = socket.socket(socket.AF_UNIX)\n"
+        "print(denied(lambda: s.connect(sys.argv[1])), denied(lambda: os.listdir(os.path.dirname(sys.argv[1]))),"
+        " denied(lambda: open(f'/proc/{sys.argv[2]}/environ').read()))"
+    )
+    command = [sys.executable, "-c", reach, server.address.socket, str(server.group)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
