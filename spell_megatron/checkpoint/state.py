@@ -47,6 +47,8 @@ def load_learner(learner: Learner, checkpoint: Checkpoint) -> None:
         chunk.load_state_dict(state[_chunk_key(learner, index)], strict=False)
     if not fresh:
         learner.optimizer.load_state_dict(state["optimizer"])
+        for group in learner.optimizer.param_groups:  # they are restored with the rates of the checkpoint
+            group["max_lr"], group["min_lr"] = learner.schedule.max_lr, learner.schedule.min_lr
     learner.schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])
 

@@ -61,5 +61,7 @@ def build_optimizer(
         end_wd=optimizer.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run's own rate, not that of its checkpoint
     )
     return megatron, schedule
