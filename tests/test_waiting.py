@@ -54,7 +54,7 @@ def test_a_rank_that_has_failed_is_not_waited_for() -> None:
 
 @contextmanager
 def two_ranks(seconds: float) -> Iterator[list[subprocess.Popen[str]]]:
-    """Both have met once when the block begins."""
+    """Rank 0 is at work when the block begins, and rank 1 about to wait for it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,6 +91,7 @@ def test_a_play_may_take_ten_times_as_long_as_a_collective() -> None:
 @pytest.mark.distributed
 def test_a_rank_0_that_is_killed_or_stopped_ends_the_others_within_a_minute() -> None:
     with two_ranks(600) as killed, two_ranks(600) as stopped:
+        time.sleep(3)  # the others have seen what it does
         killed[0].send_signal(signal.SIGKILL)
         stopped[0].send_signal(signal.SIGSTOP)
         began = time.monotonic()

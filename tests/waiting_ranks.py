@@ -26,16 +26,27 @@ def main() -> None:
     world = start_world(Layout(), seed=0, timeout_seconds=TIMEOUT_SECONDS)
     rank_0 = MainRank(world)
     rank_0.work("starts", lambda: None)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    if not world.is_main:
+        _say_ready()
+
+    def play() -> str:
+        _say_ready()
+        time.sleep(float(sys.argv[1]))
+        return "played"
+
     try:
-        word = rank_0.work("plays step 7", lambda: time.sleep(float(sys.argv[1])) or "played")
+        word = rank_0.work("plays step 7", play)
     except SpellError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     total = torch.ones(1)
     dist.all_reduce(total)
     sys.stdout.write(f"{word} {int(total)}\n")
     rank_0.close()
+
+
+def _say_ready() -> None:
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
