@@ -13,7 +13,7 @@ import pytest
 import resync_fleet
 from models import Kind, make_model
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 KINDS: dict[int, tuple[Kind, ...]] = {2: ("qwen3", "qwen3_tied", "moe"), 4: ("moe",)}
 """By the number of ranks."""
