@@ -23,13 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import save_model
-from benchmarks.resync_ranks import measure_servers
+from benchmarks.resync_ranks import measure_servers, units
 from spell_megatron.config import Layout, Policy, Rollout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
@@ -82,16 +81,7 @@ def _engine(learner: Learner, folder: Path, rounds: int, *, packs: bool) -> dict
     backend.prepare(folder / "vllm")
     with _packing(packs):
         engine = InProcessEngine(folder / "model", settings, scratch=folder / "vllm", stop=())
-    source = dict(learner.weights())
-    target = {name: torch.empty_like(tensor) for name, tensor in source.items()}
-
-    def copy() -> None:
-        for name, tensor in source.items():
-            target[name].copy_(tensor)
-
-    def export() -> None:
-        for _ in learner.weights():
-            pass
+    copy, export = units(learner)
 
     def resync() -> None:
         engine.update_weights(learner.weights(), engine.version + 1)

@@ -74,16 +74,7 @@ def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[d
 
 def _seconds(learner: Learner, engine: Engine | Follower, version: int, rounds: int) -> dict[str, float]:
     """Medians over rounds in which each kind of work has its turn; the first one warms up."""
-    source = {name: tensor.clone() for name, tensor in learner.weights()}
-    target = {name: torch.empty_like(tensor) for name, tensor in source.items()}
-
-    def copy() -> None:
-        for name, tensor in source.items():
-            target[name].copy_(tensor)
-
-    def export() -> None:
-        for _ in learner.weights():
-            pass
+    copy, export = units(learner)
 
     def resync() -> None:
         nonlocal version
@@ -100,3 +91,19 @@ def _seconds(learner: Learner, engine: Engine | Follower, version: int, rounds: 
             dist.barrier()
             seconds[work.__name__].append(time.perf_counter() - began)
     return {name: median(times[1:]) for name, times in seconds.items()}
+
+
+def units(learner: Learner) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The two kinds of work a resync is compared with: one plain copy of the bytes, and the export alone."""
+    source = {name: tensor.clone() for name, tensor in learner.weights()}
+    target = {name: torch.empty_like(tensor) for name, tensor in source.items()}
+
+    def copy() -> None:
+        for name, tensor in source.items():
+            target[name].copy_(tensor)
+
+    def export() -> None:
+        for _ in learner.weights():
+            pass
+
+    return copy, export

@@ -91,7 +91,7 @@ class Session:
         if self.driver:
             self._engine = self.driver.engine
         else:
-            self._engine = Follower(model, self._found.transfer, scratch=run.path.parent / ".engine")
+            self._engine = Follower(model, self._found.transfer, scratch=run.engine_cache)
             stack.callback(self._engine.close)
         if self._found.colocated and self.driver:
             self._placement.admit(EngineResidence(self.driver.engine))

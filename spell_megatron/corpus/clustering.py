@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spell_megatron.corpus.reading.text import cut
+
 BLOCK = 4096
 """Documents among which neighbours are sought; similarity does not reach from one block into another."""
 _DIMENSIONS = 256
@@ -32,13 +34,9 @@ def passages(text: str, size: int) -> list[str]:
     start = 0
     while len(text) - start > size:
         aim = -(-(len(text) - start) // -(-(len(text) - start) // size))
-        window = text[start : start + aim]
-        cut = next(
-            (at + len(mark) for mark in ("\n\n", "\n", ". ", " ") if (at := window.rfind(mark)) >= aim // 2),
-            aim,
-        )
-        parts.append(text[start : start + cut].strip())
-        start += cut
+        end = cut(text, start + aim // 2, start + aim, ("\n\n", "\n", ". ", " "))
+        parts.append(text[start:end].strip())
+        start = end
     parts.append(text[start:].strip())
     return [part for part in parts if part]
 

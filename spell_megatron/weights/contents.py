@@ -5,18 +5,16 @@ Every reader of a model begins here: training, conversions, parity, engines, lau
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from spell_megatron.types import SpellError
-from spell_megatron.weights.shape import ModelShape, model_shape
+from spell_megatron.weights.shape import ModelShape, model_shape, read_object
 
 _log = logging.getLogger(__name__)
 
@@ -146,7 +144,7 @@ def _check_index(folder: Path, files: set[str]) -> None:
     path = folder / INDEX
     if not path.exists():
         return
-    named = _json(path).get("weight_map")
+    named = read_object(path).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         raise SpellError(f"{path} has no weight_map of file names; copy the folder again")
     if missing := sorted(set(named.values()) - files):
@@ -187,10 +185,10 @@ def _equal(head: Path, embedding: Path | None) -> bool:
 def _check_tokenizer(folder: Path, shape: ModelShape) -> None:
     """Its ids are rows of the embedding; generation settings, which say where a completion ends, can be read."""
     if (folder / "generation_config.json").is_file():
-        _json(folder / "generation_config.json")
+        read_object(folder / "generation_config.json")
     if not (folder / "tokenizer.json").is_file():
         return
-    tokenizer = _json(folder / "tokenizer.json")
+    tokenizer = read_object(folder / "tokenizer.json")
     model, added = tokenizer.get("model") or {}, tokenizer.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids = [token.get("id") for token in added if isinstance(token, dict)]
@@ -201,13 +199,3 @@ def _check_tokenizer(folder: Path, shape: ModelShape) -> None:
             f"{folder}: the tokenizer has the id {largest}, and the embedding {shape.vocab} rows: they belong to"
             " different models, or tokens were added and the embedding not resized"
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpellError(f"cannot read {path}: {error}; copy the model folder again") from None
-    if not isinstance(value, dict):
-        raise SpellError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value

@@ -33,46 +33,33 @@ FAMILIES = {
     "llama": Family("Llama"),
 }
 
-READ = frozenset(
-    (
-        *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
-        *("num_key_value_heads", "intermediate_size", "tie_word_embeddings", "rms_norm_eps", "rope_theta"),
-        *(
-            "max_position_embeddings",
-            "rope_scaling",
-            "rope_parameters",
-            "dtype",
-            "torch_dtype",
-            "eos_token_id",
-        ),
-    )
-)
+# fmt: off
+READ = frozenset((
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "num_key_value_heads", "intermediate_size", "tie_word_embeddings", "rms_norm_eps", "rope_theta",
+    "max_position_embeddings", "rope_scaling", "rope_parameters", "dtype", "torch_dtype", "eos_token_id",
+))
 READ_OF_EXPERTS = frozenset(
     ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 )
 WHY_HARMLESS = {
     "who made the file, and what it is called": (
-        *("architectures", "transformers_version", "_name_or_path", "name_or_path", "unsloth_version"),
-        *("unsloth_fixed", "id2label", "label2id", "problem_type", "finetuning_task", "tokenizer_class"),
+        "architectures", "transformers_version", "_name_or_path", "name_or_path", "unsloth_version",
+        "unsloth_fixed", "id2label", "label2id", "problem_type", "finetuning_task", "tokenizer_class",
     ),
     "asked of a library, not of the model": (
-        *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"),
-        *(
-            "torchscript",
-            "is_encoder_decoder",
-            "_attn_implementation",
-            "attn_implementation",
-            "pretraining_tp",
-        ),
+        "use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits",
+        "torchscript", "is_encoder_decoder", "_attn_implementation", "attn_implementation", "pretraining_tp",
     ),
     "of training from the beginning: dropout and auxiliary losses are none of ours": (
-        *("initializer_range", "attention_dropout", "hidden_dropout", "router_aux_loss_coef"),
+        "initializer_range", "attention_dropout", "hidden_dropout", "router_aux_loss_coef",
     ),
     "of generation, which a recipe says": (
-        *("bos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length"),
+        "bos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length",
     ),
     "read only with use_sliding_window, which is refused": ("sliding_window", "max_window_layers"),
 }
+# fmt: on
 HARMLESS = frozenset(key for keys in WHY_HARMLESS.values() for key in keys)
 _NEEDED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -94,27 +81,12 @@ REFUSED = {
     "num_nextn_predict_layers": "layers that predict further tokens are not trained",
 }
 """Keys that change the computation, and what to do; harmless where they switch it off."""
-_ROPE = frozenset(
-    (
-        *(
-            "rope_type",
-            "type",
-            "rope_theta",
-            "factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-        ),
-        *(
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-            "low_freq_factor",
-            "high_freq_factor",
-        ),
-    )
-)
+# fmt: off
+_ROPE = frozenset((
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor",
+))
+# fmt: on
 _CHOSEN = frozenset(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"))
 ROPE = ("default", "linear", "yarn", "llama3")
 """RoPE types whose angles depend on the position alone, not on the length of the sequence it stands in."""

@@ -43,18 +43,25 @@ class ModelShape:
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a model folder."""
-    path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(folder / "config.json")
     except FileNotFoundError:
         raise SpellError(
             f"{folder} is not a model folder: it has no config.json; give the folder of a Hugging Face model"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. Raises FileNotFoundError, or SpellError for what cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
         raise SpellError(f"cannot read {path}: {error}; copy the model folder again") from None
-    if not isinstance(config, dict):
-        raise SpellError(f"{path} holds {type(config).__name__}, expected a JSON object")
-    return config
+    if not isinstance(value, dict):
+        raise SpellError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
 
 
 def model_shape(folder: Path) -> ModelShape:

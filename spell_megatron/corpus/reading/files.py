@@ -77,7 +77,7 @@ def _prose(file: BufferedReader, name: str, source: Source, skipped: Skipped) ->
             return skipped.add("binary", name)
         rest += decoder.decode(block)
         while len(rest) > PART:
-            at = cut(rest, 0, PART)
+            at = cut(rest, 1, PART)
             yield Text(f"{name}#part{number}", rest[:at], folder, title)
             rest, number = rest[at:], number + 1
     if decoder is not None:

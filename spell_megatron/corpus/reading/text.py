@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 logger = logging.getLogger(__name__)
@@ -43,15 +43,17 @@ class Text:
             return
         start, number = 0, 1
         while start < len(self.text):
-            end = start + PART if len(self.text) - start <= PART else cut(self.text, start, start + PART)
+            end = start + PART if len(self.text) - start <= PART else cut(self.text, start + 1, start + PART)
             yield replace(self, name=f"{self.name}#part{number}", text=self.text[start:end])
             start, number = end, number + 1
 
 
-def cut(text: str, start: int, end: int) -> int:
-    """Where to cut `text` between `start` and `end`: behind the last paragraph, line or word that is whole."""
-    ends = ((text.rfind(mark, start + 1, end), len(mark)) for mark in _BREAKS)
-    return next((at + size for at, size in ends if at > 0), end)
+def cut(text: str, low: int, end: int, marks: Sequence[str] = _BREAKS) -> int:
+    """Where to cut `text`: behind the last of the first mark that stands between `low` and `end`, else at `end`.
+
+    By default a paragraph, a line or a word is whole.
+    """
+    return next((at + len(mark) for mark in marks if (at := text.rfind(mark, low, end)) >= 0), end)
 
 
 def plain(name: str) -> str:
