@@ -245,17 +245,18 @@ def test_a_recipe_for_four_nodes_of_eight_gpus_is_accepted(
 
 
 @pytest.mark.parametrize(
-    ("override", "remedy"),
+    ("overrides", "remedy"),
     [
-        ("cluster.partition=nowhere", "`partition`"),
-        ("cluster.nodes=5", "lower `nodes`"),
-        ("cluster.gpus_per_node=16", "compare nodes, gpus_per_node"),
-        ('cluster.time="9-00:00:00"', "`time`"),
-        ("cluster.sbatch={constraint: quantum}", "`constraint`"),
-        ("cluster.sbatch={gres: 'tpu:8'}", "gpus_per_node: 0"),
+        (["cluster.partition=nowhere"], "`partition`"),
+        (["cluster.nodes=5"], "lower `nodes`"),
+        (["cluster.gpus_per_node=16"], "lower `cpus_per_rank`"),
+        (["cluster.gpus_per_node=16", "cluster.cpus_per_rank=8"], "compare nodes, gpus_per_node"),
+        (['cluster.time="9-00:00:00"'], "`time`"),
+        (["cluster.sbatch={constraint: quantum}"], "`constraint`"),
+        (["cluster.sbatch={gres: 'tpu:8'}"], "gpus_per_node: 0"),
     ],
 )
-def test_a_refused_header_is_explained(tmp_path: Path, override: str, remedy: str) -> None:
+def test_a_refused_header_is_explained(tmp_path: Path, overrides: list[str], remedy: str) -> None:
     with pytest.raises(Exception, match="SLURM refuses this job") as refusal:
         launch(
             "toy",
@@ -264,7 +265,7 @@ def test_a_refused_header_is_explained(tmp_path: Path, override: str, remedy: st
                 "cluster.partition=h100",
                 "cluster.nodes=4",
                 "cluster.container=''",
-                override,
+                *overrides,
             ],
             "slurm",
             "h100",
