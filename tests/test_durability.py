@@ -1,4 +1,4 @@
-"""Runs that cannot be lost: killed twenty times over, a run comes to the very end of one that was left alone.
+"""Runs that cannot be lost: killed again and again, a run comes to the very end of one that was left alone.
 
 SIGKILL falls at random instants: while the run starts, plays, trains, and while a checkpoint is on its way to
 the disk; now and then the newest checkpoint is damaged besides. What is real here and what is scripted:
@@ -26,17 +26,16 @@ from safetensors.torch import load_file
 
 from spell_megatron.selfplay.seeds import seed_of
 
-KILLS = 20
-STEPS = 24
+KILLS = {"scripted": 20, "real": 8}
+STEPS = {"scripted": 24, "real": 12}
 SMALL = (
-    f"steps={STEPS}",
     "selfplay.questions=3",
     "selfplay.round_questions=12",
     "selfplay.group_size=4",
     "heldout.questions=0",
     "record.checkpoint_every=1",
-    "record.keep_last=3",
-    "record.keep_every=10",
+    f"record.keep_last={(KEEP_LAST := 3)}",
+    f"record.keep_every={(KEEP_EVERY := 10)}",
     "record.mismatch_bound=1000",
     "corpus.toy_clusters=6",
 )
@@ -91,7 +90,8 @@ class Runs:
 def runs_in(folder: Path, engine: str = "scripted") -> Iterator[Runs]:
     folder.mkdir()
     with (folder / "errors.log").open("w") as errors:
-        command = [sys.executable, str(Path(__file__).parent / "durable_run.py"), engine, str(folder), *SMALL]
+        arguments = (engine, str(folder), *SMALL, f"steps={STEPS[engine]}")
+        command = [sys.executable, str(Path(__file__).parent / "durable_run.py"), *arguments]
         program = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
@@ -158,19 +158,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return runs.run
 
 
-def kill_often(killed: Runs) -> Path:
-    """Kill a run `KILLS` times, then let it end. No episode may be lost or made twice; returns the run's folder."""
+def kill_often(killed: Runs, kills: int, steps: int) -> Path:
+    """Kill a run of so many steps, then let it end. No episode may be lost or made twice; returns its folder."""
     draw = random.Random(3)
     half_written = damaged = asked = 0
     finished: Counter[tuple[int, int, int]] = Counter()
-    for number in range(KILLS + 1):
+    for number in range(kills + 1):
         killed.start()
         until(lambda: killed.run, killed)
-        if number < KILLS:
+        if number < kills:
             wait_for_the_instant(number % 4, killed, draw)
             assert killed.alive(), killed.errors
             killed.kill()
-        assert killed.wait() == (-signal.SIGKILL if number < KILLS else 0), killed.errors
+        assert killed.wait() == (-signal.SIGKILL if number < kills else 0), killed.errors
         again = {seed_of(0, *place, "questioner") for place in finished} & set(killed.requests[asked:])
         assert not again, "a finished episode was generated once more"
         assert killed.run
@@ -178,16 +178,17 @@ def kill_often(killed: Runs) -> Path:
         if number % 5 == 4:
             damaged += damage_newest(killed.run, draw)
         finished, asked = journaled(killed.run), len(killed.requests)
-    assert half_written >= 3
-    assert damaged >= 3
+    assert half_written >= kills // 6
+    assert damaged >= kills // 6
     assert (killed.run / "run.log").read_text().count("skipped a checkpoint") >= damaged
     assert set(finished.values()) == {1}
     assert len(killed.requests) > len(set(killed.requests))  # unfinished episodes are asked again
     left = sorted(path.name for path in (killed.run / "checkpoints").iterdir())
     kept = [name for name in left if ".suspect-" not in name]
     assert len(left) - len(kept) == damaged  # renamed, not removed
-    assert kept == [f"step-{step:05d}" for step in (10, 20, 22, 23, 24)]
-    metrics(killed.run)  # a row for every step, without a gap
+    stay = {*range(KEEP_EVERY, steps + 1, KEEP_EVERY), *range(steps + 1 - KEEP_LAST, steps + 1)}
+    assert kept == [f"step-{step:05d}" for step in sorted(stay)]
+    metrics(killed.run, steps)  # a row for every step, without a gap
     return killed.run
 
 
@@ -196,7 +197,7 @@ def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(
     alone: Path, tmp_path: Path
 ) -> None:
     with runs_in(tmp_path / "killed") as killed:
-        run = kill_often(killed)
+        run = kill_often(killed, KILLS["scripted"], STEPS["scripted"])
     assert metrics(run) == metrics(alone)
     ours, theirs = (load_file(folder / "hf/model.safetensors") for folder in (run, alone))
     assert ours.keys() == theirs.keys()
@@ -204,9 +205,9 @@ def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_left_alone(
 
 
 @pytest.mark.engine
-def test_a_run_on_a_real_engine_is_killed_twenty_times(tmp_path: Path) -> None:
+def test_a_run_on_a_real_engine_is_killed_again_and_again(tmp_path: Path) -> None:
     with runs_in(tmp_path / "killed", "real") as killed:
-        kill_often(killed)
+        kill_often(killed, KILLS["real"], STEPS["real"])
 
 
 @pytest.mark.distributed
@@ -231,7 +232,7 @@ def test_a_run_goes_on_in_another_layout(alone: Path, tmp_path: Path) -> None:
     assert (run / "checkpoints/step-00012").is_dir()
 
 
-def metrics(run: Path, steps: int = STEPS) -> list[dict[str, float]]:
+def metrics(run: Path, steps: int = STEPS["scripted"]) -> list[dict[str, float]]:
     """Rows without what depends on the clock or counts what was begun and reused; one a step, without a gap."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(steps + 1))

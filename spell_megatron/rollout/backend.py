@@ -41,14 +41,32 @@ class Backend:
     """Long prompts are computed in several steps (chunked prefill)."""
     sleeps: bool
     """Memory can be given back between rollouts."""
+    server: str
+    """Module that is a server's program: the `vllm` script would need the distribution of that name."""
 
 
 # A CPU build has nothing to capture, and compiling a small model takes longer than running it. vLLM's own
 # block of 128 tokens caches little of a short prompt; 32 is the smallest that its CPU kernels like. Its
 # default KV cache would be most of the machine's memory. After a prompt's unfinished part it rewinds the
 # request's random generator by an offset that CPU generators do not have, and dies.
-CPU = Backend("cpu", eager=True, block_size=32, kv_cache_mib=512, cuts_prompts=False, sleeps=False)
-CUDA = Backend("cuda", eager=False, block_size=None, kv_cache_mib=None, cuts_prompts=True, sleeps=True)
+CPU = Backend(
+    "cpu",
+    eager=True,
+    block_size=32,
+    kv_cache_mib=512,
+    cuts_prompts=False,
+    sleeps=False,
+    server="spell_megatron.rollout.cpu_start",
+)
+CUDA = Backend(
+    "cuda",
+    eager=False,
+    block_size=None,
+    kv_cache_mib=None,
+    cuts_prompts=True,
+    sleeps=True,
+    server="vllm.entrypoints.openai.api_server",
+)
 SLEEP_TAGS = {"weights": "weights", "cache": "kv_cache"}
 """vLLM's names for what an engine takes back when it wakes."""
 

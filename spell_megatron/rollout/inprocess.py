@@ -24,6 +24,7 @@ import torch.distributed
 
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.cpu_start import look_at_models_here
 from spell_megatron.rollout.engine import (
     EngineError,
     EngineStats,
@@ -109,6 +110,7 @@ class InProcessEngine:
 
             from spell_megatron.rollout.transfer import inproc
 
+            look_at_models_here()
             inproc.register()
             llm = LLMEngine.from_engine_args(
                 EngineArgs(

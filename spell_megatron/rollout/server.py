@@ -83,8 +83,7 @@ class Launch:
         if self.transfer is not None:
             arguments["weight_transfer_config"] = json.dumps({"backend": self.transfer})
             arguments["worker_extension_cls"] = "spell_megatron.rollout.transfer.extension.Extension"
-        module = "vllm.entrypoints.openai.api_server"  # the `vllm` script needs the distribution of that name
-        return [sys.executable, "-m", module, *_flags(arguments)]
+        return [sys.executable, "-m", backend.current().server, *_flags(arguments)]
 
     def environment(self, sockets: str, secret: str) -> dict[str, str]:
         inherited = {
