@@ -2,7 +2,8 @@
 
 A part of `benchmarks.resync`. Every rank writes the model's bytes once into memory that is there already, both at the
 same time: that is the unit. Export gathers the weights on both ranks and drops them. A resync is all that `train` waits
-for: export, transfer, and what is said to the servers around it.
+for: export, transfer, and what is said to the servers around it. Besides the time, the bytes that a rank writes in a
+resync are counted, in the same unit; an engine writes them once more, into its own weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import run_ranks
 from spell_megatron.config import Layout, Policy, Rollout, Servers
@@ -62,9 +65,11 @@ def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[d
                     else Follower(model, transfer, scratch=vllm)
                 )
             learner = Learner(Policy(dtype="float32", layout=layout), model, world)
-            seconds = _seconds(learner, engine, version * (rounds + 1), rounds)
+            seconds, written = _measured(learner, engine, version * (rounds + 2), rounds)
             copies = {f"{work} / copy": seconds[work] / seconds["copy"] for work in ("export", "resync")}
-            rows.append({"transfer": transfer, "layout": name, **seconds, **copies})
+            rows.append(
+                {"transfer": transfer, "layout": name, **seconds, **copies, "copies written": written}
+            )
     finally:
         if engine is not None:
             engine.close()
@@ -72,8 +77,11 @@ def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[d
     return rows
 
 
-def _seconds(learner: Learner, engine: Engine | Follower, version: int, rounds: int) -> dict[str, float]:
-    """Medians over rounds in which each kind of work has its turn; the first one warms up."""
+def _measured(
+    learner: Learner, engine: Engine | Follower, version: int, rounds: int
+) -> tuple[dict[str, float], float]:
+    """Medians over rounds in which each kind of work has its turn (the first one warms up), and what the rank that
+    writes most in one more resync writes, in copies of the model."""
     copy, export = units(learner)
 
     def resync() -> None:
@@ -90,7 +98,26 @@ def _seconds(learner: Learner, engine: Engine | Follower, version: int, rounds: 
             work()
             dist.barrier()
             seconds[work.__name__].append(time.perf_counter() - began)
-    return {name: median(times[1:]) for name, times in seconds.items()}
+    with _Written() as written:
+        resync()
+    size = sum(tensor.nbytes for _, tensor in learner.weights())
+    everyones: list[Any] = [None] * RANKS
+    dist.all_gather_object(everyones, written.bytes / size)
+    return {name: median(times[1:]) for name, times in seconds.items()}, max(everyones)
+
+
+class _Written(TorchDispatchMode):
+    """Counts the bytes of all results that are no views of what was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not (func.is_view or func.overloadpacket.__name__.startswith(("empty", "new_empty", "detach"))):
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
 
 
 def units(learner: Learner) -> tuple[Callable[[], None], Callable[[], None]]:

@@ -107,32 +107,30 @@ def _read(folder: ModelFolder, names: Sequence[str], weight: Weight, shape: Mode
 
 def _gather(tensor: Tensor, weight: Weight, shape: ModelShape) -> list[tuple[str, Tensor]]:
     """The full Hugging Face tensors of a parameter (of one expert of every EP rank, for experts)."""
-    size, _ = _tp(weight)
     group = _tp_group(weight)
-    parts = [tensor] if size == 1 or weight.cut is Cut.NONE else _all_gather(tensor, group)
     match weight.cut:
-        case Cut.GATED:
-            fulls = [_join(halves) for halves in zip(*(part.chunk(2) for part in parts), strict=True)]
-        case Cut.QKV:
-            fulls = _split_qkv(_join(parts), shape)
+        case Cut.NONE:
+            fulls = [tensor]
+        case Cut.ROWS:
+            fulls = [_all_gather(tensor, group)]
         case Cut.COLUMNS:
-            fulls = [_join(parts, 1)]
-        case _:
-            fulls = [_join(parts)]
+            fulls = [_join(_all_gather(tensor, group).chunk(dist.get_world_size(group)), 1)]
+        case Cut.GATED:
+            fulls = [_all_gather(half, group) for half in tensor.chunk(2)]
+        case Cut.QKV:
+            fulls = _split_qkv(_all_gather(tensor, group), shape)
     if weight.expert is None:
         return list(zip(weight.hf_names, fulls, strict=True))
     experts = mpu.get_expert_model_parallel_group()
-    named: list[tuple[str, Tensor]] = []
-    for name, full in zip(weight.hf_names, fulls, strict=True):
-        copies = [full] if dist.get_world_size(experts) == 1 else _all_gather(full, experts)
-        named += [
-            (name.format(expert=_global_expert(weight, shape, rank)), copy)
-            for rank, copy in enumerate(copies)
-        ]
-    return named
+    copies = [_all_gather(full, experts).chunk(dist.get_world_size(experts)) for full in fulls]
+    return [
+        (name.format(expert=_global_expert(weight, shape, rank)), copy)
+        for name, everyones in zip(weight.hf_names, copies, strict=True)
+        for rank, copy in enumerate(everyones)
+    ]
 
 
-def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
@@ -167,10 +165,11 @@ def _tp(weight: Weight) -> tuple[int, int]:
     return dist.get_world_size(group), dist.get_rank(group)
 
 
-def _all_gather(tensor: Tensor, group: Any) -> list[Tensor]:
-    parts = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for _ in range(dist.get_world_size(group))
-    ]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return parts
+def _all_gather(tensor: Tensor, group: Any) -> Tensor:
+    """The rows of all ranks, `[rows * size, …]`; the tensor itself where there is one rank."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return tensor
+    full = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(full, tensor.contiguous(), group=group)
+    return full

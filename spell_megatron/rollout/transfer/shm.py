@@ -32,7 +32,7 @@ from spell_megatron.rollout.transfer.manifest import buckets, described
 from spell_megatron.rollout.transfer.receiver import Receiver
 
 NAME = "shm"
-_BUCKET_BYTES = 64 << 20
+_BUCKET_BYTES = 256 << 20
 _ALIGNMENT = 64
 Bucket: TypeAlias = "list[tuple[str, torch.Tensor]]"
 
