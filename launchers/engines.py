@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from launchers.job import SECRET
 from spell_megatron.config import Config, Servers, load_config
 from spell_megatron.preemption import attempt
 from spell_megatron.record.folder import RunFolder
@@ -97,7 +96,7 @@ def serve(run: Path, first_port: int, count: int) -> int:
     signal.signal(signal.SIGTERM, _end)
     kept: list[_Kept] = []
     try:
-        secret = read_secret(run / SECRET)
+        secret = read_secret(RunFolder(run).secret)
         settings = load_config(str(RunFolder.open(run).config))
         _wait_for_room(run, settings)
         for slot, launch in enumerate(launches(run, settings, count)):

@@ -11,6 +11,7 @@ runs/<name>-<time>/
     corpus/                prepared clusters (corpus.store)
     corpus.json            what its sources held, and what of them was left out
     report.html  run.log
+    engines.secret         of a launched run: what its ranks and servers know each other by
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class RunFolder:
         self.sources = path / "corpus.json"
         self.report = path / "report.html"
         self.log = path / "run.log"
+        self.secret = path / "engines.secret"
 
     @classmethod
     def create(cls, runs: str | Path, name: str) -> RunFolder:

@@ -166,6 +166,7 @@ def server_environment(scratch: Path, sockets: str, way: str | None) -> dict[str
         "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
         "VLLM_RPC_BASE_PATH": sockets,
         "TMPDIR": sockets,
+        "GLOO_SOCKET_IFNAME": "lo",  # a server's workers are all on its machine
     }
     if way == "ipc":
         # Handles of shared GPU memory come pickled. Only who knows the server's secret can send any (`door`), and who
