@@ -277,6 +277,20 @@ def launch(
 Option = typer.Option
 
 
+def _key(variable: str) -> Any:
+    """An option for a key that is taken from the environment alone."""
+
+    def check(context: typer.Context, parameter: typer.CallbackParam, value: str) -> str:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"a key on a command line can be read by everybody on this machine: export {variable}=… instead"
+            )
+        return value
+
+    return Option(envvar=variable, show_envvar=False, hidden=True, callback=check)
+
+
 @app.command(name="eval")
 @guarded
 def evaluate(
@@ -284,9 +298,11 @@ def evaluate(
         list[str] | None, typer.Argument(help="Names; all twelve where none is given.")
     ] = None,
     model: Annotated[list[Path] | None, Option(help="A model folder; several are compared.")] = None,
-    endpoint: Annotated[str, Option(help="An OpenAI-compatible server instead of a folder.")] = "",
+    endpoint: Annotated[
+        str, Option(help="An OpenAI-compatible server instead of a folder; its key in $SPELL_API_KEY.")
+    ] = "",
     endpoint_model: Annotated[str, Option(help="The endpoint's name of the model.")] = "",
-    api_key: Annotated[str, Option(envvar="SPELL_API_KEY", help="Of the endpoint.")] = "",
+    api_key: Annotated[str, _key("SPELL_API_KEY")] = "",
     tokenizer: Annotated[str, Option(help="Tokenizer folder of the endpoint's model.")] = "",
     data: Annotated[Path | None, Option(help="Folder of the data sets, for offline machines.")] = None,
     out: Annotated[Path, Option(help="Answers and reports; resumed where it exists.")] = Path("eval-runs"),
@@ -299,9 +315,9 @@ def evaluate(
     thinking: Annotated[bool, Option(help="The model reasons before it answers.")] = False,
     limit: Annotated[int | None, Option(help="Only the first questions of each benchmark.")] = None,
     concurrency: Annotated[int, Option(help="Requests in flight.")] = 64,
-    judge: Annotated[str, Option(help="An OpenAI-compatible judge's URL.")] = "",
+    judge: Annotated[str, Option(help="An OpenAI-compatible judge's URL; its key in $SPELL_JUDGE_KEY.")] = "",
     judge_model: str = "",
-    judge_key: Annotated[str, Option(envvar="SPELL_JUDGE_KEY", help="Of the judge.")] = "",
+    judge_key: Annotated[str, _key("SPELL_JUDGE_KEY")] = "",
     list_: Annotated[bool, Option("--list", help="Name the benchmarks.")] = False,
     json: Json = False,
     debug: Debug = False,

@@ -193,7 +193,9 @@ def _greet(store: dist.Store, rank: int, size: int, key: bytes, where: str) -> N
         given = bytes(store.get(f"greeting/{other}"))
         nonce, proof = given[:_NONCE_BYTES], given[_NONCE_BYTES:]
         if not hmac.compare_digest(proof, seal(key, b"rank", str(other).encode(), nonce)):
-            raise RendezvousError(f"somebody who does not know the secret of this run came as rank {other} to {where}")
+            raise RendezvousError(
+                f"somebody who does not know the secret of this run came as rank {other} to {where}"
+            )
         answers[f"answer/{other}"] = seal(key, b"rank 0", nonce)
     for name, answer in answers.items():
         store.set(name, answer)  # type: ignore[arg-type]

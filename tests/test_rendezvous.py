@@ -64,7 +64,10 @@ def test_a_store_listens_on_one_address(store: dist.TCPStore, port: int) -> None
 
 
 def test_a_port_that_another_job_has_is_said_to_be() -> None:
-    with listening(LOOPBACK) as taken, pytest.raises(RendezvousError, match=r"cannot listen.*in use.*another job"):
+    with (
+        listening(LOOPBACK) as taken,
+        pytest.raises(RendezvousError, match=r"cannot listen.*in use.*another job"),
+    ):
         listening(LOOPBACK, taken.getsockname()[1])
     with pytest.raises(RendezvousError, match=r"cannot listen on 192\.0\.2\.1"):
         listening("192.0.2.1")
