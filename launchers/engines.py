@@ -24,6 +24,7 @@ from spell_megatron.record.folder import RunFolder
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.address import read_secret
 from spell_megatron.rollout.server import Launch, Server
+from spell_megatron.terminal import log_to_stderr
 from spell_megatron.weights.locate import model_folder
 
 _log = logging.getLogger(__name__)
@@ -114,5 +115,5 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    log_to_stderr(logging.INFO)
     sys.exit(serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

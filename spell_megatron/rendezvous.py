@@ -105,7 +105,7 @@ class Gloo(dist.ProcessGroupGloo):
 
 
 def prove(group: dist.ProcessGroup | dist.ProcessGroupGloo, key: bytes) -> None:
-    """Have the ranks of a group prove that they know the key, each to all. Raises RendezvousError where one does not."""
+    """Have all ranks of a group prove to each other that they know the key, or raise RendezvousError."""
     rank, size = group.rank(), group.size()
     nonces = _gathered(group, size, os.urandom(_NONCE_BYTES))
     proofs = _gathered(group, size, seal(key, str(rank).encode(), *nonces))
@@ -173,7 +173,7 @@ def _interface(host: str, size: int) -> str:
 
 
 def _greet(store: dist.Store, rank: int, size: int, key: bytes, where: str) -> None:
-    """Rank 0 and every other rank prove to each other, in the store, that they are of one run. Ends when all are there."""
+    """Have rank 0 and the others prove to each other that they are of one run. Ends when all are there."""
     if rank:
         nonce = os.urandom(_NONCE_BYTES)
         store.set(f"greeting/{rank}", nonce + seal(key, b"rank", str(rank).encode(), nonce))  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,8 +37,8 @@ def both(*ranks: Callable[[], Any]) -> list[Any]:
 
 
 @pytest.fixture
-def store() -> Iterator[dist.TCPStore]:
-    yield serve(listening(LOOPBACK), SECONDS)
+def store() -> dist.TCPStore:
+    return serve(listening(LOOPBACK), SECONDS)
 
 
 @pytest.fixture

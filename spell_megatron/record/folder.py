@@ -78,7 +78,7 @@ class RunFolder:
     @classmethod
     def create(cls, runs: str | Path, name: str) -> RunFolder:
         """Make `runs/<name>-<time>/`. Raises SpellError where it cannot be made."""
-        if not name or name != os.path.basename(name) or name in (".", ".."):
+        if not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):
             raise SpellError(f"name={name!r} cannot name a folder: use letters, digits, dots and dashes")
         stem = Path(runs).expanduser() / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         path, again = stem, 1

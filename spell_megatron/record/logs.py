@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console as Terminal
 from rich.logging import RichHandler
 
 from spell_megatron.record.folder import RunFolder, writing
+from spell_megatron.terminal import Lines, Terminal
 
 
 class _LogFile(logging.FileHandler):
@@ -27,7 +27,7 @@ def logging_to(run: RunFolder, terminal: Terminal) -> Iterator[None]:
     """
     with writing(run.log):
         file = _LogFile(run.log, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     shown = RichHandler(
         logging.WARNING, terminal, show_time=False, show_path=False, markup=False, highlighter=None
     )
