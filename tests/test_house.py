@@ -17,6 +17,7 @@ PACKAGES = ("spell_megatron", "megatron_patches", "launchers", "tokenizer", "eva
 FLOORS = (
     {
         "spell_megatron",
+        "spell_megatron.bounded",
         "spell_megatron.types",
         "spell_megatron.config",
         "spell_megatron.placement",

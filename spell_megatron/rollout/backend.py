@@ -125,6 +125,7 @@ _OURS = {
     "weight_transfer_config": "rollout.servers.transfer",
     "worker_extension_cls": "this program",
     "tokenizer": "model.path",
+    "chat_template": "nobody: prompts come as tokens",
     "trust_remote_code": "nobody: no code of a model is run",
 }
 """vLLM's arguments that are not to be passed through, by what decides on them."""
