@@ -92,6 +92,11 @@ class Endpoint:
         self.url = address.url
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise SpellError(f"an endpoint is a URL like http://host:8000, found {url!r}")
+        if urlsplit(self.url).password:
+            raise SpellError(
+                "an endpoint's URL goes into reports: take the password out, and set SPELL_API_KEY (of a judge,"
+                " SPELL_JUDGE_KEY) in the environment"
+            )
         self.model = model
         self.root = ""
         self.max_model_len: int | None = None

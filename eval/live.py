@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from eval.benchmark import Completion
 from eval.benchmarks import find
 from eval.endpoint import Unanswered
@@ -16,6 +14,7 @@ from eval.prompting import Codec
 from eval.runner import Settings
 from spell_megatron.config import Config
 from spell_megatron.rollout.engine import Engine, EngineError
+from spell_megatron.terminal import Terminal
 
 
 class LiveSource:
@@ -59,7 +58,7 @@ class LiveBenchmarks:
             concurrency=config.selfplay.concurrency,
             limit=settings.limit,
         )
-        self._console = Console(quiet=True)  # the run's own live view is on
+        self._console = Terminal(quiet=True)  # the run's own live view is on
         data = Path(settings.data).expanduser() if settings.data else None
         self._loaded = load(find(settings.benchmarks), data, self._console)
 

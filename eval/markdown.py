@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.statistics import Figure
+from spell_megatron.terminal import line
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    cells = [[line(str(cell)).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
 

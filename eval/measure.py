@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from eval.benchmark import Benchmark, Item
 from eval.benchmarks import find
 from eval.data import Data
@@ -23,6 +21,7 @@ from eval.report import Report
 from eval.results import overall, summarise
 from eval.runner import Plan, Runner, Settings, progress_bar
 from eval.scoring import collect, score
+from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
 Loaded = tuple[Benchmark, list[Item], Counter[str]]
@@ -38,7 +37,7 @@ async def measure(
     name: str,
     *,
     judge: Judge | None = None,
-    console: Console,
+    console: Terminal,
 ) -> Report:
     """Ask, grade, judge and write the tables of one source of completions. The core of `evaluate`.
 
@@ -61,7 +60,7 @@ async def measure(
     return report
 
 
-def load(benchmarks: Sequence[Benchmark], root: Path | None, console: Console) -> list[Loaded]:
+def load(benchmarks: Sequence[Benchmark], root: Path | None, console: Terminal) -> list[Loaded]:
     """The items of some benchmarks, from the folder of their data; without one they are downloaded.
 
     Raises SpellError where there is no usable row.
@@ -127,6 +126,6 @@ async def _score(runner: Runner, plans: Sequence[Plan], name: str, home: Path, j
     return Report(name, asdict(runner.settings), results, overall(results, six))
 
 
-def say(console: Console, message: str) -> None:
-    """A line of progress, whatever brackets it holds."""
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+def say(console: Terminal, message: str) -> None:
+    """A line of progress."""
+    console.note(message)

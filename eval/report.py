@@ -13,6 +13,7 @@ from eval.markdown import number, percent, plain, table
 from eval.plot import plot
 from eval.results import Result
 from eval.statistics import Figure
+from spell_megatron.terminal import line, tidy
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Report:
         plot({self.model: self.results}, folder / "report.png")
 
     def markdown(self) -> str:
-        return "\n".join([f"# {self.model}", "", *_main_table(self), *_overall(self), *_details(self)]) + "\n"
+        lines = [f"# {line(self.model)}", "", *_main_table(self), *_overall(self), *_details(self)]
+        return tidy("\n".join(lines)) + "\n"
 
 
 def read_report(path: Path) -> Report:
@@ -108,7 +110,7 @@ def _details(report: Report) -> list[str]:
             lines.append(
                 f"Incomplete: {number(low)} if all that is missing were wrong, {number(high)} if right."
             )
-        lines += [f"* {count} × {problem}" for problem, count in result.problems.items()]
+        lines += [f"* {count} × {line(problem)}" for problem, count in result.problems.items()]
         if result.metrics:
             lines.append(
                 "Also: "

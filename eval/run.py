@@ -8,11 +8,9 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from eval.benchmark import Benchmark
 from eval.benchmarks import find
@@ -25,6 +23,7 @@ from eval.plot import plot
 from eval.report import Report
 from eval.runner import Settings
 from spell_megatron.config import Rollout
+from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
 SHORT = 8_192
@@ -39,7 +38,7 @@ class JudgeSettings:
 
     url: str = ""
     model: str = ""
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     concurrency: int = 16
     timeout: float = 600.0
 
@@ -76,7 +75,7 @@ def evaluate(
     judge: JudgeSettings | None = None,
     serving: Rollout | None = None,
     limits: Limits | None = None,
-    console: Console | None = None,
+    console: Terminal | None = None,
 ) -> Evaluation:
     """Measure models on benchmarks (all public ones where none is named).
 
@@ -89,7 +88,7 @@ def evaluate(
     tables of what is done are written first).
     """
     settings, judge = settings or Settings(), judge or JudgeSettings()
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     if bool(models) == bool(endpoint):
         raise SpellError("give either model folders or one endpoint")
     if not max_input or any(limit < 16 for limit in max_input):
@@ -130,7 +129,7 @@ class _Work:
     settings: Settings
     judge: JudgeSettings
     out: Path
-    console: Console
+    console: Terminal
 
     async def report(self, source: Endpoint, tokenizer: str | Path | None, name: str) -> Report:
         """Measure what an endpoint serves. `name` is how tables call it; the served name where empty."""

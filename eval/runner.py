@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +27,7 @@ from eval.benchmark import Benchmark, Item, Mode
 from eval.endpoint import EndpointDied, Refused, Source, Unanswered
 from eval.journal import Journal, Record, key_of
 from eval.prompting import Codec, build
+from spell_megatron.terminal import Terminal
 
 PATIENCE = 20
 """Samples that fail one after the other before the endpoint counts as dead although it lists its models."""
@@ -75,7 +75,7 @@ class Runner:
     codec: Codec
     journal: Journal
     settings: Settings
-    console: Console
+    console: Terminal
 
     def __post_init__(self) -> None:
         self._tokenizer = key_of(
@@ -228,7 +228,7 @@ def _reason(error: Exception) -> str:
     return status + colon + re.sub(r"\d{2,}", "…", rest)[:120]
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Terminal) -> Progress:
     """Count, elapsed time, and the time that is left. Tasks have a field `failed`."""
     return Progress(
         TextColumn("{task.description}"),

@@ -6,20 +6,24 @@ What could not be judged stays without a score and is counted; it is neither wro
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any
 
 from eval.benchmark import Benchmark, Completion, Grade, Item, Mode, Unjudged, Unreadable, final_answer
 from eval.journal import Record
 from eval.judge import Judge
 from eval.runner import Plan, Runner
+from spell_megatron.bounded import Bounded, TooMuch
 
 GRADING_SECONDS = 30.0
 """The longest that one answer may occupy an isolated scorer; after that it is wrong, and counted."""
-TOO_LONG = "the scorer ran too long"
+GRADING_BYTES = 2 << 30
+"""The most memory that it may take."""
+TOO_LONG = "the scorer took too much time or memory"
 LONGEST_SHOWN = 1_000
 """Characters of an extracted answer that are kept."""
 BINS = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
@@ -68,7 +72,11 @@ def collect(plan: Plan, runner: Runner, thinking_prefilled: bool) -> list[Answer
         )
         for item, _, record in found
     ]
-    grades = isolated(_grade, tasks, GRADING_SECONDS) if benchmark.isolated else (_grade(*t) for t in tasks)
+    grades = (
+        isolated(f"{__name__}:{_grade.__name__}", tasks, GRADING_SECONDS)
+        if benchmark.isolated
+        else (_grade(*t) for t in tasks)
+    )
     return [Answered(*entry, TOO_LONG if g is None else g) for entry, g in zip(found, grades, strict=True)]
 
 
@@ -145,34 +153,39 @@ def _grade(benchmark: Benchmark, item: Item, answer: str | None, mode: Mode) -> 
     """The rule's grade. A scorer that stumbles over an answer must not end a run of many hours."""
     try:
         return benchmark.grade(item, answer, mode)
+    except MemoryError:
+        raise
     except Exception as error:
         return f"the scorer failed: {type(error).__name__}: {error}"
 
 
-def isolated(function: Any, tasks: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Any]:
-    """`function(*task)` of every task in worker processes, in order; None where one took too long.
+def isolated(function: str, tasks: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Any]:
+    """`function(*task)` of every task in worker processes, in order; None where one took too much. See `Bounded`."""
+    if not tasks:
+        return
+    idle: SimpleQueue[Bounded] = SimpleQueue()
+    workers = [
+        Bounded(function, seconds=seconds, memory=GRADING_BYTES, sample=tasks[0])
+        for _ in range(min(len(tasks), len(os.sched_getaffinity(0))))
+    ]
 
-    A worker that hangs is killed with its pool, and a new pool takes what is left: arithmetic inside
-    a C extension cannot be interrupted in any gentler way.
-    """
-    context, start = multiprocessing.get_context("spawn"), 0
-    workers = min(len(tasks), os.cpu_count() or 1)
-    while start < len(tasks):
-        # Receiving a task as an argument imports its modules: that time is not the scorer's.
-        with context.Pool(workers, initializer=_ready, initargs=(function, tasks[start])) as pool:
-            pool.apply(_ready)
-            results = [pool.apply_async(function, task) for task in tasks[start:]]
-            for result in results:
-                start += 1
-                try:
-                    yield result.get(seconds)
-                except multiprocessing.TimeoutError:
-                    yield None
-                    break
+    def one(task: tuple[Any, ...]) -> Any:
+        worker = idle.get()
+        try:
+            return worker(*task)
+        except TooMuch:
+            return None
+        finally:
+            idle.put(worker)
 
-
-def _ready(*arguments: Any) -> None:
-    """Return once the process has started."""
+    with ThreadPoolExecutor(len(workers)) as pool:
+        for worker in workers:
+            idle.put(worker)
+        try:
+            yield from pool.map(one, tasks)
+        finally:
+            for worker in workers:
+                worker.close()
 
 
 def _bin(tokens: int) -> str:

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from launchers.job import SECRET
 from spell_megatron.config import Config, Servers, load_config
 from spell_megatron.preemption import attempt
 from spell_megatron.record.folder import RunFolder
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.address import read_secret
 from spell_megatron.rollout.server import Launch, Server
+from spell_megatron.terminal import log_to_stderr
 from spell_megatron.weights.locate import model_folder
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def serve(run: Path, first_port: int, count: int) -> int:
     signal.signal(signal.SIGTERM, _end)
     kept: list[_Kept] = []
     try:
-        secret = read_secret(run / SECRET)
+        secret = read_secret(RunFolder(run).secret)
         settings = load_config(str(RunFolder.open(run).config))
         _wait_for_room(run, settings)
         for slot, launch in enumerate(launches(run, settings, count)):
@@ -115,5 +115,5 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    log_to_stderr(logging.INFO)
     sys.exit(serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

@@ -18,8 +18,6 @@ from spell_megatron.rollout.address import write_secret
 
 TRAINER = ("-m", "spell_megatron.cli", "resume")
 ENGINES = ("-m", "launchers.engines")
-SECRET = "engines.secret"
-"""A file in the run folder with what every request to the job's servers must carry."""
 REQUEUED = "requeued-"
 """Begins the name of an empty file in `logs`, one for each attempt that sent itself back to the queue."""
 
@@ -43,7 +41,8 @@ class Job:
 
     @property
     def secret(self) -> Path:
-        return self.run / SECRET
+        """A file with what every request to the job's servers must carry, and its ranks know each other by."""
+        return RunFolder(self.run).secret
 
     @property
     def sbatch(self) -> Path:

@@ -9,13 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from launchers import check, local, slurm
 from launchers.job import Job, prepare
 from launchers.machines import machines
 from launchers.profile import Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.config import load_config
+from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
 _PREFIX = "cluster."
@@ -88,19 +87,19 @@ def _local(job: Job, dryrun: bool) -> int:
 def _slurm(job: Job, dryrun: bool) -> int:
     from launchers import nemo
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Terminal(stderr=True)
     text = nemo.write(job)
     if dryrun:
         sys.stdout.write(text)
-        console.print(f"nothing is submitted; this file: {job.sbatch}")
+        console.note(f"nothing is submitted; this file: {job.sbatch}")
         return 0
     slurm.check_accepted(job.sbatch)
     job_id = slurm.submit(job.sbatch)
-    console.print(f"job {job_id} submitted; run folder {job.run}")
+    console.note(f"job {job_id} submitted; run folder {job.run}")
     try:
-        end = slurm.follow(job, job_id, sys.stdout, console.print)
+        end = slurm.follow(job, job_id, sys.stdout, console.note)
     except KeyboardInterrupt:
-        console.print(
+        console.note(
             f"job {job_id} goes on without being watched: scancel {job_id} ends it; its logs: {job.logs}"
         )
         return _INTERRUPTED

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from spell_megatron.config import names_secret
 from spell_megatron.types import SpellError
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
@@ -78,7 +80,9 @@ _ADAPTER = TypeAdapter(Profile)
 
 def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
     """Read a profile (a name or a path), apply `key=value` overrides, validate."""
-    values = _read(_find(name))
+    file = _find(name)
+    values = _read(file)
+    held = _secrets(values)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -89,6 +93,7 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
             values[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ProfileError(f"cluster.{override}: the value is not YAML: {error}") from None
+    _check_secrets(file, held, _secrets(values))
     try:
         profile = _ADAPTER.validate_python(values)
     except ValidationError as error:
@@ -129,6 +134,28 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ProfileError(f"{path}: a profile is a mapping of keys, found {type(values).__name__}")
     return values
+
+
+def _secrets(values: dict[str, Any]) -> set[str]:
+    """Names of secrets in a profile's `env`."""
+    env = values.get("env")
+    dotted = {key.removeprefix("env.") for key in values if str(key).startswith("env.")}
+    return {
+        str(name) for name in {*dotted, *(env if isinstance(env, dict) else ())} if names_secret(str(name))
+    }
+
+
+def _check_secrets(file: Path, held: set[str], all_of_them: set[str]) -> None:
+    """Raise ProfileError where a secret came by the command line, or stands in a file that others can read."""
+    for name in sorted(all_of_them - held):
+        raise ProfileError(
+            f"cluster.env: {name} on a command line can be read by everybody on this machine: `export {name}=…`"
+            " before you launch (a job takes the environment along), or write it into a profile of your own"
+        )
+    if held and stat.S_IMODE(file.stat().st_mode) & 0o077:
+        raise ProfileError(
+            f"{file} holds secrets ({', '.join(sorted(held))}) and others can read it: chmod 600 {file}"
+        )
 
 
 def _contradictions(profile: Profile) -> Iterable[str]:

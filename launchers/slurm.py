@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launchers.job import REQUEUED, Job
+from spell_megatron.terminal import tidy
 from spell_megatron.types import SpellError
 
 _COMMAND_SECONDS = 120.0
@@ -170,7 +171,7 @@ class _Logs:
                 file = path.open(encoding="utf-8", errors="replace", newline="\n")
                 self.open[path] = self.stack.enter_context(file)
             for line in self.open[path]:
-                out.write(_FIRST_RANK.sub("", line))
+                out.write(tidy(_FIRST_RANK.sub("", line)))
         out.flush()
 
     def _paths(self) -> Iterator[Path]:

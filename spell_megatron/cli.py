@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from spell_megatron.preemption import listen
+from spell_megatron.terminal import Terminal, log_to_stderr, say
 from spell_megatron.types import SpellError
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line about NUMA at every start of vLLM
@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_err = Console(stderr=True)
+_err = Terminal(stderr=True)
 _INTERRUPTED = (
     "interrupted; what was finished is kept: `spell-megatron resume RUN` goes on with a run,"
     " any other command is started again"
@@ -52,7 +52,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         debug = kwargs.get("debug", False)
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+        log_to_stderr(logging.WARNING)
         if not debug:
             warnings.filterwarnings("ignore")  # megatron-core announces at length what is not installed
         try:
@@ -78,7 +78,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         _err.print_exception()
-    _err.print(f"[bold red]error[/] {escape(message)}", highlight=False, soft_wrap=True)
+    _err.note(Text.assemble(("error", "bold red"), f" {message}"))
     raise typer.Exit(code)
 
 
@@ -133,7 +133,7 @@ def _show(summary: Any, as_json: bool) -> None:
         for task in sorted(before["by_task"]):
             _err.print(f"held-out {task:16s} {before['by_task'][task]:.3f} → {after['by_task'][task]:.3f}")
         _err.print(f"held-out {'mean':16s} {before['mean']:.3f} → {after['mean']:.3f}", style="bold")
-    _err.print(f"report: {summary.report}", soft_wrap=True)
+    _err.note(f"report: {summary.report}")
     if as_json:
         _print_json(asdict(summary))
 
@@ -186,7 +186,7 @@ def corpus(
     count, how = _counter(config.model.path)
     found = survey(config.corpus, count, config.seed, samples)
     _err.print(found.shown())
-    _err.print(how, style="dim", highlight=False, soft_wrap=True)
+    _err.note(how, "dim")
     if json:
         _print_json(found.to_dict())
 
@@ -210,7 +210,7 @@ def report(run: Path, debug: Debug = False) -> None:
     """Write the HTML report of a run."""
     from spell_megatron.record import write_report
 
-    sys.stdout.write(f"{write_report(run)}\n")
+    say(str(write_report(run)))
 
 
 @command
@@ -254,7 +254,7 @@ def plan(
     else:
         one = planner.plan(config, gpus, gpu_memory)
         text, found = one.table(), one.to_dict()
-    sys.stdout.write(text + "\n")
+    say(text)
     if json:
         _print_json(found)
 
@@ -277,6 +277,20 @@ def launch(
 Option = typer.Option
 
 
+def _key(variable: str) -> Any:
+    """An option for a key that is taken from the environment alone."""
+
+    def check(context: typer.Context, parameter: typer.CallbackParam, value: str) -> str:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"a key on a command line can be read by everybody on this machine: export {variable}=… instead"
+            )
+        return value
+
+    return Option(envvar=variable, show_envvar=False, hidden=True, callback=check)
+
+
 @app.command(name="eval")
 @guarded
 def evaluate(
@@ -284,9 +298,11 @@ def evaluate(
         list[str] | None, typer.Argument(help="Names; all twelve where none is given.")
     ] = None,
     model: Annotated[list[Path] | None, Option(help="A model folder; several are compared.")] = None,
-    endpoint: Annotated[str, Option(help="An OpenAI-compatible server instead of a folder.")] = "",
+    endpoint: Annotated[
+        str, Option(help="An OpenAI-compatible server instead of a folder; its key in $SPELL_API_KEY.")
+    ] = "",
     endpoint_model: Annotated[str, Option(help="The endpoint's name of the model.")] = "",
-    api_key: Annotated[str, Option(envvar="SPELL_API_KEY", help="Of the endpoint.")] = "",
+    api_key: Annotated[str, _key("SPELL_API_KEY")] = "",
     tokenizer: Annotated[str, Option(help="Tokenizer folder of the endpoint's model.")] = "",
     data: Annotated[Path | None, Option(help="Folder of the data sets, for offline machines.")] = None,
     out: Annotated[Path, Option(help="Answers and reports; resumed where it exists.")] = Path("eval-runs"),
@@ -299,9 +315,9 @@ def evaluate(
     thinking: Annotated[bool, Option(help="The model reasons before it answers.")] = False,
     limit: Annotated[int | None, Option(help="Only the first questions of each benchmark.")] = None,
     concurrency: Annotated[int, Option(help="Requests in flight.")] = 64,
-    judge: Annotated[str, Option(help="An OpenAI-compatible judge's URL.")] = "",
+    judge: Annotated[str, Option(help="An OpenAI-compatible judge's URL; its key in $SPELL_JUDGE_KEY.")] = "",
     judge_model: str = "",
-    judge_key: Annotated[str, Option(envvar="SPELL_JUDGE_KEY", help="Of the judge.")] = "",
+    judge_key: Annotated[str, _key("SPELL_JUDGE_KEY")] = "",
     list_: Annotated[bool, Option("--list", help="Name the benchmarks.")] = False,
     json: Json = False,
     debug: Debug = False,
@@ -310,7 +326,7 @@ def evaluate(
     import eval as evaluation
 
     if list_:
-        sys.stdout.write("\n".join(evaluation.list_benchmarks()) + "\n")
+        say("\n".join(evaluation.list_benchmarks()))
         return
     names = benchmarks or []
     # `--max-input 16384 100000`: an option takes one value, so the further ones arrive among the names.
@@ -338,9 +354,9 @@ def evaluate(
         judge=evaluation.JudgeSettings(judge, judge_model, judge_key) if judge else None,
     )
     for one in result.reports:
-        sys.stdout.write(one.markdown() + "\n")
+        say(one.markdown())
     if result.comparison:
-        sys.stdout.write(result.comparison.markdown() + "\n")
+        say(result.comparison.markdown())
     if json:
         _print_json(result.to_json())
     if not result.complete:

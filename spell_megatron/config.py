@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -380,6 +381,12 @@ class Config:
 
 
 _ADAPTER = TypeAdapter(Config)
+_SECRET = re.compile(r"(?i)(^|[_-])(key|token|secret|passw(or)?d|credentials?)$|secret_access_key")
+
+
+def names_secret(name: str) -> bool:
+    """Whether what goes by this name is nobody else's to read: HF_TOKEN, WANDB_API_KEY, api-key."""
+    return _SECRET.search(name) is not None
 
 
 def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
@@ -445,6 +452,12 @@ def _contradictions(config: Config, where: str) -> None:
         )
     if config.policy.layout.sequence and config.policy.layout.tensor == 1:
         faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
+    for key in ("engine", "engine_environment"):
+        for name in filter(names_secret, getattr(config.rollout, key)):
+            faults.append(
+                f"rollout.{key}: {name} looks like a secret, and the configuration is kept in the run's folder: set"
+                " it in the environment that the run is started from"
+            )
     optimizer, record = config.policy.optimizer, config.record
     for key, low, high in (
         ("selfplay.verifier_agreement", *play.verifier_agreement),

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 from rich.table import Table
+from rich.text import Text
 
 from spell_megatron.types import SpellError
 
 State = Literal["ok", "missing", "wrong"]
-_MARK = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "wrong": "[red]wrong[/]"}
+_COLOUR = {"ok": "green", "missing": "yellow", "wrong": "red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Findings:
     def table(self) -> Table:
         table = Table("part", "state", "found", "what to do", title="spell-megatron doctor")
         for part in self.parts:
-            table.add_row(part.part, _MARK[part.state], part.found, part.remedy)
+            table.add_row(part.part, Text(part.state, _COLOUR[part.state]), part.found, part.remedy)
         return table
 
     def to_dict(self) -> dict[str, Any]:

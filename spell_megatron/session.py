@@ -27,6 +27,7 @@ from spell_megatron.policy.world import Value, World, agreed, start_world, stop_
 from spell_megatron.preemption import Preempted, Stop, attempt, listen, preempted
 from spell_megatron.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.address import read_secret
 from spell_megatron.rollout.engine import Engine, WeightsWanted
 from spell_megatron.rollout.experts import check_replay
 from spell_megatron.rollout.follower import Follower
@@ -343,7 +344,10 @@ def open_session(
     if config.heldout.benchmarks and benchmarks is None:
         raise SpellError("heldout.benchmarks: pass eval.live_benchmarks, or train by the command line")
     check_replay(config)
-    world = start_world(config.policy.layout, seed=config.seed, timeout_seconds=config.policy.timeout_seconds)
+    policy = config.policy
+    world = start_world(
+        policy.layout, seed=config.seed, timeout_seconds=policy.timeout_seconds, secret=_secret(run)
+    )
     with ExitStack() as stack:
         stack.callback(stop_world)
         main = MainRank(world)
@@ -365,6 +369,12 @@ def open_session(
                 dump_config(config)
             )  # now that no episode of the one before is left to go on with
         yield session
+
+
+def _secret(run: Path | None) -> str:
+    """What the ranks of a launched run know each other by; a run without a launcher has none."""
+    file = RunFolder(run).secret if run else None
+    return read_secret(file) if file and file.exists() else ""
 
 
 def _locked(folder: RunFolder, main: MainRank, stack: ExitStack) -> RunLock | None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from eval_samples import write_samples
-from rich.console import Console
 
 import spell_megatron
 from eval import Settings, evaluate, list_benchmarks, read_report
 from eval.benchmarks import helmet
+from spell_megatron.terminal import Terminal
 
 pytestmark = pytest.mark.engine
 MODEL = Path(spell_megatron.__file__).parent / "assets" / "toy-seed"
@@ -38,7 +38,7 @@ def report(out):
             out=out,
             max_input=[WINDOW],
             settings=Settings(samples=SAMPLES, max_tokens=48, concurrency=8, limit=LIMIT),
-            console=Console(file=io.StringIO()),
+            console=Terminal(file=io.StringIO()),
         )
     [report] = evaluation.reports
     return report

@@ -19,7 +19,7 @@ CONCURRENCY = 3
 PROGRAM = f"""
 import asyncio, sys
 from pathlib import Path
-from rich.console import Console
+from spell_megatron.terminal import Terminal
 from eval_standin import Unjudged, WordCodec
 from eval.data import Data
 from eval.endpoint import Endpoint
@@ -30,7 +30,7 @@ async def main(url, home):
     async with Endpoint(url) as source:
         plans = plan([(Unjudged(), Unjudged().load(Data(None)), {{}})], [1000], WordCodec())
         settings = Settings(samples=8, concurrency={CONCURRENCY})
-        await measure(source, WordCodec(), plans, settings, Path(home), "m", console=Console(stderr=True))
+        await measure(source, WordCodec(), plans, settings, Path(home), "m", console=Terminal(stderr=True))
 
 asyncio.run(main(*sys.argv[1:]))
 """

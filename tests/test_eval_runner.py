@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from eval_standin import Capitals, StandIn, Unjudged, WordCodec, chat_reply, right, text_reply
-from rich.console import Console
 
 from eval.benchmark import Item
 from eval.benchmarks.helmet import Helmet
@@ -27,6 +26,7 @@ from eval.prompting import build, prefills_thinking
 from eval.report import Report, read_report
 from eval.runner import Settings
 from spell_megatron.rollout.engine import EngineError
+from spell_megatron.terminal import Terminal
 from spell_megatron.types import Rollout, SpellError
 
 pytestmark = pytest.mark.unit
@@ -73,7 +73,7 @@ def run(
         async with Endpoint(standin.url, limits=limits) as source:
             chosen = benchmark or Unjudged()
             plans = plan([(chosen, chosen.load(Data(None)), {})], [max_input], WordCodec(), settings.limit)
-            console = Console(file=io.StringIO())
+            console = Terminal(file=io.StringIO())
             if judge is None:
                 return await measure(source, WordCodec(), plans, settings, home, "m", console=console)
             with Journal(home / "verdicts.jsonl") as verdicts:
@@ -405,7 +405,7 @@ def test_live_engines_are_a_source_too(tmp_path):
     async def go(engine: Engine) -> Report:
         source = LiveSource(engine, WordCodec(), "run")
         plans = plan([(Unjudged(), Unjudged().load(Data(None)), {})], [1000], WordCodec())
-        console = Console(file=io.StringIO())
+        console = Terminal(file=io.StringIO())
         return await measure(source, WordCodec(), plans, SETTINGS, tmp_path, "live", console=console)
 
     engine = Engine()

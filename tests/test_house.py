@@ -17,11 +17,14 @@ PACKAGES = ("spell_megatron", "megatron_patches", "launchers", "tokenizer", "eva
 FLOORS = (
     {
         "spell_megatron",
+        "spell_megatron.bounded",
         "spell_megatron.types",
         "spell_megatron.config",
         "spell_megatron.placement",
         "spell_megatron.topology",
         "spell_megatron.outputs",
+        "spell_megatron.rendezvous",
+        "spell_megatron.terminal",
     },
     {"spell_megatron.selfplay", "spell_megatron.corpus", "megatron_patches", "tokenizer"},
     {"spell_megatron.weights", "spell_megatron.policy", "spell_megatron.rollout"},

@@ -22,7 +22,6 @@ from typing import BinaryIO
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console as Terminal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spell_megatron.config import Config, dump_config, load_config
@@ -42,6 +41,7 @@ from spell_megatron.record import (
 from spell_megatron.record.folder import JsonLines, read_lines
 from spell_megatron.selfplay.episode import Episode, Judgement, Response
 from spell_megatron.selfplay.memory import Remembered
+from spell_megatron.terminal import Terminal
 from spell_megatron.types import Question, Rollout, SpellError
 
 pytestmark = pytest.mark.unit

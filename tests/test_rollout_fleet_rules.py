@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -346,3 +347,30 @@ def test_nothing_outlives_a_guard_that_is_signalled(number: signal.Signals, whom
         started.stdin.close()
         started.kill()
         started.wait()
+
+
+def test_a_servers_log_is_begun_anew_where_it_is_too_long(tmp_path: Path) -> None:
+    """A server that prints until that has happened three times, and a guard that looks often."""
+    log = tmp_path / "engine-0.log"
+    server = (
+        "import os\n"
+        "size = begun = line = 0\n"
+        "while begun < 3:\n"
+        "    print('line', line, flush=True)\n"
+        "    before, size, line = size, os.fstat(1).st_size, line + 1\n"
+        "    begun += size < before\n"
+        "print('the end', flush=True)"
+    )
+    guarding = (
+        f"import sys; from {guard.__package__} import guard; guard.LOG_BYTES, guard.LOOK_SECONDS = 10_000, 0.05;"
+        f" sys.exit(guard.main([sys.executable, '-c', {server!r}]))"
+    )
+    with log.open("ab") as written:
+        started = subprocess.Popen(
+            [sys.executable, "-c", guarding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=written
+        )
+    with started:
+        assert started.wait(120) == 0
+    older = log.with_name("engine-0.log.1").read_text().splitlines()
+    assert sum(map(len, older)) > 10_000 * 0.8 and all(line.startswith("line") for line in older[1:-1])
+    assert log.read_text().splitlines()[-1] == "the end"

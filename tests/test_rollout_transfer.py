@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from spell_megatron.rendezvous import RendezvousError
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError
-from spell_megatron.rollout.server import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -59,7 +59,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> None:
 def connected(worker: Worker, weights: dict[str, torch.Tensor]) -> Any:
     from spell_megatron.rollout.transfer.gloo import GlooTrainer, GlooTrainerInit
 
-    init = GlooTrainerInit("127.0.0.1", free_port("127.0.0.1"), 2, SECONDS, rank=0)
+    init = GlooTrainerInit("127.0.0.1", 2, SECONDS, rank=0)
     return GlooTrainer.trainer_init(init, client=worker, source=list(weights.items()))  # type: ignore[arg-type]
 
 
@@ -73,6 +73,15 @@ def test_what_is_sent_arrives() -> None:
     worker, weights = Worker(), {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16()}
     connected(worker, weights).send_weights()
     assert all(torch.equal(worker.got[name], tensor) for name, tensor in weights.items())
+
+
+def test_weights_do_not_flow_to_an_engine_that_does_not_know_the_key() -> None:
+    worker = Worker()
+    meant = worker.init_weight_transfer_engine
+    worker.init_weight_transfer_engine = lambda info: meant({**info, "key": "0" * 64})  # type: ignore[method-assign]
+    with pytest.raises(RendezvousError, match="somebody who does not know the key"):
+        connected(worker, {"a": torch.zeros(3)})
+    assert not worker.got
 
 
 def test_a_worker_that_takes_nothing_is_found_out_in_time() -> None:

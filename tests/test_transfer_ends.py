@@ -119,7 +119,10 @@ def serving(*servers: Server) -> Iterator[list[Any]]:
 @pytest.fixture
 def nccl(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """vLLM's sender over a communicator whose broadcast never ends, unless it is aborted. `deaf`, not even then."""
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCL_UNIQUE_ID_BYTES
     from vllm.distributed.weight_transfer import nccl_engine
+
+    from spell_megatron.rollout.transfer import nccl
 
     state = SimpleNamespace(aborted=threading.Event(), deaf=False, ended=threading.Event(), hangs=True)
 
@@ -133,7 +136,9 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", broadcast)
     communicator = SimpleNamespace(destroy=state.aborted.set)
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: communicator)
+    monkeypatch.setattr(nccl, "identifier", lambda: b"\1" * NCCL_UNIQUE_ID_BYTES)
+    monkeypatch.setattr(nccl, "uid_init_process_group", lambda *_: communicator)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     return state
 
 

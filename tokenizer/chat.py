@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from spell_megatron.bounded import Bounded, Failed, TooMuch
 from spell_megatron.types import SpellError, Tokens
 from tokenizer.control import Commands
 
 THINKING = frozenset(("<think>", "</think>"))
 """Tags that are part of what a model wrote, however a tokenizer flags them."""
+_SECONDS, _MEMORY = 10.0, 1 << 30
+"""What rendering one conversation may take."""
+_LONGEST_TEMPLATE = 1 << 20
 _PROBE = "The cat sat on 12 mats."
 
 
@@ -50,6 +55,10 @@ class ChatTokenizer:
             raise SpellError(
                 f"the tokenizer in {folder} has no chat template: use an instruction-tuned model"
             )
+        if len(template := str(hf.chat_template)) > _LONGEST_TEMPLATE:
+            raise SpellError(
+                f"the chat template in {folder} has {len(template):,} characters: that is no template"
+            )
         return cls(hf, _eos_ids(folder, hf), thinking)
 
     def prompt(self, message: str) -> list[int]:
@@ -86,14 +95,22 @@ class ChatTokenizer:
         return len(self.encode(text))
 
     def _templated(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return str(
-            self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=self._thinking,
-            )
-        )
+        variables = {**self._hf.special_tokens_map, "enable_thinking": self._thinking}
+        plain = [dict(message) for message in messages]
+        try:
+            return str(_renderer()(self._hf.get_chat_template(), plain, variables))
+        except (TooMuch, Failed, ValueError) as error:
+            raise SpellError(
+                f"the chat template of the tokenizer in {self._hf.name_or_path} cannot be used: {error}"
+            ) from None
+
+
+@cache
+def _renderer() -> Bounded:
+    """Templates are programs of whoever made the folder: no tokenizer of this process renders one in it."""
+    return Bounded(
+        "tokenizer.rendering:render", seconds=_SECONDS, memory=_MEMORY, environment={"USE_TORCH": "0"}
+    )
 
 
 def _faithful(folder: Path) -> PreTrainedTokenizerBase:

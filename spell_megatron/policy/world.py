@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias, TypeVar
@@ -17,6 +16,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 import megatron_patches
+from spell_megatron import rendezvous
 from spell_megatron.config import Layout
 
 Value = TypeVar("Value")
@@ -57,10 +57,11 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES - 1)
 
 
-def start_world(layout: Layout, *, seed: int, timeout_seconds: float) -> World:
+def start_world(layout: Layout, *, seed: int, timeout_seconds: float, secret: str = "") -> World:
     """Join the process group that torchrun's variables describe (or make one of a single process).
 
-    Collectives that outlast `timeout_seconds` fail instead of hanging.
+    Collectives that outlast `timeout_seconds` fail instead of hanging. Ranks that were given a `secret` let nobody
+    in who does not know it: raises RendezvousError where somebody tries.
     """
     megatron_patches.apply()
     cuda = torch.cuda.is_available()
@@ -69,13 +70,7 @@ def start_world(layout: Layout, *, seed: int, timeout_seconds: float) -> World:
     else:
         _keep_freed_memory()
     if not dist.is_initialized():
-        timeout = timedelta(seconds=timeout_seconds)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ and "MASTER_PORT" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True, timeout=timeout)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        _join(timeout_seconds, secret, "cpu:gloo,cuda:nccl" if cuda else "gloo")
     mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -118,7 +113,14 @@ def agreed(value: Value, group: Group) -> Value:
     return box[0]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _join(seconds: float, secret: str, backend: str) -> None:
+    among_ranks = "RANK" in os.environ and "MASTER_PORT" in os.environ
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if among_ranks else (0, 1)
+    if rendezvous.all_here(size):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where others can come
+    store = rendezvous.meet(rank, size, secret, seconds)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+    )
+    if secret and size > 1:
+        rendezvous.prove(dist.group.WORLD, secret.encode())

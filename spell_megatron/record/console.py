@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol
 
-from rich.console import Console as Terminal
 from rich.live import Live as Screen
 from rich.text import Text
+
+from spell_megatron.terminal import Terminal
 
 ROLES = ("questioner", "responder", "verifier")
 PHASES = ("play", "update", "resync", "measure", "record")
@@ -103,7 +104,7 @@ class Console:
 
     def _print(self, line: Text) -> None:
         self._printed = time.monotonic()
-        self.terminal.print(line, highlight=False, soft_wrap=True)
+        self.terminal.note(line)
 
     def _speak(self) -> None:
         """Say where the run is whenever it has been silent for long. Runs on a thread of its own."""

@@ -11,6 +11,7 @@ runs/<name>-<time>/
     corpus/                prepared clusters (corpus.store)
     corpus.json            what its sources held, and what of them was left out
     report.html  run.log
+    engines.secret         of a launched run: what its ranks and servers know each other by
 """
 
 from __future__ import annotations
@@ -72,11 +73,12 @@ class RunFolder:
         self.sources = path / "corpus.json"
         self.report = path / "report.html"
         self.log = path / "run.log"
+        self.secret = path / "engines.secret"
 
     @classmethod
     def create(cls, runs: str | Path, name: str) -> RunFolder:
         """Make `runs/<name>-<time>/`. Raises SpellError where it cannot be made."""
-        if not name or name != os.path.basename(name) or name in (".", ".."):
+        if not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):
             raise SpellError(f"name={name!r} cannot name a folder: use letters, digits, dots and dashes")
         stem = Path(runs).expanduser() / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         path, again = stem, 1

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import RotatingFileHandler
 
-from rich.console import Console as Terminal
 from rich.logging import RichHandler
 
 from spell_megatron.record.folder import RunFolder, writing
+from spell_megatron.terminal import Lines, Terminal
+
+_LOG_BYTES = 32 << 20
+"""Of the run's log, and of its older part in `run.log.1`."""
 
 
-class _LogFile(logging.FileHandler):
+class _LogFile(RotatingFileHandler):
     """A log that cannot be written does not stop a run: its metrics will, with a message."""
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -26,8 +30,8 @@ def logging_to(run: RunFolder, terminal: Terminal) -> Iterator[None]:
     Handlers that were there before rest meanwhile: they would write across the live bar.
     """
     with writing(run.log):
-        file = _LogFile(run.log, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file = _LogFile(run.log, encoding="utf-8", maxBytes=_LOG_BYTES, backupCount=1)
+    file.setFormatter(Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     shown = RichHandler(
         logging.WARNING, terminal, show_time=False, show_path=False, markup=False, highlighter=None
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
 
 from spell_megatron.record.console import PHASES
 from spell_megatron.record.folder import RunFolder, read_lines, replace_text
@@ -17,6 +18,7 @@ from spell_megatron.record.metrics import Row, read_metrics
 from spell_megatron.record.panels import sections
 from spell_megatron.record.plots import TASK_NAMES
 from spell_megatron.selfplay.episode import Episode, Response
+from spell_megatron.terminal import tidy
 from spell_megatron.types import SpellError
 
 SAMPLES = 4
@@ -25,8 +27,6 @@ SEARCHED = 400
 """Episodes read in search of them, at each end."""
 SHOWN_CHARACTERS = 4000
 """A longer output is cut in the middle."""
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -149,12 +149,17 @@ def _telling(episode: Episode) -> list[Response]:
     return ordered[:1] if ordered[0].reward == ordered[-1].reward else [ordered[0], ordered[-1]]
 
 
-def _tidy(text: str) -> str:
-    """Model output for a page: nothing invisible, nothing that turns the line around, bounded."""
+def _bounded(text: str) -> str:
+    """Model output for a page."""
     if len(text) > SHOWN_CHARACTERS:
         half = SHOWN_CHARACTERS // 2
-        text = f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
-    return _CONTROL.sub("�", text)
+        return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
+    return text
+
+
+def _shown(value: Any) -> Any:
+    """Whatever the page says, in characters that can be read; what was made here is as it is."""
+    return tidy(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _environment() -> Environment:
@@ -163,9 +168,10 @@ def _environment() -> Environment:
         autoescape=select_autoescape(("html", "j2")),
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters |= {
-        "tidy": _tidy,
+        "bounded": _bounded,
         "telling": _telling,
         "task": lambda name: TASK_NAMES.get(name, name),
     }

@@ -143,6 +143,7 @@ _OURS = {
     "weight_transfer_config": "rollout.servers.transfer",
     "worker_extension_cls": "this program",
     "tokenizer": "model.path",
+    "chat_template": "nobody: prompts come as tokens",
     "trust_remote_code": "nobody: no code of a model is run",
 }
 """vLLM's arguments that are not to be passed through, by what decides on them."""
@@ -184,6 +185,7 @@ def server_environment(scratch: Path, sockets: str, way: str | None) -> dict[str
         "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
         "VLLM_RPC_BASE_PATH": sockets,
         "TMPDIR": sockets,
+        "GLOO_SOCKET_IFNAME": "lo",  # a server's workers are all on its machine
     }
     if way == "ipc":
         # Handles of shared GPU memory come pickled. Only who knows the server's secret can send any (`door`), and who

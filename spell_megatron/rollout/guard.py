@@ -7,6 +7,9 @@ family into a process group of its own and ends the whole group when the server 
 (TERM, HUP), or when its standard input closes, which the kernel does even for a parent that was killed. It prints the
 group's id, and exits when the last of the family has.
 
+What the family prints goes to the guard's standard error. A file there does not grow for ever: its older part is moved
+to `FILE.1`, and what was before that is lost.
+
 The guard is two processes, each of which ends the family when the other is killed. Where both are at once, the
 kernel kills the server itself.
 """
@@ -17,12 +20,16 @@ import contextlib
 import ctypes
 import os
 import selectors
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 
 GRACE_SECONDS = 5.0
+LOG_BYTES, LOOK_SECONDS = 32 << 20, 5.0
+"""The most of a log, and how often it is looked at."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 _LIBC = ctypes.CDLL(None)
@@ -69,7 +76,8 @@ def _keep(command: list[str], outer: int, telling: int) -> int:
     with selectors.DefaultSelector() as selector:
         for descriptor in (sys.stdin.fileno(), reading, os.pidfd_open(child.pid)):
             selector.register(descriptor, selectors.EVENT_READ)
-        selector.select()
+        while not selector.select(LOOK_SECONDS):
+            _bound(sys.stderr.fileno())
     if child.poll() is None:
         _signal(-child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -78,6 +86,16 @@ def _keep(command: list[str], outer: int, telling: int) -> int:
     status = child.wait()
     _bury(child.pid)
     return status if status >= 0 else 128 - status
+
+
+def _bound(log: int) -> None:
+    """Where a log is too long, copy it aside and begin it anew. Whoever writes to it appends, and need not know."""
+    found = os.fstat(log)
+    if stat.S_ISREG(found.st_mode) and found.st_size > LOG_BYTES:
+        path = os.readlink(f"/proc/self/fd/{log}")
+        with contextlib.suppress(OSError):  # a full disk, say: then all the more
+            shutil.copyfile(path, f"{path}.1")
+        os.ftruncate(log, 0)
 
 
 def _adopt() -> None:

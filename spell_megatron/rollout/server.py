@@ -79,6 +79,7 @@ class Launch:
             "skip_tokenizer_init": not self.tokenizer,
             "enable_scale_out": True,  # the endpoint that takes and gives tokens
             "enable_prompt_tokens_details": True,  # says how much of a prompt was cached
+            "chat_template": "{{ '' }}",  # prompts come as tokens: no template of the folder is run
         }
         if self.transfer is not None:
             arguments["weight_transfer_config"] = json.dumps({"backend": self.transfer})

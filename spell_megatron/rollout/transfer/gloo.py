@@ -6,16 +6,13 @@ announced bucket by bucket, while the trainer gathers the next ones; every broad
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import timedelta
-from typing import ClassVar, cast
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
@@ -26,6 +23,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from spell_megatron import rendezvous
+from spell_megatron.rollout.address import new_secret
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.transfer.manifest import buckets, described
 from spell_megatron.rollout.transfer.receiver import Receiver
@@ -42,6 +41,8 @@ class GlooInit(WeightTransferInitInfo):
     """Rank of an engine's first worker; the trainer is rank 0."""
     world_size: int
     timeout_seconds: float
+    key: str = field(repr=False)
+    """What the members of this one group know."""
 
 
 @dataclass
@@ -56,26 +57,20 @@ class GlooTrainerInit(TrainerInitInfo):
     backend: ClassVar[str] = NAME
 
     master_address: str
-    master_port: int
+    """Of this machine, for engines to connect to. The port is the kernel's choice."""
     world_size: int
     timeout_seconds: float
 
 
-def _join(address: str, port: int, rank: int, world_size: int, seconds: float) -> dist.ProcessGroup:
-    # Under torchrun torch takes every store for the agent's and would only connect to ours, which nobody
-    # then serves (torch/distributed/rendezvous.py:188).
-    agent = os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    try:
-        group = stateless_init_torch_distributed_process_group(
-            address, port, rank, world_size, backend="gloo", timeout=timedelta(seconds=seconds)
-        )
-    finally:
-        if agent is not None:
-            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = agent
-    return cast(dist.ProcessGroup, group)
+def _join(store: dist.Store, key: str, rank: int, size: int, address: str, seconds: float) -> rendezvous.Gloo:
+    """A group of those alone who know the key, which rank 0 gave to the engines behind their secret."""
+    sealed = rendezvous.Sealed(store, key.encode())
+    group = rendezvous.Gloo(sealed, rank, size, address=address, seconds=seconds)
+    rendezvous.prove(group, key.encode())
+    return group
 
 
-def _broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> None:
+def _broadcast(group: rendezvous.Gloo, tensor: torch.Tensor) -> None:
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     group.broadcast([tensor], options).wait()
@@ -86,18 +81,15 @@ class GlooReceiver(Receiver[GlooInit, GlooUpdate]):
 
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
-    _group: dist.ProcessGroup | None = None
+    _group: rendezvous.Gloo | None = None
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._group = _join(
-            init_info.master_address,
-            init_info.master_port,
-            rank,
-            init_info.world_size,
-            init_info.timeout_seconds,
-        )
+        host, seconds = init_info.master_address, init_info.timeout_seconds
+        store = rendezvous.connect(host, init_info.master_port, seconds)
+        address = rendezvous.own_address(host)
+        self._group = _join(store, init_info.key, rank, init_info.world_size, address, seconds)
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
         group = self._group
@@ -133,7 +125,7 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInit]):
         self,
         client: VLLMWeightSyncClient,
         source: WeightSource,
-        group: dist.ProcessGroup | None,
+        group: rendezvous.Gloo | None,
         seconds: float,
     ) -> None:
         super().__init__(client=client, source=source, is_sender=group is not None)
@@ -146,13 +138,15 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInit]):
     ) -> GlooTrainer:
         if source is None:
             raise ValueError("the gloo backend sends whole models: it needs a WeightSource")
-        info = init_info
-        group = None
+        info, group = init_info, None
         if info.is_sender:
-            worker = GlooInit(info.master_address, info.master_port, 1, info.world_size, info.timeout_seconds)
+            host, size, seconds = info.master_address, info.world_size, info.timeout_seconds
+            bound, key = rendezvous.listening(host), new_secret()
+            address, port = bound.getsockname()[:2]
+            worker = GlooInit(host, port, 1, size, seconds, key)
             with ThreadPoolExecutor(1) as pool:  # both ends wait for each other
                 joined = pool.submit(client.init_weight_transfer_engine, asdict(worker))
-                group = _join(info.master_address, info.master_port, 0, info.world_size, info.timeout_seconds)
+                group = _join(rendezvous.serve(bound, seconds), key, 0, size, address, seconds)
                 joined.result()
         return cls(client, source, group, info.timeout_seconds)
 

@@ -21,12 +21,11 @@ import torch
 import vllm
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from spell_megatron.config import Servers
+from spell_megatron.rendezvous import own_address
 from spell_megatron.rollout.engine import EngineError
-from spell_megatron.rollout.server import free_port
-from spell_megatron.rollout.transfer import gloo
+from spell_megatron.rollout.transfer import gloo, nccl
 from spell_megatron.rollout.transfer.checksum import noted
 from spell_megatron.rollout.transfer.fanout import FanOut, Fault, Peer
 from spell_megatron.rollout.transfer.local import LocalSender
@@ -103,6 +102,8 @@ class Elsewhere:
 
     def __init__(self, way: str, manifest: Manifest, settings: Servers, device: torch.device) -> None:
         self._way, self._device = way, device
+        gloo.register()
+        nccl.register()
         self._protocol = _Protocol(way, settings)
         self._host = _reachable(settings.host)
         self._seconds = settings.sync_seconds
@@ -185,13 +186,11 @@ class Elsewhere:
         return self._trainer
 
     def _init_info(self, world_size: int) -> TrainerInitInfo:
-        port = free_port(self._host)
-        if self._way == "nccl":
+        if self._way == nccl.NAME:
             # Before 0.33 a receiver may overwrite one of two buffers while a reload still reads it.
             buffers = 1 if vllm.__version_tuple__ < (0, 33) else 2
-            return NCCLTrainerInitInfo(self._host, port, world_size, packed_num_buffers=buffers, rank=0)
-        gloo.register()
-        return gloo.GlooTrainerInit(self._host, port, world_size, self._seconds, rank=0)
+            return nccl.NcclTrainerInit(world_size, packed_num_buffers=buffers, rank=0)
+        return gloo.GlooTrainerInit(self._host, world_size, self._seconds, rank=0)
 
     def _disconnect(self) -> None:
         """Abort the communicator: who is in a collective of it, here or there, gets out."""
@@ -270,10 +269,8 @@ def _reachable(host: str) -> str:
     with contextlib.suppress(OSError):
         if not (named := socket.gethostbyname(socket.gethostname())).startswith("127."):
             return named
-    try:  # its name stands for itself alone: take the address that packets to elsewhere would bear (none is sent)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
-            return str(probe.getsockname()[0])
+    try:  # its name stands for itself alone: take the address that packets to elsewhere would bear
+        return own_address("192.0.2.1")  # an address for documentation (RFC 5737)
     except OSError as error:
         raise EngineError(
             f"no address of this machine is known that engines elsewhere could reach ({error}): set"

@@ -1,0 +1,66 @@
+"""Text from outside on its way to people: whatever a file is called or a model has written, it stays text.
+
+Names, titles, answers and messages may hold what moves a cursor, turns a line around, or forges the next one of a log.
+It is taken out where text leaves the program, once: `Terminal` for what is printed, `Lines` for logs, `tidy` for pages.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+_MARGIN = "    "
+
+
+def tidy(text: str) -> str:
+    """The text with a mark for whatever is no character to be read. Line ends and tabs stay."""
+    return _CONTROL.sub("�", text)
+
+
+def line(text: str) -> str:
+    """The same in one line."""
+    return tidy(" ".join(text.split("\n")))
+
+
+def say(text: str) -> None:
+    """Print lines of text to standard output."""
+    sys.stdout.write(tidy(text) + "\n")
+
+
+class Terminal(Console):
+    """A console that prints text as it stands: brackets are no markup, and only its own escapes are."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **arguments)
+
+    def note(self, message: str | Text, style: str = "") -> None:
+        """Print a message, whose lines are as long as they are."""
+        self.print(message, style=style, soft_wrap=True)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else tidy(text), style, control)
+
+
+class Lines(logging.Formatter):
+    """A record begins a line, and further lines of it are indented: none looks like another record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return tidy(super().format(record)).replace("\n", "\n" + _MARGIN)
+
+
+def log_to_stderr(level: int) -> None:
+    """Messages of a process that has no run folder to write them to."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines("%(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])

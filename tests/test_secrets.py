@@ -1,0 +1,81 @@
+"""Keys come from the environment: not from command lines, not into a run's folder, not from files that others read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from eval.endpoint import Endpoint
+from eval.run import JudgeSettings
+from launchers.profile import ProfileError, load_profile
+from spell_megatron.cli import app
+from spell_megatron.config import ConfigError, load_config, names_secret
+from spell_megatron.types import SpellError
+
+pytestmark = pytest.mark.unit
+KEY = "sk-nobody-elses"
+
+
+@pytest.mark.parametrize(
+    ("option", "variable"), [("--api-key", "SPELL_API_KEY"), ("--judge-key", "SPELL_JUDGE_KEY")]
+)
+def test_a_key_on_a_command_line_is_refused(
+    option: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in ([option, KEY], [f"{option}={KEY}"]):
+        done = CliRunner().invoke(app, ["eval", *given, "--list"])
+        assert done.exit_code == 2
+        assert variable in done.output and KEY not in done.output
+    monkeypatch.setenv(variable, KEY)
+    done = CliRunner().invoke(app, ["eval", "--list"])
+    assert done.exit_code == 0 and KEY not in done.output
+
+
+def test_a_key_is_in_no_text_of_its_owner() -> None:
+    assert KEY not in repr(JudgeSettings("http://judge", "m", KEY))
+    with pytest.raises(SpellError, match="SPELL_API_KEY") as refused:
+        Endpoint(f"http://me:{KEY}@host:8000")
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize("override", ["engine_environment={VLLM_API_KEY: %s}", "engine={api-key: %s}"])
+def test_no_secret_is_kept_in_a_configuration(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"looks like a secret.*environment") as refused:
+        load_config("toy", ["rollout." + override % KEY])
+    assert KEY not in str(refused.value)
+
+
+def test_a_clusters_secrets_are_in_a_private_file_or_in_the_environment(tmp_path: Path) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(yaml.safe_dump({"env": {"HF_TOKEN": KEY, "NCCL_IB_HCA": "mlx5"}}))
+    profile.chmod(0o640)
+    with pytest.raises(ProfileError, match=r"HF_TOKEN.*chmod 600"):
+        load_profile(str(profile))
+    profile.chmod(0o600)
+    assert load_profile(str(profile), ["nodes=2"]).env["HF_TOKEN"] == KEY
+    with pytest.raises(ProfileError, match="export WANDB_API_KEY=") as refused:
+        load_profile(str(profile), [f"env={{HF_TOKEN: {KEY}, WANDB_API_KEY: {KEY}}}"])
+    assert KEY not in str(refused.value)
+
+
+def test_what_is_a_secret_by_its_name() -> None:
+    secret = [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "api-key",
+        "OPENAI_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "PGPASSWORD_PASSWORD",
+    ]
+    harmless = [
+        "VLLM_ATTENTION_BACKEND",
+        "NCCL_IB_HCA",
+        "max_tokens",
+        "TOKENIZERS_PARALLELISM",
+        "KEYBOARD",
+        "hf_overrides",
+    ]
+    assert all(map(names_secret, secret)) and not any(map(names_secret, harmless))

@@ -1,0 +1,25 @@
+"""Renders chat templates: in a process of its own (`chat`), since a template is a stranger's program.
+
+Where the environment says USE_TORCH=0, transformers does without torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+_SPARE, _TIMES = 1 << 20, 4
+"""A prompt is no longer than its contents, so many times, and these characters."""
+
+
+def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> str:
+    """A conversation up to where the model starts to write. Raises ValueError where it is absurdly long."""
+    rendered, _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, **variables
+    )
+    text = str(rendered[0])
+    if len(text) > (longest := _SPARE + _TIMES * sum(len(message["content"]) for message in messages)):
+        raise ValueError(f"it makes {len(text):,} characters, more than {longest:,}")
+    return text
