@@ -22,6 +22,7 @@ FLOORS = (
         "spell_megatron.placement",
         "spell_megatron.topology",
         "spell_megatron.outputs",
+        "spell_megatron.files",
     },
     {"spell_megatron.selfplay", "spell_megatron.corpus", "megatron_patches", "tokenizer"},
     {"spell_megatron.weights", "spell_megatron.policy", "spell_megatron.rollout"},

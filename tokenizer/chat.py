@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from spell_megatron.types import SpellError, Tokens
 from tokenizer.control import Commands
+from tokenizer.ends import end_tokens
 
 THINKING = frozenset(("<think>", "</think>"))
 """Tags that are part of what a model wrote, however a tokenizer flags them."""
@@ -50,7 +50,7 @@ class ChatTokenizer:
             raise SpellError(
                 f"the tokenizer in {folder} has no chat template: use an instruction-tuned model"
             )
-        return cls(hf, _eos_ids(folder, hf), thinking)
+        return cls(hf, end_tokens(folder, hf.eos_token_id), thinking)
 
     def prompt(self, message: str) -> list[int]:
         return self.conversation([{"role": "user", "content": message}])
@@ -111,11 +111,3 @@ def _faithful(folder: Path) -> PreTrainedTokenizerBase:
 
 def _round_trips(hf: PreTrainedTokenizerBase) -> bool:
     return str(hf.decode(hf.encode(_PROBE, add_special_tokens=False))).strip() == _PROBE
-
-
-def _eos_ids(folder: Path, hf: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokenizer's end token, and those that the model's generation settings add (Llama, Qwen)."""
-    path = folder / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", []) if path.is_file() else []
-    ids = [hf.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
