@@ -52,11 +52,11 @@ PUBLISHED = {  # parameters, as the hub's pages count them in the models' files
 SHIPPED = model_recipes()
 ONE_NODE = {  # what the recipes' comments say of a single node
     "qwen2.5-32b-16k": "selfplay.concurrency=24",
-    "qwen2.5-32b-base-16k": "selfplay.concurrency=24",
+    "qwen2.5-32b-instruct-16k": "selfplay.concurrency=24",
     "qwen3-32b-16k": "selfplay.concurrency=24",
     "qwen3-30b-a3b-16k": "selfplay.concurrency=32",
     "qwen3-30b-a3b-thinking-16k": "selfplay.concurrency=16",
-    "qwen2.5-32b-base-100k": "selfplay.concurrency=5 policy.layout.context=1",
+    "qwen2.5-32b-instruct-100k": "selfplay.concurrency=5 policy.layout.context=1",
     "qwen2.5-32b-100k": "selfplay.concurrency=5 policy.layout.context=1",
     "qwen3-32b-100k": "selfplay.concurrency=5 policy.layout.context=1",
     "qwen3-30b-a3b-100k": "selfplay.concurrency=8",

@@ -48,9 +48,10 @@ class ChatTokenizer:
             raise SpellError(f"cannot read the tokenizer in {folder}: {error}") from error
         if not hf.chat_template:
             raise SpellError(
-                f"the tokenizer in {folder} has no chat template: use an instruction-tuned model"
+                f"the tokenizer in {folder} has no chat template: use an instruction-tuned model, or write the template"
+                " of one into chat_template.jinja of a copy of the folder"
             )
-        return cls(hf, end_tokens(folder, hf.eos_token_id), thinking)
+        return cls(hf, end_tokens(folder, (hf.eos_token_id, *_turn_end(hf))), thinking)
 
     def prompt(self, message: str) -> list[int]:
         return self.conversation([{"role": "user", "content": message}])
@@ -111,3 +112,20 @@ def _faithful(folder: Path) -> PreTrainedTokenizerBase:
 
 def _round_trips(hf: PreTrainedTokenizerBase) -> bool:
     return str(hf.decode(hf.encode(_PROBE, add_special_tokens=False))).strip() == _PROBE
+
+
+def _turn_end(hf: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special token that the template puts behind what the model wrote, if any.
+
+    Base models with a template (Qwen2.5's) name another one as their end, and would go on with a next turn.
+    """
+    exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = str(hf.apply_chat_template(exchange, tokenize=False))
+    except Exception:  # templates raise what they like; one for single messages has no such token
+        return ()
+    _, written, behind = text.rpartition(_PROBE)
+    ids = hf.encode(behind.lstrip(), add_special_tokens=False) if written else []
+    return tuple(
+        token for token in ids[:1] if (added := hf.added_tokens_decoder.get(token)) and added.special
+    )
