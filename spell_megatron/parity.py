@@ -72,7 +72,10 @@ def compare(folder: Path, tokens: int) -> Parity:
     try:
         with tempfile.TemporaryDirectory(prefix="spell-parity-") as scratch:
             settings = Rollout(
-                dtype=dtype, max_model_len=min(shape.max_positions, 32 + tokens), kv_cache_mib=256
+                dtype=dtype,
+                max_model_len=min(shape.max_positions, 32 + tokens),
+                kv_cache_mib=256,
+                eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than these few tokens
             )
             engine = InProcessEngine(folder, settings, scratch=Path(scratch), stop=())
 

@@ -43,7 +43,7 @@ SP = {"sequence": True}
 REPLAY = {"router_replay": True}
 """The routers are told experts drawn at random, there and here."""
 CASES = (
-    Case("single", 1, ("qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied"), fast=True),
+    Case("single", 1, ("qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied", "mistral"), fast=True),
     Case("single recompute", 1, ("qwen3", "moe"), policy={"recompute": "full"}),
     Case("single selective", 1, ("qwen3", "moe"), policy={"recompute": "selective"}),
     Case("tp2", 2, layout={"tensor": 2}),

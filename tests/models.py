@@ -12,19 +12,16 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import (
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
-Kind = Literal["qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied"]
+Kind = Literal["qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied", "mistral"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _SHAPE: dict[str, Any] = {
@@ -50,34 +47,34 @@ _EXPERTS: dict[str, Any] = {
 }
 
 
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}
+_MADE: dict[Kind, tuple[type[PreTrainedModel], dict[str, Any]]] = {
+    "qwen3": (Qwen3ForCausalLM, {}),
+    "qwen3_tied": (Qwen3ForCausalLM, _TIED),
+    "qwen2": (Qwen2ForCausalLM, {"hidden_size": 128}),  # its heads are hidden_size / num_attention_heads wide
+    "moe": (Qwen3MoeForCausalLM, _EXPERTS),
+    "llama": (LlamaForCausalLM, {}),
+    "llama_tied": (LlamaForCausalLM, _TIED),
+    "mistral": (MistralForCausalLM, {"sliding_window": None}),
+}
+"""The class of each kind, and what differs from `_SHAPE`."""
+
+
 def make_config(kind: Kind, **overrides: Any) -> PreTrainedConfig:
     """The configuration of a tiny model; head_dim is 32 in every kind."""
-    if kind == "qwen2":  # has no head_dim of its own: hidden_size / num_attention_heads
-        shape = {**_SHAPE, "hidden_size": 128, "tie_word_embeddings": False, **overrides}
-        return Qwen2Config(**shape)
-    shape = {**_SHAPE, "head_dim": 32, "tie_word_embeddings": kind.endswith("_tied")}
-    if kind.startswith("llama"):
-        return LlamaConfig(**{**shape, **overrides})
-    if kind == "moe":
-        return Qwen3MoeConfig(**{**shape, **_EXPERTS, **overrides})
-    return Qwen3Config(**{**shape, **overrides})
+    maker, own = _MADE[kind]
+    width = {} if kind == "qwen2" else {"head_dim": 32}
+    shape = {**_SHAPE, **width, "tie_word_embeddings": False, **own, **overrides}
+    return maker.config_class(**shape)
 
 
 def build_model(kind: Kind, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A float32 model in memory, from a seed; the global random state is left as it was."""
     config = make_config(kind, **overrides)
     config._attn_implementation = "eager"
-    makers: dict[Kind, type[PreTrainedModel]] = {
-        "qwen3": Qwen3ForCausalLM,
-        "qwen3_tied": Qwen3ForCausalLM,
-        "qwen2": Qwen2ForCausalLM,
-        "moe": Qwen3MoeForCausalLM,
-        "llama": LlamaForCausalLM,
-        "llama_tied": LlamaForCausalLM,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = makers[kind](config).float().eval()
+        model = _MADE[kind][0](config).float().eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -47,6 +48,18 @@ def test_a_recipe_inherits_another(tmp_path: Path) -> None:
     config, base = load_config(str(path)), load_config("toy")
     assert (config.steps, config.selfplay.questions) == (2, 5)
     assert config.selfplay.group_size == base.selfplay.group_size
+
+
+def test_a_recipe_inherits_several_and_the_later_have_the_say(tmp_path: Path) -> None:
+    (tmp_path / "long.yaml").write_text("steps: 7\nselfplay: {sampling: {responder_tokens: 99}}\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("inherit: [toy, long]\nselfplay: {questions: 5}\n")
+    config, base = load_config(str(mine)), load_config("toy")
+    assert (config.steps, config.selfplay.questions) == (7, 5)
+    assert config.selfplay.sampling == replace(base.selfplay.sampling, responder_tokens=99)
+    mine.write_text("inherit: {toy: 1}\n")
+    with pytest.raises(ConfigError, match=r"inherit is a recipe's name, or a list of names"):
+        load_config(str(mine))
 
 
 @pytest.mark.parametrize(

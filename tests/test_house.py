@@ -25,6 +25,7 @@ FLOORS = (
         "spell_megatron.outputs",
         "spell_megatron.rendezvous",
         "spell_megatron.terminal",
+        "spell_megatron.files",
     },
     {"spell_megatron.selfplay", "spell_megatron.corpus", "megatron_patches", "tokenizer"},
     {"spell_megatron.weights", "spell_megatron.policy", "spell_megatron.rollout"},

@@ -23,7 +23,7 @@ from launchers import job as jobs
 from launchers.job import Job, prepare, read_by
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
-from spell_megatron.config import ConfigError, load_config, parse_config
+from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
 from spell_megatron.preemption import REQUEUE, attempt
 from spell_megatron.record import RunFolder
 from spell_megatron.types import SpellError
@@ -386,10 +386,10 @@ class TestSbatch:
         assert json.loads(found) == [f"http://{node}:{30016 + i}" for node in "bcd" for i in range(2)]
         assert "rollout.servers.count" not in text
 
+    @pytest.mark.parametrize("recipe", model_recipes())
     def test_a_recipe_of_the_hub_is_printed_without_its_model(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        recipe = "qwen3-30b-a3b-100k"
         wanted = load_config(recipe)
         assert launch(recipe, [f"runs={tmp_path}"], "slurm", "h100", dryrun=True) == 0
         assert self.headers(capsys.readouterr().out)["nodes"] == str(wanted.cluster.nodes)

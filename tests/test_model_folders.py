@@ -80,6 +80,7 @@ def tokenizer(largest: int, *, added: bool) -> Change:
 
 
 REFUSED: dict[str, tuple[Kind, Change, str]] = {
+    "a window of Mistral": ("mistral", configured(sliding_window=4096), "sliding_window=4096.*Mistral"),
     "quantised": (
         "qwen3",
         configured(quantization_config={"quant_method": "fp8"}),
@@ -268,6 +269,7 @@ ACCEPTED: dict[str, tuple[Kind, Change]] = {
     "derived angles": ("qwen3", plus("model.layers.0.self_attn.rotary_emb.inv_freq", 16)),
     "tied in words, not in weights": ("qwen3", configured(tie_word_embeddings=True)),
     "an unknown key that is off": ("qwen3", configured(use_mrope=False, shared_expert=None)),
+    "a window that Qwen2.5 does not use": ("qwen2", configured(sliding_window=4, use_sliding_window=False)),
     "keys of libraries": ("qwen2", configured(unsloth_version="1", pretraining_tp=1, attention_dropout=0.1)),
     "rope of old": ("qwen3", configured(rope_parameters=..., rope_theta=1e6, rope_scaling=None)),
     "yarn": ("qwen3", rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)),

@@ -13,10 +13,11 @@ from models import make_model
 from safetensors.torch import load_file
 
 from spell_megatron.rollout.engine import EngineError, check_version, room_for
-from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.transfer import checksum as checksums
 from spell_megatron.rollout.transfer.checksum import checksum
 from spell_megatron.rollout.transfer.manifest import Manifest, buckets
+from spell_megatron.types import SpellError
+from tokenizer.ends import end_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -58,13 +59,13 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         Manifest.of(tmp_path)
 
 
-def test_stop_tokens_come_from_the_model_folder(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="eos_token_id"):
-        stop_tokens(tmp_path)
+def test_end_tokens_come_from_the_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(SpellError, match="eos_token_id"):
+        end_tokens(tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
-    assert stop_tokens(tmp_path) == (5,)
+    assert end_tokens(tmp_path) == (5,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert stop_tokens(tmp_path) == (7, 8)
+    assert end_tokens(tmp_path) == (7, 8)
 
 
 def test_the_window_bounds_the_answer() -> None:

@@ -132,6 +132,17 @@ def test_end_tokens_of_the_generation_settings_count(folder: Path, tmp_path: Pat
     assert ChatTokenizer.load(tmp_path).eos_ids == (codec.eos_ids[0], 7)
 
 
+@pytest.mark.parametrize("family", ["like_qwen", "like_llama"])
+def test_a_base_model_ends_where_its_template_ends_a_turn(family: str, tmp_path: Path) -> None:
+    """Qwen2.5's base models have a chat template, and an end token that it does not use."""
+    hf = FAMILIES[family]()._hf
+    ended = "<|im_end|>" if family == "like_qwen" else "<|eot_id|>"
+    hf.add_special_tokens({"eos_token": "<|endoftext|>"})
+    hf.save_pretrained(tmp_path)
+    names = hf.convert_ids_to_tokens(list(ChatTokenizer.load(tmp_path).eos_ids))
+    assert names == ["<|endoftext|>", ended]
+
+
 def test_broken_folders_are_refused_with_a_reason(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(SpellError, match="no model folder"):
         ChatTokenizer.load(tmp_path / "nowhere")

@@ -17,7 +17,6 @@ from launchers.job import prepare
 from launchers.machines import machines
 from launchers.profile import load_profile
 from spell_megatron.config import (
-    RECIPES,
     Cluster,
     Config,
     ConfigError,
@@ -25,6 +24,7 @@ from spell_megatron.config import (
     SelfPlay,
     Servers,
     load_config,
+    model_recipes,
 )
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.planner import estimate
@@ -172,7 +172,7 @@ def test_gpus_beyond_those_of_the_parent_are_refused() -> None:
         visible((2, 3), "0,1")
 
 
-MODELS = sorted(path.stem for path in RECIPES.glob("*.yaml") if load_config(path.stem).model.path.count("/"))
+MODELS = model_recipes()
 LAUNCHES = list(itertools.product(MODELS, (1, 4, 8), (0, 2)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from spell_megatron.bounded import Bounded, Failed, TooMuch
 from spell_megatron.types import SpellError, Tokens
 from tokenizer.control import Commands
+from tokenizer.ends import end_tokens
 
 THINKING = frozenset(("<think>", "</think>"))
 """Tags that are part of what a model wrote, however a tokenizer flags them."""
@@ -53,13 +53,14 @@ class ChatTokenizer:
             raise SpellError(f"cannot read the tokenizer in {folder}: {error}") from error
         if not hf.chat_template:
             raise SpellError(
-                f"the tokenizer in {folder} has no chat template: use an instruction-tuned model"
+                f"the tokenizer in {folder} has no chat template: use an instruction-tuned model, or write the template"
+                " of one into chat_template.jinja of a copy of the folder"
             )
         if len(template := str(hf.chat_template)) > _LONGEST_TEMPLATE:
             raise SpellError(
                 f"the chat template in {folder} has {len(template):,} characters: that is no template"
             )
-        return cls(hf, _eos_ids(folder, hf), thinking)
+        return cls(hf, end_tokens(folder, (hf.eos_token_id, *_turn_end(hf))), thinking)
 
     def prompt(self, message: str) -> list[int]:
         return self.conversation([{"role": "user", "content": message}])
@@ -130,9 +131,18 @@ def _round_trips(hf: PreTrainedTokenizerBase) -> bool:
     return str(hf.decode(hf.encode(_PROBE, add_special_tokens=False))).strip() == _PROBE
 
 
-def _eos_ids(folder: Path, hf: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokenizer's end token, and those that the model's generation settings add (Llama, Qwen)."""
-    path = folder / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", []) if path.is_file() else []
-    ids = [hf.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
+def _turn_end(hf: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special token that the template puts behind what the model wrote, if any.
+
+    Base models with a template (Qwen2.5's) name another one as their end, and would go on with a next turn.
+    """
+    exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = str(hf.apply_chat_template(exchange, tokenize=False))
+    except Exception:  # templates raise what they like; one for single messages has no such token
+        return ()
+    _, written, behind = text.rpartition(_PROBE)
+    ids = hf.encode(behind.lstrip(), add_special_tokens=False) if written else []
+    return tuple(
+        token for token in ids[:1] if (added := hf.added_tokens_decoder.get(token)) and added.special
+    )

@@ -102,23 +102,6 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def replace_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    write_json(part, value)
-    part.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Make the bytes of a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _opened(path: Path) -> BufferedReader:
     """A plain file, for reading; a pipe or a device would hold the reader up."""
     file: BufferedReader = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115

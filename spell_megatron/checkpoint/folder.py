@@ -8,6 +8,7 @@ asked again for a while, and then the run stops rather than go on without it.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -24,11 +25,10 @@ from spell_megatron.checkpoint.files import (
     names_below,
     patiently,
     read_json,
-    replace_json,
     stamps,
-    sync,
     write_json,
 )
+from spell_megatron.files import replace_text, sync
 from spell_megatron.types import SpellError
 
 _log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ def commit(partial: Path, learner_files: dict[str, str]) -> Path:
         set_aside(final)
     partial.rename(final)
     sync(final.parent)
-    replace_json(_note(final.parent), {"step": int(final.name.removeprefix("step-"))})
+    replace_text(_note(final.parent), json.dumps({"step": int(final.name.removeprefix("step-"))}))
     return final
 
 

@@ -27,6 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from spell_megatron import files
 from spell_megatron.types import SpellError
 
 logger = logging.getLogger(__name__)
@@ -145,15 +146,10 @@ class RunFolder:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
+    """Write a file whole or not at all, its folder too. Raises SpellError where the file system refuses."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        files.replace_text(path, text)
 
 
 class JsonLines:

@@ -50,11 +50,11 @@ from spell_megatron.rollout.health import (
     Woke,
 )
 from spell_megatron.rollout.member import Member, Surroundings
-from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.topology import LOCAL, Topology
 from spell_megatron.types import Rollout, Tokens
+from tokenizer.ends import end_tokens
 
 if TYPE_CHECKING:
     from spell_megatron.rollout.transfer.fanout import Peer
@@ -102,7 +102,7 @@ class Fleet:
         self._servers = servers
         self._secret = read_secret(Path(servers.secret_file)) if servers.secret_file else ""
         self._sleeps = (found.colocated and backend.current().sleeps) if sleeps is None else sleeps
-        self._stop = list(stop if stop is not None else stop_tokens(folder))
+        self._stop = list(stop if stop is not None else end_tokens(folder))
         self._version = self._first_version = version
         self._dispatcher = Dispatcher(settings.max_num_seqs)
         self._counted = EngineStats()

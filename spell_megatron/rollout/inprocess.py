@@ -34,9 +34,9 @@ from spell_megatron.rollout.engine import (
     versions_of,
 )
 from spell_megatron.rollout.experts import START, PromptExperts
-from spell_megatron.rollout.model_files import stop_tokens
 from spell_megatron.rollout.transfer.manifest import Manifest, buckets
 from spell_megatron.types import Experts, Rollout, Tokens
+from tokenizer.ends import end_tokens
 
 if TYPE_CHECKING:
     from vllm.logprobs import Logprob
@@ -85,7 +85,7 @@ class InProcessEngine:
     ) -> None:
         self._folder = Path(model)
         self._manifest = Manifest.of(self._folder)
-        self._stop = list(stop if stop is not None else stop_tokens(self._folder))
+        self._stop = list(stop if stop is not None else end_tokens(self._folder))
         self._window = settings.max_model_len
         self._continues = settings.servers.in_flight == "continue"
         self._scratch = scratch

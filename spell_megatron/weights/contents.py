@@ -13,8 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from spell_megatron.files import read_object
 from spell_megatron.types import SpellError
-from spell_megatron.weights.shape import ModelShape, model_shape, read_object
+from spell_megatron.weights.shape import ModelShape, model_shape
 
 _log = logging.getLogger(__name__)
 

@@ -24,6 +24,8 @@ class Family:
     experts: bool = False
     head_dim: int | None = None
     """Where config.json gives none; None is the hidden size over the heads."""
+    refuses: frozenset[str] = frozenset()
+    """Keys that change this family's computation, and are harmless in the others."""
 
 
 FAMILIES = {
@@ -31,6 +33,7 @@ FAMILIES = {
     "qwen3": Family("Qwen3", qk_norm=True, head_dim=128),
     "qwen3_moe": Family("Qwen3-MoE", qk_norm=True, experts=True),
     "llama": Family("Llama"),
+    "mistral": Family("Mistral", refuses=frozenset(("sliding_window",))),
 }
 
 # fmt: off
@@ -100,6 +103,10 @@ def check_keys(config: Mapping[str, Any], folder: Path) -> Family:
     family = FAMILIES[kind]
     read = READ | (READ_OF_EXPERTS if family.experts else frozenset())
     for key, value in config.items():
+        if key in family.refuses and value is not None:
+            raise SpellError(
+                f"{where}: {key}={value!r} changes what a {family.title} computes, which is not supported"
+            )
         if key in read or key in HARMLESS or (key == "attention_bias" and family.qkv_bias):
             continue
         if key == "layer_types":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.files import read_object
 from spell_megatron.types import SpellError
 from spell_megatron.weights.keys import FAMILIES, check_keys, number, rope
 
@@ -49,19 +49,6 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         raise SpellError(
             f"{folder} is not a model folder: it has no config.json; give the folder of a Hugging Face model"
         ) from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model folder. Raises FileNotFoundError, or SpellError for what cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise SpellError(f"cannot read {path}: {error}; copy the model folder again") from None
-    if not isinstance(value, dict):
-        raise SpellError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def model_shape(folder: Path) -> ModelShape:

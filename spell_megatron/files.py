@@ -1,0 +1,43 @@
+"""Small files, as every room reads and writes them: a model folder's JSON object; a text that is there whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from spell_megatron.types import SpellError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. Raises FileNotFoundError, or SpellError for what cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SpellError(f"cannot read {path}: {error}; copy the model folder again") from None
+    if not isinstance(value, dict):
+        raise SpellError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; what stood there stands until the new text is on the disk. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
