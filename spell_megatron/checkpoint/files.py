@@ -43,6 +43,11 @@ def patiently(read: Callable[[], Result]) -> Result:
     return attempts(read)
 
 
+def new_digest() -> hashlib.blake2b:
+    """Of a file's content, to be told it piece by piece."""
+    return hashlib.blake2b(digest_size=16)
+
+
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Digest of each file of `folder` by its relative name; of one that is not there, or is no file, none.
 
@@ -131,7 +136,7 @@ def _opened(path: Path) -> BufferedReader:
 def _digest(path: Path) -> str:
     try:
         with _opened(path) as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            return hashlib.file_digest(file, new_digest).hexdigest()
     except ValueError:
         return ""
     except OSError as error:
