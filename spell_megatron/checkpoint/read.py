@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -25,8 +26,8 @@ from spell_megatron.checkpoint.parts import Part
 
 _OVERHEAD = 1 << 16
 """Bytes that a tensor's record may have besides its elements."""
-_EARLIER = {"optimizer.state.param.": "optimizer.state.fp32_param."}
-"""What megatron-core calls the master weights of an optimizer that is not distributed."""
+_OTHER_NAMES = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?")
+"""What megatron-core itself may call a state of the optimizer."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,8 +51,11 @@ def read_parts(folder: Path, index: Metadata, parts: Iterable[Part]) -> int:
     by_key: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
         by_key[part.key].append(part)
-    for mine in by_key.values():
-        for stored, there, target in _overlapping(index, mine):
+    names = {_OTHER_NAMES.sub("optimizer.state.", name): name for name in index.state_dict_metadata}
+    for key, mine in by_key.items():
+        if key not in names:
+            raise ValueError(f"{key} is missing: it is another model's")
+        for stored, there, target in _overlapping(index, names[key], mine):
             wanted[stored].append((there, target))
     for file, group in groupby(sorted(wanted), attrgetter("file")):
         with (folder / file).open("rb") as stream:
@@ -72,34 +76,24 @@ def load_plain(content: bytes, largest: int) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _overlapping(index: Metadata, parts: list[Part]) -> Iterable[tuple[_Stored, Box, Tensor]]:
+def _overlapping(index: Metadata, name: str, parts: list[Part]) -> Iterable[tuple[_Stored, Box, Tensor]]:
     """What is stored of the parts of one tensor: where, what of that, and where it belongs."""
-    key, described = _described(index, parts[0])
+    described = index.state_dict_metadata[name]
+    assert isinstance(described, TensorStorageMetadata)  # an index has nothing else
+    if tuple(described.size) != parts[0].whole:
+        raise ValueError(f"{name} is {[*described.size]} and not {[*parts[0].whole]}: it is another model's")
     boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in described.chunks]
     overlaps = Overlaps(boxes)
     for part in parts:
         found = 0
         for number, there, here in overlaps.of(part.box):
-            place = index.storage_data[MetadataIndex(key, torch.Size(boxes[number].start))]
+            place = index.storage_data[MetadataIndex(name, torch.Size(boxes[number].start))]
             largest = boxes[number].numel * described.properties.dtype.itemsize + _OVERHEAD
             stored = _Stored(place.relative_path, place.offset, place.length, boxes[number].size, largest)
-            found += math.prod(there.size)
+            found += here.numel
             yield stored, there, part.data[_slices(here)]
         if found != part.box.numel:
-            raise ValueError(f"the parts of {key} do not make up the whole")
-
-
-def _described(index: Metadata, part: Part) -> tuple[str, TensorStorageMetadata]:
-    names = [part.key, *(part.key.replace(*pair) for pair in _EARLIER.items() if part.key.startswith(pair[0]))]
-    key = next((name for name in names if name in index.state_dict_metadata), None)
-    if key is None:
-        raise ValueError(f"{part.key} is missing: it is another model's")
-    described = index.state_dict_metadata[key]
-    assert isinstance(described, TensorStorageMetadata)  # an index has nothing else
-    if tuple(described.size) != part.whole:
-        shapes = " × ".join(map(str, described.size)), " × ".join(map(str, part.whole))
-        raise ValueError(f"{key} is {shapes[0]} and should be {shapes[1]}: it is another model's")
-    return key, described
+            raise ValueError(f"the parts of {name} do not make up the whole")
 
 
 def _slices(box: Box) -> tuple[slice, ...]:
