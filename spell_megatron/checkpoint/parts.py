@@ -52,7 +52,9 @@ def _parts(learner: Learner, held: Sequence[Share], *, saving: bool) -> Iterator
             run = _even_share(parameter) if saving else (0, parameter.numel())
         state = share.tensors() if share else ()
         tensors = [("", 0, parameter.detach())]
-        tensors += [(f"optimizer.state.{name}.", share.start if share else 0, tensor) for name, tensor in state]
+        tensors += [
+            (f"optimizer.state.{name}.", share.start if share else 0, tensor) for name, tensor in state
+        ]
         for tile in tiles:
             if not (saving and any(tile.replica_id[:2])):  # another pipeline or tensor rank's copy
                 for prefix, first, tensor in tensors:

@@ -6,7 +6,6 @@ Each rank reads for itself, and no more than the stored rectangles that its own 
 from __future__ import annotations
 
 import io
-import math
 import re
 import zipfile
 from collections import defaultdict
@@ -43,7 +42,7 @@ class _Stored:
 
 
 def read_parts(folder: Path, index: Metadata, parts: Iterable[Part]) -> int:
-    """Fill the parts from the files of a checkpoint; the bytes that were read for it.
+    """Fill the parts from the files of a checkpoint; the bytes of the tensors that were read for it.
 
     Raises ValueError where they are another model's, OSError where they cannot be read.
     """
@@ -57,6 +56,7 @@ def read_parts(folder: Path, index: Metadata, parts: Iterable[Part]) -> int:
             raise ValueError(f"{key} is missing: it is another model's")
         for stored, there, target in _overlapping(index, names[key], mine):
             wanted[stored].append((there, target))
+    read = 0
     for file, group in groupby(sorted(wanted), attrgetter("file")):
         with (folder / file).open("rb") as stream:
             for stored in group:
@@ -66,7 +66,8 @@ def read_parts(folder: Path, index: Metadata, parts: Iterable[Part]) -> int:
                     raise ValueError(f"{file} holds something else than the index says")
                 for there, target in wanted[stored]:
                     target.copy_(tensor[_slices(there)])
-    return sum(stored.length for stored in wanted)
+                read += tensor.nbytes
+    return read
 
 
 def load_plain(content: bytes, largest: int) -> Any:

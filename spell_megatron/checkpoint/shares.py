@@ -55,7 +55,9 @@ def shares(optimizer: Any, *, fresh: bool) -> Iterator[Share]:
 def plain_values(optimizer: Any) -> Values:
     """What is no tensor: rates and steps of the groups of parameters. The same on every rank."""
     leaves = _leaves(optimizer)
-    found = [leaf.state_dict() if isinstance(leaf, DistributedOptimizer) else _groups(leaf) for leaf in leaves]
+    found = [
+        leaf.state_dict() if isinstance(leaf, DistributedOptimizer) else _groups(leaf) for leaf in leaves
+    ]
     return found[0] if len(found) == 1 else dict(enumerate(found))
 
 
@@ -63,7 +65,7 @@ def prepare(optimizer: Any, values: Values) -> None:
     """Take over the plain values, and make the tensors of an optimizer that never stepped."""
     leaves = _leaves(optimizer)
     for number, leaf in enumerate(leaves):
-        saved = values if len(leaves) == 1 else values[number]
+        saved: Values = values if len(leaves) == 1 else values[number]
         saved = saved.get("optimizer", saved)
         groups = saved["param_groups"]
         if "common_step" in saved.get("state", {}):  # as megatron-core writes what is not sharded
