@@ -88,7 +88,7 @@ def _measured(forward: Callable[[], Tensor], work: Work, rounds: int, peak: floa
     ) / ASSUMED.dense_efficiency + work.expert / ASSUMED.expert_efficiency
     return {
         "ms": seconds * 1e3,
-        "H100, predicted": 3 * expected / ASSUMED.peak_flops * 1e3,
+        "H100 ms, predicted": 3 * expected / ASSUMED.peak_flops * 1e3,
         "TFLOP/s": done / 1e12,
         "MFU": done / peak,
     }

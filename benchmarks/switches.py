@@ -68,7 +68,7 @@ def step(
     return {
         "prompt": "shared" if shared else "repeated",
         "seconds": seconds,
-        "H100, predicted": predicted(policy, shape, batch),
+        "H100 s, predicted": predicted(policy, shape, batch),
         "tokens/s": computed / seconds,
         "answers' tokens/s": batch.response_tokens / seconds,
         "TFLOP/s": done / 1e12,

@@ -1,7 +1,7 @@
 """Program of test_checkpoint.py under torchrun: save after one update, or load; then two more updates.
 
-The state is written while those two go on. Besides, in bytes: what every rank copies to host memory and writes in a
-save, and what it reads in a load.
+The state is written while those two go on; what was loaded is saved again beside it. Besides, in bytes: what every
+rank copies to host memory and writes in a save, and what it reads in a load.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main() -> None:
         found = checkpoints.newest()
         assert found
         read = load_learner(learner, found)
+        Checkpoints(folder / "again").save(1, learner, {})
     copy, sums = HostCopy(), []
     Staged(learner, folder, copy)
     for _ in range(2):

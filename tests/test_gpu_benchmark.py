@@ -43,7 +43,11 @@ def test_every_command_runs_without_a_gpu(tmp_path: Path) -> None:
         cases = json.loads(done.stdout.splitlines()[-1])["cases"]
         assert len(cases) == {"attention": 1, "layers": 3, "steps": 2}[arguments[0]]
         assert all(case["TFLOP/s"] > 0 for case in cases)
-        assert arguments[0] == "attention" or all(case["H100, predicted"] > 0 for case in cases)
+        expected = [value for case in cases for name, value in case.items() if name.endswith("predicted")]
+        assert (
+            len(expected) == (0 if arguments[0] == "attention" else len(cases))
+            and min(expected, default=1) > 0
+        )
 
 
 def test_every_switch_of_the_policy_has_its_turn() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from spell_megatron.checkpoint.boxes import Box, Overlaps, Shape
+from spell_megatron.checkpoint.files import open_plain
 from spell_megatron.checkpoint.parts import Part
 
 _OVERHEAD = 1 << 16
@@ -58,7 +59,7 @@ def read_parts(folder: Path, index: Metadata, parts: Iterable[Part]) -> int:
             wanted[stored].append((there, target))
     read = 0
     for file, group in groupby(sorted(wanted), attrgetter("file")):
-        with (folder / file).open("rb") as stream:
+        with open_plain(folder / file) as stream:
             for stored in group:
                 stream.seek(stored.offset)
                 tensor = load_plain(stream.read(stored.length), stored.largest)
