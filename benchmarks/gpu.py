@@ -2,32 +2,36 @@
 
     python -m benchmarks.gpu precision                       # bfloat16 and float32 against transformers in float32
     python -m benchmarks.gpu attention                       # span attention against torch's SDPA
+    python -m benchmarks.gpu layers --model Qwen3-30B-A3B-Instruct-2507:1   # one class of layers at a time
     python -m benchmarks.gpu steps --model Qwen3-4B:24 --model Qwen3-30B-A3B-Instruct-2507:3 --tokens 16384
+    python -m benchmarks.gpu switches --model Qwen3-4B:8                    # steps, every switch on and off
 
 Each takes `--json`. A model is one that the planner knows, or a folder with a config.json, with so many of its layers
-and random weights. A step's operations are those of the planner (`plan.workload`): recomputation is not counted, so
-that MFU is of what a step needs, not of what it does. Without a GPU everything runs on the CPU, to see that it does.
+and random weights; tokens are sampled as every recipe does it, from a nucleus. A step's operations are those of the
+planner (`plan.workload`): recomputation is not counted, so that MFU is of what a step needs, not of what it does.
+Beside each time stands the one that the planner expects of an H100. Without a GPU everything runs on the CPU, to see
+that it does.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.common import EXPERTS, SMALL, random_group, save_model, show
-from spell_megatron.config import Dtype, Layout, Optimizer, Policy
-from spell_megatron.plan.catalogue import architecture
-from spell_megatron.plan.workload import batch_work, group_lengths
+from benchmarks.device import LENGTHS, PEAK, G, device_name, random_model, seconds_of
+from benchmarks.layers import layer_classes
+from benchmarks.switches import BASE, NOT_HERE, settings, step, try_step
+from spell_megatron.config import Dtype, Layout, Policy
 from spell_megatron.policy.attention import attend
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.spans import plan_spans
@@ -35,12 +39,12 @@ from spell_megatron.policy.world import World, start_world, stop_world
 from spell_megatron.types import Group, TrainBatch
 from spell_megatron.weights.shape import model_shape
 
-G = 8
-LENGTHS = (4096, 16_384, 32_768, 100_000)
-PEAK = 989e12
-"""bfloat16 operations a second that an H100 SXM is sold with."""
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")]
+Models = Annotated[list[str], typer.Option(help="NAME:LAYERS; repeatable.")]
+Lengths = Annotated[list[int] | None, typer.Option(help="Of a stream: a prompt and 8 answers; repeatable.")]
+Rounds = Annotated[int, typer.Option(min=1)]
+Peak = Annotated[float, typer.Option(help="Operations a second that the GPU is sold with.")]
 
 
 @app.command()
@@ -170,7 +174,7 @@ def group_attention(
         out["sdpa"] = torch.cat(parts, 1).transpose(0, 1)
         out["sdpa"].sum().backward()
 
-    seconds = {work.__name__: _seconds(work, rounds) for work in (ours, sdpa)}
+    seconds = {work.__name__: seconds_of(work, rounds) for work in (ours, sdpa)}
     pairs = prompt**2 / 2 + G * reply * (prompt + reply / 2)
     return {
         "P": prompt,
@@ -184,94 +188,81 @@ def group_attention(
 
 
 @app.command()
+def layers(
+    model: Models,
+    tokens: Lengths = None,
+    spec: Annotated[str, typer.Option(help="auto, torch or te.")] = "auto",
+    rounds: Rounds = 3,
+    peak: Peak = PEAK,
+    as_json: AsJson = False,
+) -> None:
+    """Forward and backward of attention, of the MLP or the experts, and of the head, each alone."""
+    policy, cases = _policy(spec=spec), list[dict[str, Any]]()
+    world = start_world(Layout(), seed=0, timeout_seconds=1800)
+    for entry, length, folder in _models(model, tokens):
+        for name, measured in layer_classes(
+            policy, folder, shared_group(length, folder), world, rounds, peak
+        ):
+            cases.append({"model": entry, "tokens": length, "layer": name, **measured()})
+    stop_world()
+    show(f"one layer's classes, on {device_name()}", cases, as_json)
+
+
+@app.command()
 def steps(
-    model: Annotated[list[str], typer.Option(help="NAME:LAYERS; repeatable.")],
-    tokens: Annotated[
-        list[int] | None, typer.Option(help="Of a stream: a prompt and 8 answers; repeatable.")
-    ] = None,
+    model: Models,
+    tokens: Lengths = None,
     recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "full",
     unshared: Annotated[bool, typer.Option(help="Also with the prompt repeated for every answer.")] = True,
     spec: Annotated[str, typer.Option(help="auto, torch or te.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    peak: Annotated[float, typer.Option(help="Operations a second that the GPU is sold with.")] = PEAK,
+    rounds: Rounds = 3,
+    peak: Peak = PEAK,
     as_json: AsJson = False,
 ) -> None:
     """A whole training step: forward, backward, clipping, AdamW. An unshared answer is a stream by itself."""
     cases: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for entry in model:
-            name, _, layers = entry.rpartition(":")
-            folder = random_model(name, int(layers), Path(scratch) / str(len(cases)))
-            vocab = model_shape(folder).vocab
-            for length in tokens or LENGTHS:
-                group = random_group(length - G * (length // 32), G, length // 32, vocab)
-                for shared in (True, False) if unshared else (True,):
-                    policy = Policy(
-                        stream_tokens=length if shared else length - (G - 1) * (length // 32),
-                        share_prompts=shared,
-                        recompute=recompute,  # type: ignore[arg-type]
-                        spec=spec,  # type: ignore[arg-type]
-                        optimizer=Optimizer(distributed=True),
-                    )
-                    cases.append(
-                        {"model": entry, "tokens": length, **step(policy, folder, group, rounds, peak)}
-                    )
+    for entry, length, folder in _models(model, tokens):
+        group = shared_group(length, folder)
+        for shared in (True, False) if unshared else (True,):
+            streams = length if shared else length - (G - 1) * (length // 32)
+            policy = _policy(stream_tokens=streams, share_prompts=shared, recompute=recompute, spec=spec)
+            cases.append({"model": entry, "tokens": length, **step(policy, folder, group, rounds, peak)})
     show(f"training steps, recompute={recompute}, on {device_name()}", cases, as_json)
 
 
-def step(policy: Policy, folder: Path, group: Group, rounds: int, peak: float) -> dict[str, Any]:
-    """One update by a group, timed: its work, as a share of `peak` too, and the memory that it took."""
-    world: World = start_world(Layout(), seed=0, timeout_seconds=1800)
-    learner, batch = Learner(policy, folder, world), TrainBatch((group,))
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    seconds = _seconds(lambda: learner.update(batch), rounds)
-    shape, shared = model_shape(folder), policy.share_prompts
-    computed = len(group.prompt) * (1 if shared else G) + batch.response_tokens
-    done = 3 * batch_work(shape, group_lengths(batch), shared=shared).total / seconds
-    stop_world()
-    return {
-        "prompt": "shared" if shared else "repeated",
-        "seconds": seconds,
-        "tokens/s": computed / seconds,
-        "answers' tokens/s": batch.response_tokens / seconds,
-        "TFLOP/s": done / 1e12,
-        "MFU": done / peak,
-        "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
-    }
+@app.command()
+def switches(
+    model: Models, tokens: Lengths = None, rounds: Rounds = 3, peak: Peak = PEAK, as_json: AsJson = False
+) -> None:
+    """Steps as recipes have them, and with every switch of the policy at its other values, one at a time."""
+    cases, impossible = list[dict[str, Any]](), list[dict[str, Any]]()
+    for entry, length, folder in _models(model, tokens):
+        group = shared_group(length, folder)
+        for name, policy, sampled in settings(_policy(stream_tokens=length)):
+            found = try_step(policy, folder, group, rounds, peak, sampled)
+            kind = impossible if NOT_HERE in found else cases
+            kind.append({"model": entry, "tokens": length, "switch": name, **found})
+    if impossible:
+        show("what this machine cannot do", impossible, False)
+    show(f"training steps, one switch at a time, on {device_name()}", cases, as_json)
 
 
-def random_model(name: str, layers: int, folder: Path) -> Path:
-    """Write so many layers of a model that the planner knows, with random weights in bfloat16."""
-    config = AutoConfig.from_pretrained(architecture(name), num_hidden_layers=layers)
-    if "layer_types" in config.to_dict():
-        config.layer_types = config.layer_types[:layers]
-    with torch.device(_device_type()):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    return folder
+def _policy(**changes: Any) -> Policy:
+    return replace(BASE, **changes)
 
 
-def _seconds(work: Callable[[], Any], rounds: int) -> float:
-    """Median, after a first time that is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
+def _models(entries: list[str], tokens: list[int] | None) -> Iterator[tuple[str, int, Path]]:
+    """NAME:LAYERS, a stream's tokens, the folder of a random model; for every pair."""
+    for entry in entries:
+        name, _, layers = entry.rpartition(":")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = random_model(name, int(layers), Path(scratch))
+            yield from ((entry, length, folder) for length in tokens or LENGTHS)
 
 
-def _device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def device_name() -> str:
-    """Of the device that everything here runs on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+def shared_group(length: int, folder: Path) -> Group:
+    """A prompt and its answers, of a model's vocabulary; together a stream of so many tokens."""
+    return random_group(length - G * (length // 32), G, length // 32, model_shape(folder).vocab)
 
 
 if __name__ == "__main__":

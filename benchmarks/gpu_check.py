@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,10 @@ from rich.markup import escape
 
 from benchmarks import gpu
 from benchmarks.checks import Check, Figures, Row, follow, markdown, report, table
-from benchmarks.common import random_group, save_model
+from benchmarks.common import EXPERTS, random_group, save_model
+from benchmarks.device import PEAK, device_name, random_model
+from benchmarks.layers import layer_classes
+from benchmarks.switches import BASE, settings, try_step
 from spell_megatron.config import Dtype, Layout, Optimizer, Policy, Rollout, Servers, load_config
 from spell_megatron.doctor import examine
 from spell_megatron.placement import Phase, Placement
@@ -259,7 +263,7 @@ _COMPARED = ("log-probs, mean", "gradients")
 
 
 def speed(scratch: Path, graphs: bool) -> Iterator[Check]:
-    """One layer's attention and whole training steps (`benchmarks.gpu attention`, `steps`)."""
+    """Attention, classes of layers, and steps with every switch (`benchmarks.gpu attention`, `layers`, `switches`)."""
     world = start_world(Layout(), seed=0, timeout_seconds=300)
     lengths = (16_384, 100_000) if CUDA else (256,)
     shape = (32, 4, 128) if CUDA else (4, 2, 32)
@@ -271,15 +275,21 @@ def speed(scratch: Path, graphs: bool) -> Iterator[Check]:
     stop_world()
     models = ("Qwen3-4B:8", "Qwen3-30B-A3B-Instruct-2507:2") if CUDA else ("",)
     for model in models:
-        yield f"a step of {model or 'a small model'}", partial(_one_step, model, lengths[0], scratch)
+        yield from _layers_and_steps(model, lengths[0], scratch / model, None if model is models[-1] else 1)
 
 
-def _one_step(model: str, length: int, scratch: Path) -> Figures:
+def _layers_and_steps(model: str, length: int, folder: Path, most: int | None) -> Iterator[Check]:
+    """Each class of layers alone; a step as recipes have it, then with every switch at its other values."""
     name, _, layers = model.rpartition(":")
-    folder = gpu.random_model(name, int(layers), scratch / name) if name else save_model(scratch / "small")
-    group = random_group(length - gpu.G * (length // 32), gpu.G, length // 32)
-    policy = Policy(stream_tokens=length, recompute="full", optimizer=Optimizer(distributed=True))
-    return gpu.step(policy, folder, group, 2, gpu.PEAK)
+    folder = random_model(name, int(layers), folder) if name else save_model(folder / "small", **EXPERTS)
+    group, policy = gpu.shared_group(length, folder), replace(BASE, stream_tokens=length)
+    title = model or "a small model"
+    world = start_world(Layout(), seed=0, timeout_seconds=300)
+    for layer, measured in layer_classes(policy, folder, group, world, 3, PEAK):
+        yield f"{layer} of {title}", measured
+    stop_world()
+    for switch, changed, sampled in islice(settings(policy), most):
+        yield f"{title}, {switch}", partial(try_step, changed, folder, group, 1, PEAK, sampled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,16 +303,16 @@ class Part:
 
 PARTS = {
     "installation": Part(installation, 30),
-    "engine": Part(engine, 210),
-    "loop": Part(loop, 180),
-    "numerics": Part(numerics, 90),
-    "speed": Part(speed, 90),
+    "engine": Part(engine, 190),
+    "loop": Part(loop, 160),
+    "numerics": Part(numerics, 70),
+    "speed": Part(speed, 150),
 }
 
 
 def _model(folder: Path) -> Path:
     """Random weights: four layers of a real size on a GPU, two of a small one elsewhere."""
-    return gpu.random_model("Qwen3-4B", 4, folder) if CUDA else save_model(folder, num_hidden_layers=2)
+    return random_model("Qwen3-4B", 4, folder) if CUDA else save_model(folder, num_hidden_layers=2)
 
 
 def _free() -> int:
@@ -335,20 +345,20 @@ def main(
             console.print(
                 f"  {'[red]failed[/]' if row.fault else '[green]ok[/]'} {row.check}", escape(row.fault)
             )
-    console.print(table(rows, f"on {gpu.device_name()}"))
+    console.print(table(rows, f"on {device_name()}"))
     if write is not None and CUDA:
         write.write_text(_page(rows, graphs), encoding="utf-8")
     elif write is not None:
         console.print(f"there is no GPU: {write} is not written")
     if as_json:
-        sys.stdout.write(json.dumps({"device": gpu.device_name(), "rows": list(map(asdict, rows))}) + "\n")
+        sys.stdout.write(json.dumps({"device": device_name(), "rows": list(map(asdict, rows))}) + "\n")
     raise typer.Exit(any(row.fault for row in rows))
 
 
 def _page(rows: Sequence[Row], graphs: bool) -> str:
     lines = [
         "# On a GPU\n",
-        f"`python -m benchmarks.gpu_check{' --graphs' if graphs else ''}` on {gpu.device_name()}, torch"
+        f"`python -m benchmarks.gpu_check{' --graphs' if graphs else ''}` on {device_name()}, torch"
         f" {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}. The docstrings of `benchmarks/gpu_check.py` say what"
         " each check does.\n",
         *markdown(rows),

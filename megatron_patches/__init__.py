@@ -13,8 +13,6 @@ import torch
 
 from megatron_patches import (
     alltoall_stream,
-    checkpoint_writer,
-    common_values,
     cpu_products,
     cuda_names,
     device_literals,
@@ -25,7 +23,6 @@ from megatron_patches import (
     interleaved_shapes,
     offload_on_host,
     offloaded_classes,
-    resiliency_default,
     rng_tracker,
     router_gemm_name,
     shared_adam_step,
@@ -51,9 +48,6 @@ PATCHES: tuple[Patch, ...] = (
     fresh_optimizer_state.PATCH,
     shared_adam_step.PATCH,
     offloaded_classes.PATCH,
-    checkpoint_writer.PATCH,
-    resiliency_default.PATCH,
-    common_values.PATCH,
     interleaved_shapes.PATCH,
 )
 

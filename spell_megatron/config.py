@@ -322,7 +322,7 @@ class Record:
     keep_every: int = Field(default=0, ge=0)
     """Besides the last ones, checkpoints of every n-th step are kept for good; 0 keeps none."""
     async_save: bool = True
-    """Write checkpoints while the next step goes on; a rank's state is then in host memory once more."""
+    """Write checkpoints while the next step goes on, from a copy in host memory of what the rank writes."""
     mismatch_bound: float = Field(default=0.1, gt=0)
     """Mean engine-learner log-prob difference that is too much: in nats, over samples of the newest weights."""
     mismatch_action: Literal["stop", "drop"] = "stop"

@@ -1,6 +1,7 @@
 """Program of test_checkpoint.py under torchrun: save after one update, or load; then two more updates.
 
-The state is written while those two go on.
+The state is written while those two go on; what was loaded is saved again beside it. Besides, in bytes: what every
+rank copies to host memory and writes in a save, and what it reads in a load.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from reference import random_batch
 
-from spell_megatron.checkpoint import Checkpoints
+from spell_megatron.checkpoint import Checkpoints, load_learner
+from spell_megatron.checkpoint.write import HostCopy, Staged
 from spell_megatron.config import Layout, Optimizer, Policy
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
@@ -27,18 +30,25 @@ def main() -> None:
     policy = Policy(layout=layout, dtype="float32", stream_tokens=512, optimizer=optimizer)
     learner = Learner(policy, folder / "model", world)
     batch, checkpoints = random_batch(256), Checkpoints(folder / "checkpoints", background=True)
+    read = 0
     if mode == "save":
         learner.update(batch)
         checkpoints.save(1, learner, {})
     else:
-        assert checkpoints.restore(learner)
-    sums = []
+        found = checkpoints.newest()
+        assert found
+        read = load_learner(learner, found)
+        Checkpoints(folder / "again").save(1, learner, {})
+    copy, sums = HostCopy(), []
+    Staged(learner, folder, copy)
     for _ in range(2):
         learner.update(batch)
         sums.append(sum(float(s.sum()) for group in learner.score(batch).logprobs for s in group))
     checkpoints.wait()
+    sizes = [None] * world.size
+    dist.all_gather_object(sizes, {"staged": copy.memory.numel(), "read": read})
     if world.is_main:
-        (folder / f"{mode}.json").write_text(json.dumps(sums), encoding="utf-8")
+        (folder / f"{mode}.json").write_text(json.dumps({"sums": sums, "bytes": sizes}), encoding="utf-8")
     stop_world()
 
 

@@ -14,21 +14,30 @@ import threading
 from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from models import make_model
+from models import Kind, make_model
 from reference import random_batch
 from stumbling import stumbling
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from spell_megatron.checkpoint import Checkpoints, files, load_learner, open_checkpoint
+from spell_megatron.checkpoint.boxes import Box
 from spell_megatron.checkpoint.files import digests
+from spell_megatron.checkpoint.index import read_index
+from spell_megatron.checkpoint.parts import Part
+from spell_megatron.checkpoint.read import read_parts
 from spell_megatron.checkpoint.write import Staged
-from spell_megatron.config import Dtype, Optimizer, Policy
+from spell_megatron.config import Dtype, Layout, Optimizer, Policy
+from spell_megatron.plan.parameters import held
+from spell_megatron.plan.saving import saved_bytes
+from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
 from spell_megatron.types import SpellError
+from spell_megatron.weights.shape import model_shape
 
 pytestmark = pytest.mark.distributed
 
@@ -294,28 +303,66 @@ def test_an_index_that_could_run_code_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("kind", "before", "after"),
+    ("kind", "before", "after", "most"),
     [
-        ("qwen3_tied", (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})),
-        ("moe", (2, {"expert": 2}), (2, {"tensor": 2, "sequence": True})),
-        ("moe", (2, {"pipeline": 2}), (1, {})),
+        ("qwen3_tied", (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2}), 1.1),
+        (
+            "moe",
+            (4, {"expert": 2}),
+            (2, {"tensor": 2, "sequence": True}),
+            2.0,
+        ),  # whole rows, for a cut of columns
+        ("moe", (2, {"pipeline": 2}), (2, {}), 1.1),
     ],
 )
 def test_the_layout_may_change_between_save_and_resume(
-    kind: str, before: tuple[int, dict[str, int]], after: tuple[int, dict[str, int]], tmp_path: Path
+    kind: Kind,
+    before: tuple[int, dict[str, int]],
+    after: tuple[int, dict[str, int]],
+    most: float,
+    tmp_path: Path,
 ) -> None:
-    make_model(kind, tmp_path / "model", seed=1, initializer_range=0.1)  # type: ignore[arg-type]
-    losses = [run_program(tmp_path, "save", *before), run_program(tmp_path, "load", *after)]
-    for saved, loaded in zip(*losses, strict=True):
+    """Not a bit of the state changes by that. And every rank keeps, writes and reads as many bytes as the planner
+    says: a share of what its group has."""
+    make_model(kind, tmp_path / "model", seed=1, initializer_range=0.1)
+    found = [run_program(tmp_path, "save", *before), run_program(tmp_path, "load", *after)]
+    for saved, loaded in zip(*(one["sums"] for one in found), strict=True):
         assert loaded == pytest.approx(saved, rel=TOLERANCE)
+    first, second = (whole_tensors(tmp_path / name) for name in ("checkpoints", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    for one, (world, layout) in zip(found, (before, after), strict=True):
+        planned = planned_bytes(tmp_path / "model", Layout(**layout), world)
+        assert max(rank["staged"] for rank in one["bytes"]) == pytest.approx(planned, rel=0.1)
+    assert 0.9 <= max(rank["read"] for rank in found[1]["bytes"]) / planned <= most
 
 
-def run_program(folder: Path, mode: str, world: int, layout: dict[str, int]) -> list[float]:
-    """Log-prob sums after each of the next two updates, from reshard.py under torchrun."""
+def whole_tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
+    found = Checkpoints(checkpoints).newest()
+    assert found
+    index, tensors = read_index(found.learner), {}
+    for key, tensor in index.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)
+        size = tuple(tensor.size)
+        data = tensors[key] = torch.empty(size, dtype=tensor.properties.dtype)
+        read_parts(found.learner, index, [Part(key, size, Box((0,) * len(size), size), data)])
+    return tensors
+
+
+def planned_bytes(folder: Path, layout: Layout, size: int) -> int:
+    """Of the busiest rank."""
+    shape = model_shape(folder)
+    policy, world = Policy(dtype="float32", layout=layout), check_layout(layout, shape, size)
+    return max(saved_bytes(part, policy, world) for part in held(shape, layout))
+
+
+def run_program(folder: Path, mode: str, world: int, layout: dict[str, int]) -> dict[str, Any]:
+    """Log-prob sums after each of the next two updates and sizes of the state, from reshard.py under torchrun."""
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={world}", str(HERE / "reshard.py"), mode, str(folder), json.dumps(layout),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / f"{mode}.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((folder / f"{mode}.json").read_text(encoding="utf-8"))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from benchmarks import gpu
 from benchmarks.common import save_model
+from benchmarks.switches import settings
+from spell_megatron.config import Optimizer, SelfPlay
 from spell_megatron.policy.world import World
 
 pytestmark = pytest.mark.unit
@@ -33,9 +36,34 @@ def test_every_command_runs_without_a_gpu(tmp_path: Path) -> None:
     make_model("moe", tmp_path / "model")
     for arguments in (
         ["attention", "--tokens", "70", "--heads", "4", "--kv-heads", "2", "--head-dim", "32"],
+        ["layers", "--model", f"{tmp_path / 'model'}:1", "--tokens", "70"],
         ["steps", "--model", f"{tmp_path / 'model'}:1", "--tokens", "70", "--recompute", "selective"],
     ):
         done = CliRunner().invoke(gpu.app, [*arguments, "--rounds", "1", "--json"], catch_exceptions=False)
         cases = json.loads(done.stdout.splitlines()[-1])["cases"]
-        assert [case.get("prompt") for case in cases] in ([None], ["shared", "repeated"])
+        assert len(cases) == {"attention": 1, "layers": 3, "steps": 2}[arguments[0]]
         assert all(case["TFLOP/s"] > 0 for case in cases)
+        expected = [value for case in cases for name, value in case.items() if name.endswith("predicted")]
+        assert (
+            len(expected) == (0 if arguments[0] == "attention" else len(cases))
+            and min(expected, default=1) > 0
+        )
+
+
+def test_every_switch_of_the_policy_has_its_turn() -> None:
+    """The key of each other than the base's, one at a time; what the policy computes stays."""
+    name, base, sampled = next(every := settings())
+    assert sampled.top_p == SelfPlay().sampling.top_p < 1
+    found = {name: policy for name, policy, _ in every}
+    flags = {f"optimizer.{field.name}" for field in fields(Optimizer) if field.type == "bool"}
+    assert {name.partition("=")[0] for name in found} >= {
+        "top_p",
+        "spec",
+        "fp8",
+        "recompute",
+        "share_prompts",
+        *flags,
+    }
+    for name, policy in found.items():
+        changed = [key for key, value in asdict(policy).items() if value != asdict(base)[key]]
+        assert changed == ([] if name.startswith("top_p") else [name.partition(".")[0].partition("=")[0]])

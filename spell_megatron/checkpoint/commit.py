@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.checkpoint import folder as disk
 from spell_megatron.checkpoint.faults import reason
 from spell_megatron.checkpoint.folder import Checkpoint
 from spell_megatron.checkpoint.state import load_learner
-from spell_megatron.checkpoint.write import Staged, Write
+from spell_megatron.checkpoint.write import HostCopy, Staged, Write
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Group, agreed
@@ -52,6 +51,7 @@ class Checkpoints:
         self._writing: tuple[Path, Write] | None = None
         self._group: Group = None
         self._whole = disk.Whole()
+        self._copy = HostCopy() if background else None
 
     def save(self, step: int, learner: Learner, run: dict[str, Any]) -> None:
         """Save the state after `step`; `run` is JSON. A collective, which waits for the save before.
@@ -71,8 +71,8 @@ class Checkpoints:
         if fault := agreed(fault, group):
             raise _unwritten(partial, fault)
         try:
-            staged = Staged(learner, disk.learner_folder(partial))
-        except (Exception, CheckpointException) as error:
+            staged = Staged(learner, disk.learner_folder(partial), self._copy)
+        except Exception as error:
             raise _unwritten(partial, reason(error, self.folder)) from error
         self.saved = step
         self._writing = partial, Write(staged, group, lambda files: self._commit(step, partial, files))

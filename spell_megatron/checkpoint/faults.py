@@ -6,22 +6,11 @@ import errno
 import shutil
 from pathlib import Path
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 _SCRAPS = 1 << 20
 
 
 def reason(error: BaseException, folder: Path | None = None) -> str:
-    """Why something below `folder` failed. torch tells of a full disk as of an odd position.
-
-    What ranks do together fails with a CheckpointException, which is no Exception and quotes stack traces: its first
-    fault counts. An interrupt in it is raised as one.
-    """
-    if isinstance(error, CheckpointException):
-        faults = [fault for fault, _ in error.failures.values()]
-        if any(isinstance(fault, KeyboardInterrupt) for fault in faults):
-            raise KeyboardInterrupt from error
-        return reason(faults[0], folder) if faults else type(error).__name__
+    """Why something below `folder` failed. torch tells of a full disk as of an odd position."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     odd = isinstance(error, RuntimeError) and folder is not None and _free(folder) < _SCRAPS
     return "the disk is full" if full or odd else str(error) or type(error).__name__

@@ -43,6 +43,11 @@ def patiently(read: Callable[[], Result]) -> Result:
     return attempts(read)
 
 
+def new_digest() -> hashlib.blake2b:
+    """Of a file's content, to be told it piece by piece."""
+    return hashlib.blake2b(digest_size=16)
+
+
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Digest of each file of `folder` by its relative name; of one that is not there, or is no file, none.
 
@@ -78,9 +83,18 @@ def inside(name: object) -> bool:
     )
 
 
+def open_plain(path: Path) -> BufferedReader:
+    """A file for reading. Raises ValueError where it is a pipe or a device, which would hold the reader up."""
+    file: BufferedReader = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("it is no plain file")
+    return file
+
+
 def read_bytes(path: Path, largest: int) -> bytes:
     """Of a plain file. Raises ValueError where it is none, or larger."""
-    with _opened(path) as file:
+    with open_plain(path) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise ValueError(f"it has more than {largest >> 20} MiB")
@@ -102,19 +116,10 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _opened(path: Path) -> BufferedReader:
-    """A plain file, for reading; a pipe or a device would hold the reader up."""
-    file: BufferedReader = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError("it is no plain file")
-    return file
-
-
 def _digest(path: Path) -> str:
     try:
-        with _opened(path) as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        with open_plain(path) as file:
+            return hashlib.file_digest(file, new_digest).hexdigest()
     except ValueError:
         return ""
     except OSError as error:

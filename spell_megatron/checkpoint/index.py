@@ -12,7 +12,8 @@ import io
 import math
 import pickle
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from spell_megatron.checkpoint.boxes import Box, Shape
 from spell_megatron.checkpoint.files import read_bytes
 from spell_megatron.types import SpellError
 
@@ -47,6 +49,37 @@ _KNOWN = {
 
 class IndexFault(ValueError):
     """What is wrong with an index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A rectangle of the tensor `key`, which has the shape `whole`, and where it was written."""
+
+    key: str
+    dtype: torch.dtype
+    whole: Shape
+    box: Box
+    file: str
+    offset: int
+    length: int
+
+
+def write_index(folder: Path, entries: Iterable[Entry]) -> None:
+    """Write the index of the checkpoint in `folder`. Raises IndexFault where a tensor in it is not whole."""
+    by_key: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_key[entry.key].append(entry)
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for key, parts in by_key.items():
+        chunks = [ChunkStorageMetadata(torch.Size(e.box.start), torch.Size(e.box.size)) for e in parts]
+        _check_whole(key, parts[0].whole, chunks)
+        properties = TensorProperties(parts[0].dtype)
+        tensors[key] = TensorStorageMetadata(properties, torch.Size(parts[0].whole), chunks)
+        for entry in parts:
+            place = _StorageInfo(entry.file, entry.offset, entry.length)
+            places[MetadataIndex(key, torch.Size(entry.box.start))] = place
+    (folder / NAME).write_bytes(pickle.dumps(Metadata(tensors, storage_data=places)))
 
 
 def read_index(folder: Path) -> Metadata:
@@ -132,11 +165,15 @@ def _tensor(name: Any, value: Any) -> TensorStorageMetadata:
     )
     size = _numbers(fields["size"])
     chunks = [_chunk(name, size, chunk) for chunk in _list(fields["chunks"])]
+    _check_whole(name, size, chunks)
+    return TensorStorageMetadata(TensorProperties(_dtype(fields["properties"])), torch.Size(size), chunks)
+
+
+def _check_whole(name: Any, size: Shape, chunks: Sequence[ChunkStorageMetadata]) -> None:
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
         raise IndexFault(f"the parts of {name} do not make up the whole")
     if len({tuple(chunk.offsets) for chunk in chunks}) != len(chunks):
         raise IndexFault(f"two parts of {name} are in one place")
-    return TensorStorageMetadata(TensorProperties(_dtype(fields["properties"])), torch.Size(size), chunks)
 
 
 def _chunk(name: Any, whole: tuple[int, ...], value: Any) -> ChunkStorageMetadata:

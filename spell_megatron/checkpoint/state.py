@@ -1,96 +1,84 @@
-"""A learner's state as megatron-core's distributed checkpoints know it: what is in it, and taking it over."""
+"""A learner's state as checkpoints know it: the parts of its tensors on this rank, and what is no tensor."""
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.dist_checkpointing.strategies import torch as strategy
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+import torch.distributed as dist
 
 from spell_megatron.checkpoint.faults import reason
 from spell_megatron.checkpoint.files import read_bytes
 from spell_megatron.checkpoint.folder import Checkpoint
 from spell_megatron.checkpoint.index import read_index
+from spell_megatron.checkpoint.parts import Part, loaded_parts, saved_parts
+from spell_megatron.checkpoint.read import load_plain, read_parts
+from spell_megatron.checkpoint.shares import plain_values, prepare, settle, shares
 from spell_megatron.policy.learner import Learner
 from spell_megatron.types import SpellError
 
+VALUES = "common.pt"
 _LARGEST_VALUES = 1 << 28
 
 
-def load_learner(learner: Learner, checkpoint: Checkpoint) -> None:
-    """Take over the state of a checkpoint in this learner's own layout. A collective.
+def learner_state(learner: Learner) -> tuple[list[Part], dict[str, Any]]:
+    """What this rank saves of the tensors, and the plain values, which are the same on every rank.
 
-    Raises SpellError where it is another model's, cannot be read, or holds more than tensors and plain values.
+    Before its first step an optimizer has no state.
     """
-    folder = checkpoint.learner
+    fresh = learner.schedule.num_steps == 0
+    values = {"schedule": learner.schedule.state_dict(), "rng": torch.get_rng_state()}
+    if not fresh:
+        values["optimizer"] = plain_values(learner.optimizer)
+    return saved_parts(learner, list(shares(learner.optimizer, fresh=fresh))), values
+
+
+def load_learner(learner: Learner, checkpoint: Checkpoint) -> int:
+    """Take over the state of a checkpoint in this learner's own layout; the bytes that this rank read. A collective.
+
+    Raises SpellError, on every rank, where it is another model's, cannot be read, or holds more than tensors and
+    plain values.
+    """
+    learner.settle()
+    fault, values, read, fresh = "", dict[str, Any](), 0, True
     try:
-        index = read_index(folder)
-        fresh = _plain_values(folder)["schedule"]["num_steps"] == 0
-        with _reading(index):
-            state = dist_checkpointing.load(learner_state(learner, loading=True, fresh=fresh), str(folder))
-    except SpellError:
-        raise
-    except (Exception, CheckpointException) as error:
-        raise SpellError(f"the checkpoint {checkpoint.path} cannot be taken over: {reason(error)}") from error
-    for index, chunk in enumerate(learner.chunks):
-        chunk.load_state_dict(state[_chunk_key(learner, index)], strict=False)
-    if not fresh:
-        learner.optimizer.load_state_dict(state["optimizer"])
-        for group in learner.optimizer.param_groups:  # they are restored with the rates of the checkpoint
-            group["max_lr"], group["min_lr"] = learner.schedule.max_lr, learner.schedule.min_lr
-    learner.schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["rng"])
+        values = _read_values(checkpoint.learner)
+        fresh = "optimizer" not in values
+        if not fresh:
+            prepare(learner.optimizer, values["optimizer"])
+        held = list(shares(learner.optimizer, fresh=fresh))
+        read = read_parts(checkpoint.learner, read_index(checkpoint.learner), loaded_parts(learner, held))
+        settle(held if not fresh else ())
+    except SpellError as error:
+        fault = str(error)
+    except Exception as error:
+        fault = f"the checkpoint {checkpoint.path} cannot be taken over: {reason(error)}"
+    _raise_together(fault, learner.world.size)
+    if learner.policy.optimizer.distributed:
+        for model in learner.models:
+            model.start_param_sync(force_sync=True)
+    if fresh:
+        learner.optimizer.reload_model_params()
+    for group in learner.optimizer.param_groups:  # they are restored with the rates of the checkpoint
+        group["max_lr"], group["min_lr"] = learner.schedule.max_lr, learner.schedule.min_lr
+    learner.schedule.load_state_dict(values["schedule"])
+    torch.set_rng_state(values["rng"])
+    return read
 
 
-def learner_state(learner: Learner, *, loading: bool, fresh: bool) -> dict[str, Any]:
-    """Weights, optimizer, schedule and random state; tensors know their place in the whole model.
-
-    Before its first step an optimizer has no state: that of a `fresh` one is left out.
-    """
-    metadata = {
-        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
-        "distrib_optim_sharding_type": "fully_reshardable",  # the one that survives a change of layout
-    }
-    models = {
-        _chunk_key(learner, index): _tensors(chunk.sharded_state_dict(metadata=metadata))
-        for index, chunk in enumerate(learner.chunks)
-    }
-    optimizer: dict[str, Any] = {}
-    if not fresh:
-        state = learner.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
-        optimizer = {"optimizer": state}
-    return {
-        **models,
-        **optimizer,
-        "schedule": learner.schedule.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
+def _raise_together(fault: str, ranks: int) -> None:
+    faults: list[Any] = [None] * ranks
+    dist.all_gather_object(faults, fault)
+    if fault := next(filter(None, faults), ""):
+        raise SpellError(fault)
 
 
-def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Without the pickled `_extra_state` of layers, which holds the scales of FP8 and nothing else."""
-    return {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
-
-
-def _plain_values(folder: Path) -> dict[str, Any]:
+def _read_values(folder: Path) -> dict[str, Any]:
     """What of a state is no tensor. Raises SpellError where it is more than tensors and plain values."""
-    path = folder / "common.pt"
+    path = folder / VALUES
     try:
-        content = read_bytes(path, _LARGEST_VALUES)
-        if sum(one.file_size for one in zipfile.ZipFile(io.BytesIO(content)).infolist()) > _LARGEST_VALUES:
-            raise ValueError("it unpacks to more than it may")
-        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        values: dict[str, Any] = load_plain(read_bytes(path, _LARGEST_VALUES), _LARGEST_VALUES)
         if not isinstance(values["schedule"]["num_steps"], int):
             raise TypeError("it has no number of steps")
     except OSError:
@@ -99,24 +87,3 @@ def _plain_values(folder: Path) -> dict[str, Any]:
         said = str(error).splitlines()[:1] or [type(error).__name__]
         raise SpellError(f"{path} holds no plain values ({said[0][:200]}): nothing was read") from None
     return values
-
-
-@contextmanager
-def _reading(index: Metadata) -> Iterator[None]:
-    """Megatron-core reads distributed files by this index, and none from disk, until the block ends."""
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            return index
-
-    original = strategy._get_filesystem_reader
-    strategy._get_filesystem_reader = lambda folder, *args, **kwargs: Reader(folder)
-    try:
-        yield
-    finally:
-        strategy._get_filesystem_reader = original
-
-
-def _chunk_key(learner: Learner, index: int) -> str:
-    """Megatron-core's names: `model`, or `model0`, `model1` … where the schedule is interleaved."""
-    return "model" if len(learner.chunks) == 1 else f"model{index}"

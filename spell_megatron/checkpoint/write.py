@@ -1,83 +1,117 @@
 """Writing a learner's state while the training goes on.
 
-Megatron-core plans which rank writes what. The tensors are then copied to host memory, and a thread of every
-rank writes its files. Upstream's own background writers fork or spawn processes, which a process that holds
-an engine cannot afford, and end with collectives of the group that the training uses meanwhile: the threads
-have a group of their own.
+Every rank writes a file of its own parts, without asking the others, and takes the file's digest as it writes. In the
+background that is a thread's work, from a copy in host memory. What is in the files comes together on rank 0 at last,
+which makes the index of it. The threads have a group of their own: the training uses all others meanwhile.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
-from itertools import chain
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.storage import WriteResult
+from torch import Tensor
 
 from spell_megatron.checkpoint.faults import reason
-from spell_megatron.checkpoint.files import digests
-from spell_megatron.checkpoint.state import learner_state
+from spell_megatron.checkpoint.files import new_digest
+from spell_megatron.checkpoint.index import Entry, write_index
+from spell_megatron.checkpoint.parts import Part
+from spell_megatron.checkpoint.state import VALUES, learner_state
 from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.residence import host_memory
 from spell_megatron.policy.world import Group, Value, agreed
 
-_Part = tuple[str, list[WriteResult], dict[str, str]]
-"""Of one rank: a fault, what was written for the index, digests of the files."""
+_Written = tuple[str, list[Entry], dict[str, str]]
+"""Of one rank: a fault, what is in its file, the file's digest."""
+_ALIGNED = 64
+"""Bytes; a multiple of every element's size."""
+
+
+class HostCopy:
+    """A rank's parts in host memory: once, for as long as they are saved."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, parts: list[Part], device: torch.device) -> list[Part]:
+        """The same parts, which nobody changes until the next call."""
+        sizes = [-(-part.data.nbytes // _ALIGNED) * _ALIGNED for part in parts]
+        if self.memory.numel() != sum(sizes):
+            self.memory = host_memory(sum(sizes), device)
+        copies = []
+        for part, end, size in zip(parts, accumulate(sizes), sizes, strict=True):
+            piece = self.memory[end - size : end - size + part.data.nbytes]
+            copy = piece.view(part.data.dtype).view(part.data.shape)
+            copies.append(replace(part, data=copy.copy_(part.data, non_blocking=True)))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return copies
 
 
 class Staged:
-    """A learner's state in host memory, with what is to be written of it by this rank. A collective."""
+    """A learner's state as it is to be written by this rank. With a `copy` in host memory the learner may go on."""
 
-    def __init__(self, learner: Learner, folder: Path) -> None:
+    def __init__(self, learner: Learner, folder: Path, copy: HostCopy | None = None) -> None:
         learner.settle()
-        fresh = learner.schedule.num_steps == 0
-        self.folder, self._strategy = folder, _Planned("torch_dist", 1)
-        request = dist_checkpointing.save(
-            learner_state(learner, loading=False, fresh=fresh),
-            str(folder),
-            self._strategy,
-            async_sharded_save=True,
-        )
-        assert request is not None
-        self._write, arguments = request.async_fn, request.async_fn_args
-        if self._write is not None:
-            self._rank, buckets, self._results = arguments
-            self._buckets = [
-                (path, key, (texts, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
-                for path, key, (texts, tensors) in buckets
-            ]
+        self.folder, self._rank = folder, learner.world.rank
+        self._parts, self._values = learner_state(learner)
+        if copy is not None:
+            self._parts = copy.of(self._parts, learner.world.device)
 
-    def write(self) -> list[WriteResult]:
-        """Write this rank's files, through to the disk. Raises what the file system raises."""
-        if self._write is None:
-            return []
-        self._write(self._rank, self._buckets, self._results)
-        written = self._results.get_nowait()
-        if isinstance(written, Exception):
-            raise written
-        return list(chain.from_iterable(written.values()))
+    def write(self) -> tuple[list[Entry], dict[str, str]]:
+        """Write this rank's file, through to the disk; what is in it, and its digest by its name.
 
-    def close(self, results: list[list[WriteResult]]) -> None:
+        Raises what the file system raises.
+        """
+        if self._rank == 0:
+            torch.save(self._values, self.folder / VALUES)
+        if not self._parts:
+            return [], {}
+        name, entries = f"__{self._rank}_0.distcp", list[Entry]()
+        with (self.folder / name).open("wb") as raw:
+            file = _Digested(raw)
+            for part in self._parts:
+                begin = file.position
+                torch.save(_alone(part.data), file)
+                place = (name, begin, file.position - begin)
+                entries.append(Entry(part.key, part.data.dtype, part.whole, part.box, *place))
+            raw.flush()
+            os.fsync(raw.fileno())
+        return entries, {name: file.digest.hexdigest()}
+
+    def close(self, entries: list[Entry]) -> None:
         """Write the index of all ranks' files. For rank 0."""
-        self._strategy.writer.finish(self._strategy.metadata, results)
-        save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(self.folder))
+        write_index(self.folder, entries)
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
 
 
-class _Planned(TorchDistSaveShardedStrategy):
-    """Upstream's strategy up to the plan, which it otherwise hides in a collective callback."""
+class _Digested:
+    """A file that is written from its beginning to its end, and the digest of that."""
 
-    writer: Any
-    metadata: Any
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest, self.position = file, new_digest(), 0
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any, *more: Any) -> Any:
-        self.writer, self.metadata = writer, plan[1]
-        return super()._get_save_and_finalize_callbacks(writer, plan, *more)
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        self.position += len(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        pass
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """On the host, in a storage of its own: torch saves the whole of a storage."""
+    found = tensor.cpu()
+    return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
 
 
 class Write:
@@ -96,28 +130,26 @@ class Write:
 
     def _run(self) -> None:
         try:
-            parts = gathered(self._written(), self._group)
-            self._fault = agreed(self._finished(parts) if parts else "", self._group)
-        except (Exception, CheckpointException) as error:  # of the group: another rank is gone
+            written = gathered(self._written(), self._group)
+            self._fault = agreed(self._finished(written) if written else "", self._group)
+        except Exception as error:  # of the group: another rank is gone
             self._fault = reason(error, self._staged.folder)
 
-    def _written(self) -> _Part:
+    def _written(self) -> _Written:
         """What this rank has written, or why it could not."""
         try:
-            results = self._staged.write()
-            own = {result.storage_data.relative_path for result in results}
-            return "", results, digests(self._staged.folder, own)
-        except (Exception, CheckpointException) as error:
+            return "", *self._staged.write()
+        except Exception as error:
             return reason(error, self._staged.folder), [], {}
 
-    def _finished(self, parts: list[_Part]) -> str:
+    def _finished(self, written: list[_Written]) -> str:
         """Commit what all ranks have written; why that fails."""
-        if fault := next((fault for fault, _, _ in parts if fault), ""):
+        if fault := next((fault for fault, *_ in written if fault), ""):
             return fault
         try:
-            self._staged.close([results for _, results, _ in parts])
-            self._commit({name: digest for _, _, own in parts for name, digest in own.items()})
-        except (Exception, CheckpointException) as error:
+            self._staged.close([entry for _, entries, _ in written for entry in entries])
+            self._commit({name: digest for *_, own in written for name, digest in own.items()})
+        except Exception as error:
             return reason(error, self._staged.folder)
         return ""
 

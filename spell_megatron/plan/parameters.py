@@ -78,15 +78,21 @@ def width(policy: Policy) -> int:
     return 4 if policy.dtype == "float32" else 2
 
 
+def state_width(policy: Policy) -> int:
+    """Bytes of AdamW's state for a weight: two moments in float32, and a master copy where weights are narrower."""
+    return 12 if policy.master_weights else 8
+
+
+def share(part: Held, policy: Policy, world: WorldShape) -> int:
+    """Parameters of which one rank steps for all that hold a copy, where the optimizer is distributed."""
+    copies = world.data * policy.layout.context
+    return -(-part.dense // copies) + -(-part.expert // world.expert_data)
+
+
 def static_bytes(part: Held, policy: Policy, world: WorldShape) -> Static:
     """Weights, float32 gradients, and AdamW's float32 master copy and two moments."""
-    state = 12 if policy.master_weights else 8
-    optimizer = policy.optimizer
-    if optimizer.distributed:
-        copies = world.data * policy.layout.context
-        owned = -(-part.dense // copies) + -(-part.expert // world.expert_data)
-    else:
-        owned = part.total
+    state, optimizer = state_width(policy), policy.optimizer
+    owned = share(part, policy, world) if optimizer.distributed else part.total
     weights, gradients = part.total * width(policy), part.total * 4
     if optimizer.cpu_offload:
         return Static(weights, gradients, 0, host=(state + 4) * owned)

@@ -23,6 +23,7 @@ from spell_megatron.plan.parameters import (
     width,
 )
 from spell_megatron.plan.rehearsal import Rehearsal, rehearse
+from spell_megatron.plan.saving import Saving, saving
 from spell_megatron.plan.timing import Seconds, step_seconds
 from spell_megatron.plan.traffic import Traffic, step_traffic
 from spell_megatron.plan.workload import (
@@ -84,6 +85,7 @@ class Plan:
     traffic: Traffic
     seconds: Seconds
     seconds_unshared: Seconds
+    saving: Saving
     faults: tuple[str, ...]
     """Why the recipe cannot run, besides memory."""
     assumed: Assumptions
@@ -134,6 +136,7 @@ class Plan:
             "seconds_per_step": self.seconds.total,
             "seconds": asdict(self.seconds),
             "seconds_per_step_unshared": self.seconds_unshared.total,
+            "checkpoint": asdict(self.saving),
             "microbatches": self.streams,
             "built": self.rehearsal is not None,
             "hf_weights_covered": self.rehearsal.hf_weights if self.rehearsal else None,
@@ -225,11 +228,12 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
             config, shape, world, engine, rollouts, deal.busiest, deal.streams, traffic, parts, assumed
         )
 
+    stages = _stages(config, shape, world, parts, engine, dealt.streams, assumed, rehearsal)
     return Plan(
         config=config,
         shape=shape,
         world=world,
-        stages=tuple(_stages(config, shape, world, parts, engine, dealt.streams, assumed, rehearsal)),
+        stages=tuple(stages),
         engine=engine,
         lengths=lengths,
         streams=dealt.streams,
@@ -239,6 +243,7 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
         traffic=_traffic(config, shape, world, parts, dealt),
         seconds=seconds(dealt),
         seconds_unshared=seconds(unshared),
+        saving=saving(config, world, parts, [stage.static for stage in stages], engine, assumed),
         faults=tuple(faults),
         assumed=assumed,
         rehearsal=rehearsal,
@@ -412,7 +417,4 @@ def notes(found: Plan) -> list[str]:
             f"sequences of {length} tokens exceed the model's {limit} positions: its config.json needs a YaRN"
             f" rope_scaling of factor {math.ceil(length / limit)} or more"
         )
-    host = max(stage.static.host for stage in found.stages) * found.config.cluster.gpus_per_node
-    if host:
-        lines.append(f"the optimizer's state takes {host / GIB:.0f} GiB of every node's host memory")
     return lines

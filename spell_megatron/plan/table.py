@@ -112,13 +112,16 @@ def _memory(plan: Plan) -> list[str]:
 def _costs(plan: Plan) -> list[str]:
     kinds = ", ".join(f"{kind} {number(size)}B" for kind, size in asdict(plan.traffic).items() if size)
     shared, unshared = plan.flops(shared=True), plan.flops(shared=False)
-    s, u = plan.seconds, plan.seconds_unshared
+    s, u, saved = plan.seconds, plan.seconds_unshared, plan.saving
     return [
         f"operations of an update   {number(3 * plan.work.total)}FLOP "
         f"(shared prompts {number(shared)}, each response its own {number(unshared)}: {unshared / shared:.1f} x)",
         f"sent by a GPU in a step   {kinds or 'nothing'}",
         f"seconds of a step         {s.total:.0f}: rollout {s.rollout:.0f}, update {s.update:.0f}, "
         f"resync {s.resync:.1f} (each response with its own prompt: update {u.update:.0f}, step {u.total:.0f})",
+        f"a checkpoint of {number(saved.whole)}B    {gib(saved.staged)} GiB a rank: training waits "
+        f"{saved.blocked:.1f} s, written after {saved.written:.0f} s, resumed from in {saved.loaded:.0f} s",
+        f"host memory of a node     {gib(saved.host)} GiB at the most",
     ]
 
 

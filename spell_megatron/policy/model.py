@@ -73,6 +73,7 @@ class SpanModel(GPTModel):
 
 def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanModel]:
     """The pipeline chunks of this rank (one, unless the schedule is interleaved), weights not yet filled."""
+    uses_transformer_engine(policy)  # or says why it cannot, before megatron-core does
     hf = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     rope = Qwen3RotaryEmbedding(hf)
     config = transformer_config(policy, shape, rope_scaling=rope.attention_scaling)

@@ -58,10 +58,7 @@ class LearnerResidence:
 
 
 class _HostMemory:
-    """Host memory for storages that come and go: one piece for each, kept for the next time.
-
-    Pinned on CUDA, piece by piece: torch's own pinned memory is rounded up to powers of two.
-    """
+    """Host memory for storages that come and go: one piece for each, kept for the next time."""
 
     def __init__(self) -> None:
         self._pieces: dict[int, Tensor] = {}
@@ -70,11 +67,17 @@ class _HostMemory:
         """A copy of the storage's bytes."""
         piece = self._pieces.get(storage._cdata)
         if piece is None or piece.numel() != storage.nbytes():
-            piece = self._pieces[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
-            if storage.device.type == "cuda" and piece.numel():
-                status = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.numel(), 0)
-                torch.cuda.check_error(int(status))
+            piece = self._pieces[storage._cdata] = host_memory(storage.nbytes(), storage.device)
         return piece.copy_(_bytes(storage))
+
+
+def host_memory(size: int, device: torch.device) -> Tensor:
+    """Bytes on the host for copies from `device`: pinned on CUDA, where torch's own would be a power of two."""
+    piece = torch.empty(size, dtype=torch.uint8)
+    if device.type == "cuda" and size:
+        status = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0)
+        torch.cuda.check_error(int(status))
+    return piece
 
 
 def _storages(

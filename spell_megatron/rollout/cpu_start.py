@@ -2,8 +2,8 @@
 
     python -m spell_megatron.rollout.cpu_start ARGUMENTS…      # vLLM's own
 
-vLLM looks at a model's class in a process of its own, so that CUDA is not initialised where others are to be forked. On
-a CPU it also spawns its engine core and its worker, so that libraries can be preloaded that bind threads to cores, which
+vLLM looks at a model's class in a process of its own, so that CUDA is not initialised where others are to be forked.
+On a CPU it also spawns its engine core and its worker, for the sake of libraries that bind threads to cores, which
 ours are not. Each of these processes imports vLLM anew, ten seconds of a core. Here the class is looked at where it is
 asked for, and the others are forked. (vllm 0.32: model_executor/models/registry.py:1079, platforms/cpu.py:409.)
 """

@@ -1,0 +1,55 @@
+"""What the measurements of one device share: its clock, its name, models of real width with few layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spell_megatron.config import Sampling
+from spell_megatron.plan.assumptions import Assumptions
+from spell_megatron.plan.catalogue import architecture
+from spell_megatron.policy.head import Sampled
+
+G = 8
+"""Answers of a group."""
+LENGTHS = (4096, 16_384, 32_768, 100_000)
+ASSUMED = Assumptions()
+PEAK = ASSUMED.peak_flops
+"""bfloat16 operations a second that an H100 SXM is sold with."""
+SAMPLED = Sampled(Sampling().temperature, Sampling().top_p)
+"""What every recipe samples from."""
+
+
+def seconds_of(work: Callable[[], Any], rounds: int) -> float:
+    """Median, after a first time that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return median(times[1:])
+
+
+def random_model(name: str, layers: int, folder: Path) -> Path:
+    """Write so many layers of a model that the planner knows, with random weights in bfloat16."""
+    config = AutoConfig.from_pretrained(architecture(name), num_hidden_layers=layers)
+    if "layer_types" in config.to_dict():
+        config.layer_types = config.layer_types[:layers]
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def device_name() -> str:
+    """Of the device that everything here runs on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"

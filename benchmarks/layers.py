@@ -1,0 +1,94 @@
+"""One class of layers at a time, forward and backward, measured beside what the planner says of an H100."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.device import ASSUMED, SAMPLED, seconds_of
+from spell_megatron.config import Policy
+from spell_megatron.plan.workload import Work, batch_work, forward_work, group_lengths
+from spell_megatron.policy.head import token_logprobs
+from spell_megatron.policy.model import build_chunks
+from spell_megatron.policy.spans import plan_spans
+from spell_megatron.policy.world import World
+from spell_megatron.types import Group, TrainBatch
+from spell_megatron.weights.shape import ModelShape, model_shape
+
+
+def layer_classes(
+    policy: Policy, folder: Path, group: Group, world: World, rounds: int, peak: float
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Attention with its projections, the MLP or experts with their router, and the head on the group's answers; what
+    measures each. Weights are random."""
+    shape = model_shape(folder)
+    [model] = build_chunks(policy, shape, folder)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    plan = plan_spans([(group.prompt, [sample.tokens for sample in group.samples])], device=world.device)
+    tokens = plan.ids.shape[1]
+    like: dict[str, Any] = {
+        "device": world.device,
+        "dtype": getattr(torch, policy.dtype),
+        "requires_grad": True,
+    }
+    hidden = torch.randn(tokens, 1, shape.hidden, **like)
+    rows = torch.randn(plan.rows.numel(), shape.hidden, **like)
+    angles = plan.positions.view(-1, 1).float() * model.inv_freq.to(world.device)
+    angles = torch.cat((angles, angles), -1)[:, None, None, :]
+    layer = model.decoder.layers[0]
+    tied = model.share_embeddings_and_output_weights
+    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+
+    def attention() -> Tensor:
+        out, _ = layer.self_attention(
+            hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=plan
+        )
+        return out
+
+    def mlp() -> Tensor:
+        out, _ = layer.mlp(hidden)
+        return out
+
+    def head() -> Tensor:
+        group = model.pg_collection.tp
+        options = {"sampled": SAMPLED, "chunk": policy.head_chunk, "tp_group": group}
+        return torch.stack(token_logprobs(rows, weight, plan.targets, **options))
+
+    for name, forward, work in zip(
+        ("attention", "experts" if shape.experts else "MLP", "head"),
+        (attention, mlp, head),
+        _works(shape, group),
+        strict=True,
+    ):
+        yield name, partial(_measured, forward, work, rounds, peak)
+
+
+def _works(shape: ModelShape, group: Group) -> tuple[Work, Work, Work]:
+    """Of one forward pass of each class."""
+    batch = TrainBatch((group,))
+    without_mlp = replace(shape, layers=1, vocab=0, ffn=0, experts=0, expert_ffn=0)
+    attention = batch_work(without_mlp, group_lengths(batch), shared=True)
+    layer = batch_work(replace(shape, layers=1, vocab=0), group_lengths(batch), shared=True)
+    head = forward_work(replace(shape, layers=0), 0, 0, batch.response_tokens)
+    return attention, Work(layer.dense - attention.dense, layer.expert, 0), head
+
+
+def _measured(forward: Callable[[], Tensor], work: Work, rounds: int, peak: float) -> dict[str, Any]:
+    seconds = seconds_of(lambda: forward().sum().backward(), rounds)
+    done = 3 * work.total / seconds
+    expected = (
+        work.dense + work.attention
+    ) / ASSUMED.dense_efficiency + work.expert / ASSUMED.expert_efficiency
+    return {
+        "ms": seconds * 1e3,
+        "H100 ms, predicted": 3 * expected / ASSUMED.peak_flops * 1e3,
+        "TFLOP/s": done / 1e12,
+        "MFU": done / peak,
+    }

@@ -1,0 +1,98 @@
+"""Training steps with every switch of the policy on and off, measured beside what the planner says of an H100."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from benchmarks.device import ASSUMED, SAMPLED, seconds_of
+from spell_megatron.config import Cluster, Config, Layout, Optimizer, Policy
+from spell_megatron.plan.parameters import held
+from spell_megatron.plan.timing import update_seconds
+from spell_megatron.plan.traffic import step_traffic
+from spell_megatron.plan.workload import batch_work, group_lengths
+from spell_megatron.policy.head import Sampled
+from spell_megatron.policy.layout import check_layout
+from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.types import Group, SpellError, TrainBatch
+from spell_megatron.weights.shape import ModelShape, model_shape
+
+BASE = Policy(recompute="full", optimizer=Optimizer(distributed=True))
+NOT_HERE = "not here"
+_NO_SWITCHES = {"dtype", "freeze_router", "router_dtype", "router_replay"}
+"""Keys of the policy that say what is computed, and not how."""
+
+
+def settings(base: Policy = BASE) -> Iterator[tuple[str, Policy, Sampled]]:
+    """The base, then every switch alone at each of its other values: `key=value`, the policy, what it samples from.
+
+    A switch is a key that is a yes or no, or one of a few words; keys that are added join by themselves.
+    """
+    yield "as recipes have it", base, SAMPLED
+    yield "top_p=1", base, replace(SAMPLED, top_p=1.0)
+    for key, value, changed in _others(base):
+        if key not in _NO_SWITCHES:
+            yield f"{key}={value}", changed, SAMPLED
+    for key, value, optimizer in _others(base.optimizer):
+        yield f"optimizer.{key}={value}", replace(base, optimizer=optimizer), SAMPLED
+
+
+def _others(config: Any) -> Iterator[tuple[str, Any, Any]]:
+    hints = get_type_hints(type(config))
+    for key in (field.name for field in fields(config)):
+        kind, present = hints[key], getattr(config, key)
+        values = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
+        yield from ((key, value, replace(config, **{key: value})) for value in values if value != present)
+
+
+def step(
+    policy: Policy, folder: Path, group: Group, rounds: int, peak: float, sampled: Sampled = SAMPLED
+) -> dict[str, Any]:
+    """One update by a group, timed: its work, as a share of `peak` too, the planner's time, the memory that it took."""
+    world = start_world(Layout(), seed=0, timeout_seconds=1800)
+    try:
+        learner, batch = Learner(policy, folder, world, sampled=sampled), TrainBatch((group,))
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        seconds = seconds_of(lambda: learner.update(batch), rounds)
+    finally:
+        stop_world()
+    shape, shared = model_shape(folder), policy.share_prompts
+    computed = len(group.prompt) * (1 if shared else len(group.samples)) + batch.response_tokens
+    done = 3 * batch_work(shape, group_lengths(batch), shared=shared).total / seconds
+    return {
+        "prompt": "shared" if shared else "repeated",
+        "seconds": seconds,
+        "H100 s, predicted": predicted(policy, shape, batch),
+        "tokens/s": computed / seconds,
+        "answers' tokens/s": batch.response_tokens / seconds,
+        "TFLOP/s": done / 1e12,
+        "MFU": done / peak,
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def try_step(
+    policy: Policy, folder: Path, group: Group, rounds: int, peak: float, sampled: Sampled
+) -> dict[str, Any]:
+    """`step`; where this machine cannot do that, why not."""
+    try:
+        return step(policy, folder, group, rounds, peak, sampled)
+    except (SpellError, torch.OutOfMemoryError) as error:
+        return {NOT_HERE: str(error).splitlines()[0].partition(":")[0]}
+
+
+def predicted(policy: Policy, shape: ModelShape, batch: TrainBatch) -> float:
+    """Seconds of the update on one H100, by the planner."""
+    config = Config(policy=policy, cluster=Cluster(nodes=1, gpus_per_node=1))
+    world, parts = check_layout(policy.layout, shape, 1), held(shape, policy.layout)
+    lengths, shared = list(group_lengths(batch)), policy.share_prompts
+    tokens = sum(prompt * (1 if shared else len(replies)) + sum(replies) for prompt, replies in lengths)
+    traffic = step_traffic(shape, policy, world, parts, tokens, batch.response_tokens)
+    work = batch_work(shape, lengths, shared=shared)
+    return update_seconds(config, world, work, 1, traffic, parts, ASSUMED)
