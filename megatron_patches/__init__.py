@@ -23,6 +23,7 @@ from megatron_patches import (
     expert_gradients,
     fresh_optimizer_state,
     interleaved_shapes,
+    local_norm,
     offload_on_host,
     offloaded_classes,
     resiliency_default,
@@ -55,6 +56,7 @@ PATCHES: tuple[Patch, ...] = (
     resiliency_default.PATCH,
     common_values.PATCH,
     interleaved_shapes.PATCH,
+    local_norm.PATCH,
 )
 
 _log = logging.getLogger(__name__)

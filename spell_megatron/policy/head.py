@@ -36,7 +36,7 @@ class Sampled:
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, sampled: Sampled, chunk: int, tp_group: Any
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy, float32 `[n]`, of `targets [n]` after `hidden [n, h]`.
+    """Log-prob and entropy, float32 `[n]` each, of `targets [n]` after `hidden [n, h]`.
 
     `weight [vocab / tp, h]` is this rank's part of the head.
     """
@@ -52,6 +52,7 @@ class _TokenLogprobs(torch.autograd.Function):
         rows = hidden.shape[0]
         lse, entropy, logprobs, floor = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(4))
         ctx.last = None
+        ctx.set_materialize_grads(False)  # a loss without entropy gives it no gradient
         for part in _chunks(rows, chunk):
             logits, own, column = _logits(hidden[part], weight, targets[part], sampled, tp_group)
             peak = _reduce(logits.amax(-1), dist.ReduceOp.MAX, tp_group)
@@ -76,12 +77,14 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, targets, lse, entropy, floor = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        with_entropy = bool(d_entropy.any())
         # The logits were divided by the temperature.
-        d_logprobs, d_entropy = d_logprobs / ctx.sampled.temperature, d_entropy / ctx.sampled.temperature
+        d_logprobs, d_entropic = (
+            torch.zeros_like(lse) if d is None else d / ctx.sampled.temperature
+            for d in (d_logprobs, d_entropy)
+        )
         last, ctx.last = ctx.last, None
         for part in reversed(_chunks(hidden.shape[0], ctx.chunk)):
             if last is not None:
@@ -90,12 +93,12 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits, own, column = _logits(hidden[part], weight, targets[part], ctx.sampled, ctx.tp_group)
                 if ctx.sampled.top_p < 1.0:
                     logits = _cut(logits, floor[part], own, column)
-            per_row = torch.stack((lse[part], d_logprobs[part], d_entropy[part], entropy[part]))[..., None]
+            per_row = torch.stack((lse[part], d_logprobs[part], d_entropic[part], entropy[part]))[..., None]
             for block in _blocks(logits):
-                block_lse, d_logprob, d_entropic, block_entropy = per_row[:, block]
+                block_lse, d_logprob, d_block, block_entropy = per_row[:, block]
                 log_p, per_p = logits[block].sub_(block_lse), -d_logprob
-                if with_entropy:  # dH / dlogit = -p (log p + H)
-                    per_p = per_p - (_finite(log_p, ctx.sampled) + block_entropy) * d_entropic
+                if d_entropy is not None:  # dH / dlogit = -p (log p + H)
+                    per_p = per_p - (_finite(log_p, ctx.sampled) + block_entropy) * d_block
                 log_p.exp_().mul_(per_p)
             logits.scatter_add_(-1, column, (d_logprobs[part] * own)[:, None])
             grad = logits.to(weight.dtype)

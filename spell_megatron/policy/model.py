@@ -35,7 +35,7 @@ class SpanModel(GPTModel):
     """A GPTModel whose positions come from the plan and whose head runs on response tokens only.
 
     In: the ids and positions of a `SpanPlan` (as `packed_seq_params`). Out, on the last pipeline stage:
-    `[2, n]`, log-probs and entropies of the plan's target tokens; elsewhere hidden states.
+    log-probs and entropies of the plan's target tokens, `[n]` each; elsewhere hidden states.
     """
 
     def __init__(self, *args: Any, rope: Qwen3RotaryEmbedding, head_chunk: int, **kwargs: Any) -> None:
@@ -50,7 +50,9 @@ class SpanModel(GPTModel):
         angles = position_ids.view(-1, 1).float() * self.inv_freq.to(position_ids.device)
         return hidden, torch.cat((angles, angles), -1)[:, None, None, :], *rest
 
-    def _postprocess(self, hidden_states: Tensor, packed_seq_params: SpanPlan, **_: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, packed_seq_params: SpanPlan, **_: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if not self.post_process:
             return hidden_states
         tied = self.share_embeddings_and_output_weights
@@ -60,7 +62,7 @@ class SpanModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        logprobs, entropy = token_logprobs(
+        return token_logprobs(
             hidden_states.squeeze(1).index_select(0, packed_seq_params.rows),
             weight,
             packed_seq_params.targets,
@@ -68,7 +70,6 @@ class SpanModel(GPTModel):
             chunk=self.head_chunk,
             tp_group=self.pg_collection.tp,
         )
-        return torch.stack((logprobs, entropy))
 
 
 def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanModel]:
