@@ -189,7 +189,7 @@ def steps(
     tokens: Annotated[
         list[int] | None, typer.Option(help="Of a stream: a prompt and 8 answers; repeatable.")
     ] = None,
-    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "full",
+    recompute: Annotated[str, typer.Option(help="none, all_but_attention or full.")] = "full",
     unshared: Annotated[bool, typer.Option(help="Also with the prompt repeated for every answer.")] = True,
     spec: Annotated[str, typer.Option(help="auto, torch or te.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1)] = 3,

@@ -266,7 +266,9 @@ class Policy:
     """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed."""
     fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
     """Products of the layers' matrices in FP8, scaled by this recipe of Transformer Engine."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "all_but_attention", "full"] = "none"
+    """What a layer computes again in the backward pass, from its input. `all_but_attention` keeps what its queries got
+    besides, a tensor as large as the input: the longer a stream, the more of the fourth pass it saves."""
     stream_tokens: int = Field(default=32_768, gt=0)
     """Token budget of one packed stream (microbatch), over all context-parallel ranks."""
     share_prompts: bool = True

@@ -93,10 +93,20 @@ def test_everything_is_on_the_device_in_its_precision(reports: dict[str, Any], n
 
 @pytest.mark.parametrize("name", [name for name in SOUND if name.startswith("experts")])
 def test_the_dispatcher_of_experts_waits_thrice_a_layer_and_pass(reports: dict[str, Any], name: str) -> None:
-    passes = 2 if learners.CASES[name].policy.get("recompute") == "full" else 1
+    passes = 2 if "recompute" in learners.CASES[name].policy else 1
     waits = [w["count"] for w in reports[name]["waits"] if w["layer"] and w["phase"] == "update of 3"]
     layers, streams = 2, 3
     assert sum(waits) == 3 * layers * streams * passes
+
+
+@pytest.mark.parametrize(
+    ("name", "times"), [("dense", 1), ("dense tp2 cp2", 2), ("experts tp2 ep2", 2), ("experts cp2 ep2", 1)]
+)
+def test_attention_is_computed_again_where_it_is_not_kept(
+    reports: dict[str, Any], name: str, times: int
+) -> None:
+    calls = reports[name]["attention"]
+    assert calls["forward"] == times * calls["backward"] > 0
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -13,7 +13,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -140,11 +140,13 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
     if policy.fp8 != "off":
         by_blocks = policy.fp8 in ("blockwise", "mxfp8")  # fine enough for gradients without a wider exponent
         fp8 = {"fp8_recipe": policy.fp8, "fp8": "e4m3" if by_blocks else "hybrid"}
-    recompute_options: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
+    recompute: dict[str, Any] = {}
+    if policy.recompute != "none":  # attention itself knows where it is not to be
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -182,17 +184,18 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         calculate_per_token_loss=True,  # sums over ranks and microbatches, divided once by the token count
         **moe,
         **fp8,
-        **recompute_options[policy.recompute],
+        **recompute,
     )
 
 
 def block_spec(policy: Policy, config: TransformerConfig, vp_stage: int | None) -> Any:
     """Layers of plain torch, or of Transformer Engine with the same parameter names and our attention."""
+    attention = ModuleSpec(SpanAttention, params={"keep_output": policy.recompute == "all_but_attention"})
     if not uses_transformer_engine(policy):
-        return torch_block_spec(config, vp_stage)
+        return torch_block_spec(config, attention, vp_stage)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = SpanAttention
+        layer.submodules.self_attention.submodules.core_attention = attention
     return spec
 
 

@@ -49,6 +49,8 @@ class Watch(TorchDispatchMode):
         self.waits: Counter[Place] = Counter()
         self.wide: Counter[Place] = Counter()
         """Products in float32, which the tensor cores would not make."""
+        self.attention: Counter[str] = Counter()
+        """Calls of the flash kernels."""
         self.bytes = 0
         """Read and written by operations on the device, views and allocations apart."""
 
@@ -81,6 +83,7 @@ class Watch(TorchDispatchMode):
         elif func in _PRODUCTS and _on_device(args[0]) and args[0].dtype is torch.float32:
             self.wide[self._place("product")] += 1
         elif func in _FLASH:
+            self.attention["forward" if func is _FLASH[0] else "backward"] += 1
             assert all(t.dtype in (torch.bfloat16, torch.float16) for t in args[:3]), (
                 "flash wants half precision"
             )
