@@ -12,10 +12,7 @@ that MFU is of what a step needs, not of what it does. Without a GPU everything 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -24,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.common import EXPERTS, SMALL, random_group, save_model, show
+from benchmarks.common import EXPERTS, SMALL, median_seconds, random_group, save_model, show
 from spell_megatron.config import Dtype, Layout, Optimizer, Policy
 from spell_megatron.plan.catalogue import architecture
 from spell_megatron.plan.workload import batch_work, group_lengths
@@ -170,7 +167,7 @@ def group_attention(
         out["sdpa"] = torch.cat(parts, 1).transpose(0, 1)
         out["sdpa"].sum().backward()
 
-    seconds = {work.__name__: _seconds(work, rounds) for work in (ours, sdpa)}
+    seconds = {work.__name__: median_seconds(work, rounds) for work in (ours, sdpa)}
     pairs = prompt**2 / 2 + G * reply * (prompt + reply / 2)
     return {
         "P": prompt,
@@ -225,7 +222,7 @@ def step(policy: Policy, folder: Path, group: Group, rounds: int, peak: float) -
     learner, batch = Learner(policy, folder, world), TrainBatch((group,))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    seconds = _seconds(lambda: learner.update(batch), rounds)
+    seconds = median_seconds(lambda: learner.update(batch), rounds)
     shape, shared = model_shape(folder), policy.share_prompts
     computed = len(group.prompt) * (1 if shared else G) + batch.response_tokens
     done = 3 * batch_work(shape, group_lengths(batch), shared=shared).total / seconds
@@ -251,18 +248,6 @@ def random_model(name: str, layers: int, folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     return folder
-
-
-def _seconds(work: Callable[[], Any], rounds: int) -> float:
-    """Median, after a first time that is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
 
 
 def _device_type() -> str:

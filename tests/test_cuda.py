@@ -18,6 +18,8 @@ import pytest
 from fakecuda import learners
 from fakecuda.build import build, compiler
 
+from spell_megatron.plan.assumptions import Assumptions
+
 pytestmark = [
     pytest.mark.unit,
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler: g++ or clang++ builds the device"),
@@ -43,7 +45,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     library, tests = build(tmp_path_factory.mktemp("device")), Path(__file__).parent
     command = [sys.executable, "-W", "ignore", str(Path(learners.__file__)), str(library)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent)))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=590, env=environment)
     assert not done.returncode, done.stderr[-5000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -107,6 +109,16 @@ def test_attention_is_computed_again_where_it_is_not_kept(
 ) -> None:
     calls = reports[name]["attention"]
     assert calls["forward"] == times * calls["backward"] > 0
+
+
+def test_the_nucleus_moves_less_than_twice_what_the_heads_products_take(reports: dict[str, Any]) -> None:
+    rows, vocabulary, hidden = 1024, 151_936, 2048
+    assumed = Assumptions()
+    products = 3 * 2 * rows * vocabulary * hidden / (assumed.peak_flops * assumed.dense_efficiency)
+    moved = reports["head"]["0.95"] - reports["head"]["1.0"]
+    passes = moved / (4 * rows * vocabulary)
+    assert passes > 8, "seven passes and the cut are counted"
+    assert moved / (assumed.memory_rate * assumed.link_efficiency) <= 2 * products
 
 
 @pytest.mark.parametrize("name", PLANTED)

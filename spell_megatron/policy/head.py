@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_patches.cpu_products import product
+from spell_megatron.policy.nucleus import nucleus_floor
 
-_BISECTIONS = 28
-_NEGLIGIBLE = 60.0  # a logit that far below the best has no mass in float32
 _CACHED = 1 << 18
 """Logits that a CPU goes through several times while they are in its cache."""
 
@@ -58,7 +57,7 @@ class _TokenLogprobs(torch.autograd.Function):
             peak = _reduce(logits.amax(-1), dist.ReduceOp.MAX, tp_group)
             target = logits.gather(-1, column).squeeze(-1).masked_fill(~own, 0.0)
             if sampled.top_p < 1.0:
-                floor[part] = _nucleus_floor(logits, peak, sampled.top_p, tp_group)
+                floor[part] = nucleus_floor(logits, peak, sampled.top_p, tp_group)
                 logits = _cut(logits, floor[part], own, column)
             sums = logits.new_empty(3, len(target))
             sums[0] = target
@@ -127,22 +126,6 @@ def _logits(
     column = targets - dist.get_rank(tp_group) * weight.shape[0]
     own = (column >= 0) & (column < weight.shape[0])
     return logits, own, column.clamp(0, weight.shape[0] - 1)[:, None]
-
-
-def _nucleus_floor(logits: Tensor, peak: Tensor, top_p: float, tp_group: Any) -> Tensor:
-    """Logit `[n]` at or below which tokens lie outside the nucleus: those with a mass of `top_p` above them.
-
-    The floor is found by bisection on the mass above it, which works on a split vocabulary without a sort.
-    """
-    probabilities = torch.exp(logits - peak[:, None])
-    wanted = _reduce(probabilities.sum(-1), dist.ReduceOp.SUM, tp_group) * top_p
-    low, high = peak - _NEGLIGIBLE, peak
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        above = (probabilities * (logits > middle[:, None])).sum(-1)
-        enough = _reduce(above, dist.ReduceOp.SUM, tp_group) >= wanted
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low
 
 
 def _cut(logits: Tensor, floor: Tensor, own: Tensor, column: Tensor) -> Tensor:

@@ -142,6 +142,31 @@ def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> N
     residence.take(parts)
 
 
+def head_bytes(top_p: float, watch: Any) -> int:
+    """Read and written by the head of a large model, forward and backward: 1,024 rows, 151,936 tokens, 2,048 wide."""
+    import torch
+
+    from fakecuda.machine import fake_tensors, join_world
+    from spell_megatron.policy.head import Sampled, token_logprobs
+
+    join_world(0, 1)
+    with fake_tensors(watch):
+        wide = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+        hidden, weight = torch.empty(1024, 2048, **wide), torch.empty(151_936, 2048, **wide)
+        targets, watch.bytes = torch.zeros(1024, dtype=torch.int64, device="cuda"), 0
+        logprobs, _ = token_logprobs(
+            hidden,
+            weight,
+            targets,
+            sampled=Sampled(0.7, top_p),
+            chunk=1024,
+            tp_group=torch.distributed.group.WORLD,
+        )
+        logprobs.sum().backward()
+    torch.distributed.destroy_process_group()
+    return int(watch.bytes)
+
+
 def _item(args: tuple[Any, ...]) -> tuple[Any, ...]:
     args[0].sum().item()
     return args
@@ -203,7 +228,7 @@ def main() -> None:
     watch.top_k = 2
     switch_on(watch)
     megatron_patches.apply()
-    found = {}
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in sys.argv[2:] or CASES:
             case = CASES[name]
@@ -211,6 +236,7 @@ def main() -> None:
             if not folder.is_dir():
                 make_model(case.kind, folder)  # type: ignore[arg-type]
             found[name] = asdict(run(case, watch, folder))
+    found["head"] = {str(top_p): head_bytes(top_p, watch) for top_p in (1.0, 0.95)}
     sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
