@@ -45,4 +45,5 @@ PATCH = Patch(
     breaks="nothing; every step waits for the device as often as there are parameters",
     needed=_needed,
     apply=_apply,
+    layers="torch",
 )

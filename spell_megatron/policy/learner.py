@@ -25,9 +25,10 @@ from torch import Tensor
 from spell_megatron.config import Policy
 from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
+from spell_megatron.policy.kernels import flash
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.loss import TokenTerms, token_losses
-from spell_megatron.policy.model import FP8_TOKENS, SpanModel, build_chunks
+from spell_megatron.policy.model import SpanModel, build_chunks, token_grain
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.replay import Choices, Replay, replayed
 from spell_megatron.policy.send import send
@@ -40,7 +41,7 @@ from spell_megatron.policy.soundness import (
 )
 from spell_megatron.policy.spans import SpanPlan, plan_spans
 from spell_megatron.policy.stream import Stream, plan_streams
-from spell_megatron.policy.world import World
+from spell_megatron.policy.world import World, be_deterministic
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.contents import read_contents
 from spell_megatron.weights.convert import load_weights, stream_weights
@@ -114,6 +115,9 @@ class Learner:
         self.shape = self._contents.shape
         check_layout(policy.layout, self.shape, world.size)
         self.dtype = getattr(torch, policy.dtype)
+        flash.choose(policy.attention)
+        if policy.deterministic:
+            be_deterministic(world.device)
         self.chunks = build_chunks(policy, self.shape, folder)
         self.sampled = sampled or Sampled()
         load_weights(self.chunks, self.shape, ModelFolder(self._contents))
@@ -323,9 +327,7 @@ class Learner:
             stream.layout(batch),
             cp_size=self.world.context_size,
             cp_rank=self.world.context_rank,
-            multiple=math.lcm(
-                self.world.tensor_size if self.policy.layout.sequence else 1, FP8_TOKENS[self.policy.fp8]
-            ),
+            multiple=token_grain(self.policy),
             device=self.world.device,
         )
         if self.replay:

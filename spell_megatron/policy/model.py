@@ -27,8 +27,13 @@ from spell_megatron.types import SpellError
 from spell_megatron.weights.names import Cut, weights_of
 from spell_megatron.weights.shape import ModelShape
 
-FP8_TOKENS = {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+_FP8_TOKENS = {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """What the number of tokens of a product must be a multiple of."""
+
+
+def token_grain(policy: Policy) -> int:
+    """What a rank's tokens of a stream must be a multiple of: under sequence parallelism each TP rank has its share."""
+    return _FP8_TOKENS[policy.fp8] * (policy.layout.tensor if policy.layout.sequence else 1)
 
 
 class SpanModel(GPTModel):
@@ -124,6 +129,7 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
     into the softmax scale, which is the same product.
     """
     layout, dtype = policy.layout, getattr(torch, policy.dtype)
+    te = uses_transformer_engine(policy)
     moe: dict[str, Any] = {}
     if shape.experts:
         moe = {
@@ -135,7 +141,10 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
             "moe_router_pre_softmax": not shape.norm_topk,
             "moe_router_load_balancing_type": "none",  # an auxiliary loss would pull against the reward
             "moe_router_dtype": "fp32",
+            "moe_permute_fusion": te and policy.fusions.permute,
         }
+        if policy.dispatcher != "alltoall":
+            moe["moe_flex_dispatcher_backend"] = policy.dispatcher
     fp8: dict[str, Any] = {}
     if policy.fp8 != "off":
         by_blocks = policy.fp8 in ("blockwise", "mxfp8")  # fine enough for gradients without a wider exponent
@@ -165,7 +174,9 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         qk_layernorm=shape.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=te and policy.fusions.weight_gradients,
+        apply_rope_fusion=te and policy.fusions.rope,
+        deterministic_mode=te and policy.deterministic,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -179,7 +190,8 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # streams differ in length
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, dense models too
+        # The default refuses variable lengths, dense models too.
+        moe_token_dispatcher_type="alltoall" if policy.dispatcher == "alltoall" else "flex",
         batch_p2p_comm=False,
         calculate_per_token_loss=True,  # sums over ranks and microbatches, divided once by the token count
         **moe,
@@ -202,6 +214,10 @@ def block_spec(policy: Policy, config: TransformerConfig, vp_stage: int | None) 
 def uses_transformer_engine(policy: Policy) -> bool:
     """Whether layers are Transformer Engine's. Raises SpellError where they are asked for and cannot be."""
     there = bool(HAVE_TE) and torch.cuda.is_available()
+    if there and policy.fp8 == "mxfp8" and torch.cuda.get_device_capability() < (10, 0):
+        raise SpellError(
+            f"policy.fp8=mxfp8 is for Blackwell, and this is {torch.cuda.get_device_name()}: set policy.fp8=blockwise"
+        )
     if there or (policy.spec != "te" and policy.fp8 == "off"):
         return there and policy.spec != "torch"
     key = "policy.spec=te" if policy.spec == "te" else f"policy.fp8={policy.fp8}"
