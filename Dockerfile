@@ -11,6 +11,9 @@ ARG TORCH=2.13.0
 ARG VLLM=0.32.0
 # Fused layers and FP8; the learner runs on plain torch without it. Empty leaves it out.
 ARG TRANSFORMER_ENGINE=2.20.2
+# FlashAttention 3 with its backward pass, which PyPI does not have: a tag of its repository. Built for Hopper alone, in
+# about an hour; empty leaves it out, and attention to torch's version 2.
+ARG FLASH_ATTENTION_3=v2.8.3
 
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3.12 python3.12-dev python3.12-venv git ninja-build \
@@ -30,6 +33,11 @@ RUN grep --invert-match --extended-regexp '^(torch|vllm)' requirements/cpu.lock 
 RUN test -z "${TRANSFORMER_ENGINE}" \
  || NVTE_FRAMEWORK=pytorch pip install --no-cache-dir --no-build-isolation --constraint /tmp/constraints.txt \
       "transformer-engine[pytorch]==${TRANSFORMER_ENGINE}"
+
+RUN test -z "${FLASH_ATTENTION_3}" \
+ || FLASH_ATTENTION_DISABLE_SM80=TRUE FLASH_ATTENTION_DISABLE_FP8=TRUE MAX_JOBS=8 \
+    pip install --no-cache-dir --no-build-isolation --no-deps \
+      "git+https://github.com/Dao-AILab/flash-attention@${FLASH_ATTENTION_3}#subdirectory=hopper"
 
 COPY . .
 RUN pip install --no-cache-dir --constraint /tmp/constraints.txt --no-build-isolation .

@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -86,6 +88,18 @@ def _as_rank(rank: int, size: int, port: int, work: Callable[..., Any], args: Se
     os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     return work(*args)
+
+
+def median_seconds(work: Callable[[], Any], rounds: int) -> float:
+    """After a first time that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return median(times[1:])
 
 
 def show(title: str, cases: Sequence[Mapping[str, Any]], as_json: bool) -> None:

@@ -85,7 +85,7 @@ def measure(folder: Path, tokens: int, sizes: list[int], recompute: str) -> list
 def main(
     tokens: Annotated[list[int] | None, typer.Option(help="Length of the stream; repeatable.")] = None,
     cp: Annotated[list[int] | None, typer.Option(help="Context-parallel ranks; repeatable.")] = None,
-    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    recompute: Annotated[str, typer.Option(help="none, all_but_attention or full.")] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Measure every length with every number of ranks and print the table."""

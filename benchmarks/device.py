@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,18 +20,6 @@ PEAK = ASSUMED.peak_flops
 """bfloat16 operations a second that an H100 SXM is sold with."""
 SAMPLED = Sampled(Sampling().temperature, Sampling().top_p)
 """What every recipe samples from."""
-
-
-def seconds_of(work: Callable[[], Any], rounds: int) -> float:
-    """Median, after a first time that is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
 
 
 def random_model(name: str, layers: int, folder: Path) -> Path:

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.common import EXPERTS, SMALL, random_group, save_model, show
-from benchmarks.device import LENGTHS, PEAK, G, device_name, random_model, seconds_of
+from benchmarks.common import EXPERTS, SMALL, median_seconds, random_group, save_model, show
+from benchmarks.device import LENGTHS, PEAK, G, device_name, random_model
 from benchmarks.layers import layer_classes
 from benchmarks.switches import BASE, NOT_HERE, settings, step, try_step
 from spell_megatron.config import Dtype, Layout, Policy
@@ -174,7 +174,7 @@ def group_attention(
         out["sdpa"] = torch.cat(parts, 1).transpose(0, 1)
         out["sdpa"].sum().backward()
 
-    seconds = {work.__name__: seconds_of(work, rounds) for work in (ours, sdpa)}
+    seconds = {work.__name__: median_seconds(work, rounds) for work in (ours, sdpa)}
     pairs = prompt**2 / 2 + G * reply * (prompt + reply / 2)
     return {
         "P": prompt,
@@ -212,7 +212,7 @@ def layers(
 def steps(
     model: Models,
     tokens: Lengths = None,
-    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "full",
+    recompute: Annotated[str, typer.Option(help="none, all_but_attention or full.")] = "full",
     unshared: Annotated[bool, typer.Option(help="Also with the prompt repeated for every answer.")] = True,
     spec: Annotated[str, typer.Option(help="auto, torch or te.")] = "auto",
     rounds: Rounds = 3,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.device import ASSUMED, SAMPLED, seconds_of
+from benchmarks.common import median_seconds
+from benchmarks.device import ASSUMED, SAMPLED
 from spell_megatron.config import Policy
 from spell_megatron.plan.workload import Work, batch_work, forward_work, group_lengths
 from spell_megatron.policy.head import token_logprobs
@@ -81,7 +82,7 @@ def _works(shape: ModelShape, group: Group) -> tuple[Work, Work, Work]:
 
 
 def _measured(forward: Callable[[], Tensor], work: Work, rounds: int, peak: float) -> dict[str, Any]:
-    seconds = seconds_of(lambda: forward().sum().backward(), rounds)
+    seconds = median_seconds(lambda: forward().sum().backward(), rounds)
     done = 3 * work.total / seconds
     expected = (
         work.dense + work.attention

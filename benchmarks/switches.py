@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from benchmarks.device import ASSUMED, SAMPLED, seconds_of
+from benchmarks.common import median_seconds
+from benchmarks.device import ASSUMED, SAMPLED
 from spell_megatron.config import Cluster, Config, Layout, Optimizer, Policy
 from spell_megatron.plan.parameters import held
 from spell_megatron.plan.timing import update_seconds
@@ -59,7 +60,7 @@ def step(
         learner, batch = Learner(policy, folder, world, sampled=sampled), TrainBatch((group,))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        seconds = seconds_of(lambda: learner.update(batch), rounds)
+        seconds = median_seconds(lambda: learner.update(batch), rounds)
     finally:
         stop_world()
     shape, shared = model_shape(folder), policy.share_prompts

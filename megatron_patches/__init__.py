@@ -20,7 +20,9 @@ from megatron_patches import (
     eager_swiglu,
     expert_gradients,
     fresh_optimizer_state,
+    fusion_without_apex,
     interleaved_shapes,
+    local_norm,
     offload_on_host,
     offloaded_classes,
     rng_tracker,
@@ -49,9 +51,19 @@ PATCHES: tuple[Patch, ...] = (
     shared_adam_step.PATCH,
     offloaded_classes.PATCH,
     interleaved_shapes.PATCH,
+    local_norm.PATCH,
+    fusion_without_apex.PATCH,
 )
 
+_WITH = {"torch": "with", "te": "without"}
 _log = logging.getLogger(__name__)
+
+
+def has_transformer_engine() -> bool:
+    """Whether megatron-core takes its kernels from there."""
+    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+
+    return bool(HAVE_TE)
 
 
 @functools.cache
@@ -63,6 +75,9 @@ def apply() -> tuple[str, ...]:
         if patch.scope == "cpu" and torch.cuda.is_available():
             continue
         if installed() in TESTED and installed() not in patch.versions:
+            continue
+        if patch.layers not in ("any", "te" if has_transformer_engine() else "torch"):
+            _log.debug("patch %s is not needed %s Transformer Engine", patch.name, _WITH[patch.layers])
             continue
         if not patch.needed():
             _log.warning("patch %s is not needed any more: %s mends it", patch.name, patch.upstream)

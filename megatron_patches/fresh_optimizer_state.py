@@ -53,4 +53,5 @@ PATCH = Patch(
     breaks="AssertionError in the first checkpoint, without Transformer Engine or apex",
     needed=torch_adam_is_used,
     apply=_apply,
+    layers="torch",
 )

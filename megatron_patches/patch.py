@@ -25,3 +25,5 @@ class Patch:
     needed: Callable[[], bool]
     apply: Callable[[], None]
     versions: tuple[str, ...] = TESTED
+    layers: Literal["any", "torch", "te"] = "any"
+    """Whether only layers of plain torch need it, where Transformer Engine is missing, or only Transformer Engine's."""

@@ -27,5 +27,6 @@ PATCH = Patch(
     breaks="NameError in the router of a mixture of experts, on any machine without Transformer Engine",
     needed=_needed,
     apply=_apply,
+    layers="torch",
     versions=("0.16.1",),
 )

@@ -47,4 +47,5 @@ PATCH = Patch(
     breaks="the second update after a resume is wrong, without Transformer Engine or apex",
     needed=torch_adam_is_used,
     apply=_apply,
+    layers="torch",
 )

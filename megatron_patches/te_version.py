@@ -45,5 +45,6 @@ PATCH = Patch(
     breaks="TypeError where optimizer state is offloaded, without Transformer Engine",
     needed=_needed,
     apply=_apply,
+    layers="torch",
     versions=("0.16.1",),
 )

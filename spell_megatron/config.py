@@ -257,6 +257,18 @@ class Loss:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Fusions:
+    """Kernels that do several operations at once. They are Transformer Engine's: without it none is used."""
+
+    permute: bool = True
+    """Tokens are sorted by expert, and put back, in one pass each, which the host does not wait for."""
+    rope: bool = True
+    """Queries and keys are rotated in one pass."""
+    weight_gradients: bool = True
+    """A layer's product adds its weight's gradient to the float32 sum itself."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Policy:
     layout: Layout = Layout()
     optimizer: Optimizer = Optimizer()
@@ -267,7 +279,18 @@ class Policy:
     """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed."""
     fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
     """Products of the layers' matrices in FP8, scaled by this recipe of Transformer Engine."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    attention: Literal["auto", "fa2", "fa3"] = "auto"
+    """Flash kernel on a GPU: `auto` takes FlashAttention 3 on Hopper where its backward pass is installed, and torch's
+    own, which is version 2, elsewhere."""
+    fusions: Fusions = Fusions()
+    dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
+    """Who sends tokens to experts: NCCL's all-to-all, or a kernel of DeepEP's that sends while others compute. Those
+    have to be installed, and have not been tried."""
+    deterministic: bool = False
+    """Bit-equal results on a GPU too, and so of a resumed run; slower. A CPU's always are."""
+    recompute: Literal["none", "all_but_attention", "full"] = "none"
+    """What a layer computes again in the backward pass, from its input. `all_but_attention` keeps what its queries got
+    besides, a tensor as large as the input: the longer a stream, the more of the fourth pass it saves."""
     stream_tokens: int = Field(default=32_768, gt=0)
     """Token budget of one packed stream (microbatch), over all context-parallel ranks."""
     share_prompts: bool = True

@@ -140,6 +140,7 @@ def _cuda() -> list[Finding]:
 def _accelerators() -> list[Finding]:
     te = _version("transformer-engine")
     return [
+        *_attention(),
         Finding(
             "transformer-engine",
             "ok" if te else "missing",
@@ -148,8 +149,22 @@ def _accelerators() -> list[Finding]:
             ""
             if te
             else "plain torch layers: no FP8, no grouped expert kernels; pip install transformer-engine",
-        )
+        ),
     ]
+
+
+def _attention() -> list[Finding]:
+    """The kernel that `policy.attention: auto` takes; none to choose without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from spell_megatron.policy.kernels.flash import without_fa3
+
+    if not (why_not := without_fa3()):
+        return [Finding("flash attention", "ok", "FlashAttention 3", False)]
+    remedy = f"{why_not}: attention takes up to twice the time; the Dockerfile builds it"
+    return [Finding("flash attention", "missing", "FlashAttention 2", False, remedy)]
 
 
 def _cluster() -> list[Finding]:

@@ -42,10 +42,11 @@ MOE = ("moe",)
 SP = {"sequence": True}
 REPLAY = {"router_replay": True}
 """The routers are told experts drawn at random, there and here."""
+KEPT = {"recompute": "all_but_attention"}
 CASES = (
     Case("single", 1, ("qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied", "mistral"), fast=True),
     Case("single recompute", 1, ("qwen3", "moe"), policy={"recompute": "full"}),
-    Case("single selective", 1, ("qwen3", "moe"), policy={"recompute": "selective"}),
+    Case("single, attention kept", 1, ("qwen3", "moe"), policy=KEPT, fast=True),
     Case("tp2", 2, layout={"tensor": 2}),
     Case("tp2+sp", 2, ("qwen3", "qwen3_tied", "qwen2", "moe", "llama"), {"tensor": 2, **SP}, fast=True),
     Case("tp2+sp recompute", 2, ("qwen3", "moe"), {"tensor": 2, **SP}, policy={"recompute": "full"}),
@@ -82,6 +83,15 @@ CASES = (
         {"tensor": 2, **SP},
         policy={"recompute": "full", **REPLAY},
         fast=True,
+    ),
+    Case("cp2, attention kept", 2, ("qwen3_tied", "moe"), {"context": 2}, policy=KEPT, fast=True),
+    Case(
+        "vpp2, attention kept",
+        2,
+        ("qwen3", "moe"),
+        {"pipeline": 2, "virtual_pipeline": 2},
+        policy=KEPT,
+        model={"num_hidden_layers": 4},
     ),
     Case("replay pp2 recompute", 2, MOE, {"pipeline": 2}, policy={"recompute": "full", **REPLAY}, fast=True),
     Case(

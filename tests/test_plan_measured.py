@@ -37,7 +37,7 @@ SP2 = {"tensor": 2, "sequence": True}
 CASES: dict[int, list[dict[str, Any]]] = {
     1: [
         {"kind": "qwen3", "policy": FLOAT},
-        {"kind": "qwen2", "policy": {**FLOAT, "recompute": "selective"}},
+        {"kind": "qwen2", "policy": {**FLOAT, "recompute": "all_but_attention"}},
         {"kind": "moe", "policy": {**FLOAT, "recompute": "full"}},
     ],
     2: [

@@ -54,10 +54,14 @@ def activations(
     last = stage == layout.pipeline - 1
     residual = stream.local * shape.hidden * b / _sequence(layout)
     layer = _attention(shape, policy, stream) + _mlp(shape, layout, stream, b, assumed)
-    per_layer = residual if policy.recompute == "full" else layer
+    per_layer = {
+        "none": layer,
+        "all_but_attention": residual + _attended(shape, policy, stream),
+        "full": residual,
+    }[policy.recompute]
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     kept = _in_flight(layout, stage, microbatches) * (shape.layers / chunks) * per_layer
-    if policy.recompute == "full":
+    if policy.recompute != "none":
         kept += stream.local * shape.head_dim * 4  # rotary angles
     vocabulary, c = shape.vocab / layout.tensor, min(policy.head_chunk, stream.rows)
     table = vocabulary * shape.hidden
@@ -66,7 +70,7 @@ def activations(
     backward = (4 + b) * table + (12 + b % 4) * c * vocabulary + stream.rows * shape.hidden * b
     return Activations(
         kept=round(kept),
-        recomputed=round(layer - residual) if policy.recompute == "full" else 0,
+        recomputed=round(layer - per_layer),
         layer=round(_passing(shape, policy, stream, assumed)),
         head=round(final + max(forward, backward)) if last else 0,
         microbatches=_in_flight(layout, stage, microbatches) / (layout.virtual_pipeline or 1),
@@ -98,16 +102,19 @@ def _normed(shape: ModelShape, layout: Layout, tokens: float, b: int) -> float:
 def _attention(shape: ModelShape, policy: Policy, stream: Stream) -> float:
     layout, b, d = policy.layout, width(policy), shape.head_dim
     heads, kv = _heads(shape, layout)
-    projected, floats = heads + 2 * kv, 0.0
+    projected = heads + 2 * kv
     values = 4.0  # sines and cosines, of queries and of keys; the rest in units of a head
     if shape.qk_norm:  # the merged projection, since the key is a view of it, and the query's copy
         values += projected + heads
-    if policy.recompute == "selective":
-        values += heads + kv + heads + (0 if shape.qk_norm else projected)
-    else:
-        values += heads + 2 * kv + heads
-        floats = heads  # the log-sum-exp
-    return _normed(shape, layout, stream.local, b) + stream.local * (values * d * b + floats * 4)
+    values += heads + 2 * kv
+    kept = stream.local * values * d * b
+    return _normed(shape, layout, stream.local, b) + kept + _attended(shape, policy, stream)
+
+
+def _attended(shape: ModelShape, policy: Policy, stream: Stream) -> float:
+    """What queries got, and its log-sum-exp in float32."""
+    heads, _ = _heads(shape, policy.layout)
+    return stream.local * heads * (shape.head_dim * width(policy) + 4)
 
 
 def _routed(shape: ModelShape, layout: Layout, stream: Stream, assumed: Assumptions) -> float:

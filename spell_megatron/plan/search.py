@@ -72,7 +72,7 @@ def _candidates(config: Config) -> Iterator[Config]:
         if tensor * context * pipeline > gpus:
             continue
         layout = Layout(tensor=tensor, sequence=tensor > 1, context=context, pipeline=pipeline, expert=expert)
-        for recompute in ("none", "full"):
+        for recompute in ("none", "all_but_attention", "full"):
             yield changed(
                 config,
                 {
@@ -87,6 +87,8 @@ def _steps(found: Plan) -> Iterator[tuple[str, Any]]:
     """Single changes that lower the need, the cheap ones first."""
     config, layout = found.config, found.config.policy.layout
     policy, per_node = config.policy, config.cluster.gpus_per_node
+    if policy.recompute == "none":
+        yield "policy.recompute", "all_but_attention"
     if policy.recompute != "full":
         yield "policy.recompute", "full"
     if not policy.optimizer.distributed:

@@ -39,11 +39,12 @@ def update_seconds(
 ) -> float:
     """`work` is one forward pass over the text of the busiest data-parallel rank."""
     policy, layout = config.policy, config.policy.layout
-    passes = 4 if policy.recompute == "full" else 3
+    passes = 3 if policy.recompute == "none" else 4
+    over_pairs = 4 if policy.recompute == "full" else 3
     imbalance = assumed.expert_imbalance if layout.expert > 1 else 1.0
-    compute = (work.dense + work.attention) / assumed.dense_efficiency
-    compute += work.expert * imbalance / assumed.expert_efficiency
-    compute *= passes / (world.model * assumed.peak_flops)
+    compute = (passes * work.dense + over_pairs * work.attention) / assumed.dense_efficiency
+    compute += passes * work.expert * imbalance / assumed.expert_efficiency
+    compute /= world.model * assumed.peak_flops
     bubble = (layout.pipeline - 1) / (microbatches * (layout.virtual_pipeline or 1))
     links = link_seconds(traffic, policy, world, config.cluster.gpus_per_node, assumed)
     owned = max(part.dense for part in parts) / (world.data * layout.context)

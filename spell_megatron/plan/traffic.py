@@ -33,7 +33,8 @@ def step_traffic(
     """`tokens` pass one data-parallel rank in the step and `rows` of them are predicted, context ranks together."""
     layout, b = policy.layout, width(policy)
     tp, cp, pp, ep = layout.tensor, layout.context, layout.pipeline, layout.expert
-    passes = 2 if policy.recompute == "full" else 1  # forward
+    passes = 1 if policy.recompute == "none" else 2  # forward
+    gathers = 2 if policy.recompute == "full" else 1  # of keys and values, forward
     local, layers = tokens / cp, shape.layers / pp
     residual = local * shape.hidden * b
     kv = max(shape.kv_heads / tp, 1) * shape.head_dim * 2
@@ -46,7 +47,7 @@ def step_traffic(
     bytes_of_weight = 4 + b if policy.optimizer.distributed else 8
     return Traffic(
         tensor=_share(tp) * (layers * blocks * per_block * residual + rows / cp * shape.hidden * b * 2),
-        context=(cp - 1) * layers * local * kv * ((passes + 1) * b + 4),
+        context=(cp - 1) * layers * local * kv * ((gathers + 1) * b + 4),
         expert=_share(ep) * layers * routed * (2 * passes + 2),
         pipeline=0.0
         if pp == 1

@@ -6,6 +6,9 @@ matrix: pairs of ranges go to a flash-attention kernel, and what a query got of 
 log-sum-exp. The backward pass calls the flash backward of every piece with the MERGED output and
 log-sum-exp, which is exact, as in ring attention (arXiv 2310.01889).
 
+Where layers are recomputed, attention need not be: what a layer's queries got is kept with the stream's plan from the
+forward pass to the backward pass, which begins with it.
+
 Under context parallelism keys and values are all-gathered in the forward pass, gathered again in the
 backward pass (so that a rank keeps only its own between the two), and their gradients reduce-scattered.
 """
@@ -35,9 +38,11 @@ class SpanAttention(MegatronModule):
         *_: Any,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        keep_output: bool = False,
         **__: Any,
     ) -> None:
         super().__init__(config=config)
+        self.layer_number, self.keep_output = layer_number, keep_output
         self.cp_group = pg_collection.cp
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -53,30 +58,62 @@ class SpanAttention(MegatronModule):
     ) -> Tensor:
         """Queries `[tokens / cp, 1, heads / tp, d]`, keys and values of the kv heads to
         `[tokens / cp, 1, heads / tp * d]`."""
-        assert packed_seq_params is not None
+        plan = packed_seq_params
+        assert plan is not None
         q, kv = query.squeeze(1), torch.stack((key.squeeze(1), value.squeeze(1)), 1)
-        return attend(q, kv, packed_seq_params, self.cp_group, self.scale).flatten(1).unsqueeze(1)
+        return self._attend(q, kv, plan).flatten(1).unsqueeze(1)
+
+    def _attend(self, q: Tensor, kv: Tensor, plan: SpanPlan) -> Tensor:
+        if not (self.keep_output and self.training):
+            return attend(q, kv, plan, self.cp_group, self.scale)
+        if torch.is_grad_enabled():  # recomputed
+            return attend(q, kv, plan, self.cp_group, self.scale, plan.attended.pop(self.layer_number))
+        plan.attended[self.layer_number] = found = attended(q, kv, plan, self.cp_group, self.scale)
+        return found[0]
 
 
-def attend(q: Tensor, kv: Tensor, plan: SpanPlan, cp_group: Any, scale: float) -> Tensor:
+def attend(
+    q: Tensor,
+    kv: Tensor,
+    plan: SpanPlan,
+    cp_group: Any,
+    scale: float,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Local queries `[tokens / cp, heads, d]` over the spans of a plan, given this rank's keys and values
-    `[tokens / cp, 2, kv heads, d]`. A collective of `cp_group`, which without context parallelism may be None."""
-    return _MergedPieces.apply(q, kv, plan, cp_group, scale)
+    `[tokens / cp, 2, kv heads, d]`. A collective of `cp_group`, which without context parallelism may be None.
+
+    `known` is what `attended` has found before for the same: then only the backward pass is computed.
+    """
+    return _MergedPieces.apply(q, kv, plan, cp_group, scale, known)
+
+
+def attended(q: Tensor, kv: Tensor, plan: SpanPlan, cp_group: Any, scale: float) -> tuple[Tensor, Tensor]:
+    """What queries got, `[tokens / cp, heads, d]`, and its log-sum-exp, float32 `[heads, tokens / cp]`."""
+    keys, values = _stream_kv(kv, plan, cp_group)
+    out = torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse, kernels = out.new_empty(q.shape[1], q.shape[0]), kernels_for(q)
+    for pieces in plan.pieces:
+        for rows, part, part_lse in kernels.forward(q, keys, values, pieces, scale):
+            if pieces.causal:  # every query has one such piece, and it comes first
+                out[rows], lse[:, rows] = part.to(out.dtype), part_lse
+            else:
+                _merge(out, lse, rows, part, part_lse)
+    return out.to(q.dtype), lse
 
 
 class _MergedPieces(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, plan: SpanPlan, cp_group: Any, scale: float) -> Tensor:
-        keys, values = _stream_kv(kv, plan, cp_group)
-        out = torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-        lse, kernels = out.new_empty(q.shape[1], q.shape[0]), kernels_for(q)
-        for pieces in plan.pieces:
-            for rows, part, part_lse in kernels.forward(q, keys, values, pieces, scale):
-                if pieces.causal:  # every query has one such piece, and it comes first
-                    out[rows], lse[:, rows] = part.to(out.dtype), part_lse
-                else:
-                    _merge(out, lse, rows, part, part_lse)
-        out = out.to(q.dtype)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        plan: SpanPlan,
+        cp_group: Any,
+        scale: float,
+        known: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        out, lse = known or attended(q, kv, plan, cp_group, scale)
         ctx.save_for_backward(q, kv, out, lse)
         ctx.plan, ctx.cp_group, ctx.scale = plan, cp_group, scale
         return out
@@ -96,7 +133,7 @@ class _MergedPieces(torch.autograd.Function):
                 d_keys[key_rows] += part_k
                 d_values[key_rows] += part_v
         del keys, values  # before the gradients are exchanged
-        return dq.to(q.dtype), _local_kv_grad(dkv, ctx.plan, ctx.cp_group).to(kv.dtype), None, None, None
+        return dq.to(q.dtype), _local_kv_grad(dkv, ctx.plan, ctx.cp_group).to(kv.dtype), *(None,) * 4
 
 
 def _merge(out: Tensor, lse: Tensor, rows: Rows, part: Tensor, part_lse: Tensor) -> None:

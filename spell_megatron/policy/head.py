@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_patches.cpu_products import product
+from spell_megatron.policy.nucleus import nucleus_floor
 
-_BISECTIONS = 28
-_NEGLIGIBLE = 60.0  # a logit that far below the best has no mass in float32
 _CACHED = 1 << 18
 """Logits that a CPU goes through several times while they are in its cache."""
 
@@ -36,7 +35,7 @@ class Sampled:
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, sampled: Sampled, chunk: int, tp_group: Any
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy, float32 `[n]`, of `targets [n]` after `hidden [n, h]`.
+    """Log-prob and entropy, float32 `[n]` each, of `targets [n]` after `hidden [n, h]`.
 
     `weight [vocab / tp, h]` is this rank's part of the head.
     """
@@ -52,12 +51,13 @@ class _TokenLogprobs(torch.autograd.Function):
         rows = hidden.shape[0]
         lse, entropy, logprobs, floor = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(4))
         ctx.last = None
+        ctx.set_materialize_grads(False)  # a loss without entropy gives it no gradient
         for part in _chunks(rows, chunk):
             logits, own, column = _logits(hidden[part], weight, targets[part], sampled, tp_group)
             peak = _reduce(logits.amax(-1), dist.ReduceOp.MAX, tp_group)
             target = logits.gather(-1, column).squeeze(-1).masked_fill(~own, 0.0)
             if sampled.top_p < 1.0:
-                floor[part] = _nucleus_floor(logits, peak, sampled.top_p, tp_group)
+                floor[part] = nucleus_floor(logits, peak, sampled.top_p, tp_group)
                 logits = _cut(logits, floor[part], own, column)
             sums = logits.new_empty(3, len(target))
             sums[0] = target
@@ -76,12 +76,14 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, targets, lse, entropy, floor = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        with_entropy = bool(d_entropy.any())
         # The logits were divided by the temperature.
-        d_logprobs, d_entropy = d_logprobs / ctx.sampled.temperature, d_entropy / ctx.sampled.temperature
+        d_logprobs, d_entropic = (
+            torch.zeros_like(lse) if d is None else d / ctx.sampled.temperature
+            for d in (d_logprobs, d_entropy)
+        )
         last, ctx.last = ctx.last, None
         for part in reversed(_chunks(hidden.shape[0], ctx.chunk)):
             if last is not None:
@@ -90,12 +92,12 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits, own, column = _logits(hidden[part], weight, targets[part], ctx.sampled, ctx.tp_group)
                 if ctx.sampled.top_p < 1.0:
                     logits = _cut(logits, floor[part], own, column)
-            per_row = torch.stack((lse[part], d_logprobs[part], d_entropy[part], entropy[part]))[..., None]
+            per_row = torch.stack((lse[part], d_logprobs[part], d_entropic[part], entropy[part]))[..., None]
             for block in _blocks(logits):
-                block_lse, d_logprob, d_entropic, block_entropy = per_row[:, block]
+                block_lse, d_logprob, d_block, block_entropy = per_row[:, block]
                 log_p, per_p = logits[block].sub_(block_lse), -d_logprob
-                if with_entropy:  # dH / dlogit = -p (log p + H)
-                    per_p = per_p - (_finite(log_p, ctx.sampled) + block_entropy) * d_entropic
+                if d_entropy is not None:  # dH / dlogit = -p (log p + H)
+                    per_p = per_p - (_finite(log_p, ctx.sampled) + block_entropy) * d_block
                 log_p.exp_().mul_(per_p)
             logits.scatter_add_(-1, column, (d_logprobs[part] * own)[:, None])
             grad = logits.to(weight.dtype)
@@ -124,22 +126,6 @@ def _logits(
     column = targets - dist.get_rank(tp_group) * weight.shape[0]
     own = (column >= 0) & (column < weight.shape[0])
     return logits, own, column.clamp(0, weight.shape[0] - 1)[:, None]
-
-
-def _nucleus_floor(logits: Tensor, peak: Tensor, top_p: float, tp_group: Any) -> Tensor:
-    """Logit `[n]` at or below which tokens lie outside the nucleus: those with a mass of `top_p` above them.
-
-    The floor is found by bisection on the mass above it, which works on a split vocabulary without a sort.
-    """
-    probabilities = torch.exp(logits - peak[:, None])
-    wanted = _reduce(probabilities.sum(-1), dist.ReduceOp.SUM, tp_group) * top_p
-    low, high = peak - _NEGLIGIBLE, peak
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        above = (probabilities * (logits > middle[:, None])).sum(-1)
-        enough = _reduce(above, dist.ReduceOp.SUM, tp_group) >= wanted
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low
 
 
 def _cut(logits: Tensor, floor: Tensor, own: Tensor, column: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_patches.cpu_products import product_into, product_over
-from spell_megatron.policy.attention import SpanAttention
 from spell_megatron.policy.norm import rms_norm
 
 
@@ -165,15 +164,17 @@ class RowGroupedLinear(_GroupedLinear):
     partition_dim = 1
 
 
-def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The decoder block of this rank and pipeline chunk, made of the layers above."""
+def torch_block_spec(
+    config: TransformerConfig, core_attention: ModuleSpec, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The decoder block of this rank and pipeline chunk, made of the layers above and of what attends."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=NormColumnParallelLinear,
-            core_attention=SpanAttention,
+            core_attention=core_attention,
             linear_proj=RowParallelLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,

@@ -25,11 +25,13 @@ from torch import Tensor
 from spell_megatron.config import Policy
 from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
+from spell_megatron.policy.kernels import flash
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.loss import TokenTerms, token_losses
-from spell_megatron.policy.model import FP8_TOKENS, SpanModel, build_chunks
+from spell_megatron.policy.model import SpanModel, build_chunks, token_grain
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.replay import Choices, Replay, replayed
+from spell_megatron.policy.send import send
 from spell_megatron.policy.soundness import (
     UnsoundError,
     first_unsound,
@@ -39,7 +41,7 @@ from spell_megatron.policy.soundness import (
 )
 from spell_megatron.policy.spans import SpanPlan, plan_spans
 from spell_megatron.policy.stream import Stream, plan_streams
-from spell_megatron.policy.world import World
+from spell_megatron.policy.world import World, be_deterministic
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.contents import read_contents
 from spell_megatron.weights.convert import load_weights, stream_weights
@@ -113,6 +115,9 @@ class Learner:
         self.shape = self._contents.shape
         check_layout(policy.layout, self.shape, world.size)
         self.dtype = getattr(torch, policy.dtype)
+        flash.choose(policy.attention)
+        if policy.deterministic:
+            be_deterministic(world.device)
         self.chunks = build_chunks(policy, self.shape, folder)
         self.sampled = sampled or Sampled()
         load_weights(self.chunks, self.shape, ModelFolder(self._contents))
@@ -150,10 +155,10 @@ class Learner:
         total, clipped, tokens, lengths, scores = 0.0, 0.0, 0, list[float](), list[Scores]()
         for part, offset in parts:
             self._zero_grad()
-            run = _Run(part, _part(old, offset, part), _part(reference, offset, part))
+            run = _Run(part, self.world.device, _part(old, offset, part), _part(reference, offset, part))
             self._run(run, run_loss=partial(self._loss, run), train=True)
             scores.append(self._collect(run))
-            values = self._reduce(run.loss_sum, run.denominator, run.clipped)
+            values = self._reduce(run)
             self._check(scores[-1], values[0], judge, touched=bool(lengths))
             _, grad_norm, _ = self.optimizer.step()
             self.schedule.step(1)
@@ -220,7 +225,7 @@ class Learner:
         """Whether something holds on every rank."""
         verdict = sound.to(self.world.device, torch.int32)
         dist.all_reduce(verdict, dist.ReduceOp.MIN)
-        return bool(verdict)
+        return bool(verdict)  # the host decides by it
 
     def _first(self, what: str, name: str) -> UnsoundError:
         """What is wrong, with the first parameter that it is seen at on any rank."""
@@ -232,9 +237,9 @@ class Learner:
     def gradients(self, batch: TrainBatch) -> float:
         """Forward and backward without an update; the gradients stay in `main_grad`. Returns the loss."""
         self._zero_grad()
-        run = _Run(batch)
+        run = _Run(batch, self.world.device)
         self._run(run, run_loss=partial(self._loss, run), train=True)
-        values = self._reduce(run.loss_sum, run.denominator, run.clipped)
+        values = self._reduce(run)
         return values[0] / max(values[1], 1.0)
 
     def score(self, batch: TrainBatch) -> Scores:
@@ -267,7 +272,7 @@ class Learner:
 
     @torch.no_grad()
     def _score(self, batch: TrainBatch, models: Sequence[Any]) -> Scores:
-        run = _Run(batch)
+        run = _Run(batch, self.world.device)
         self._run(run, run_loss=partial(self._observe, run), train=False, models=models)
         return self._collect(run)
 
@@ -277,7 +282,7 @@ class Learner:
         self,
         run: _Run,
         *,
-        run_loss: Callable[[SpanPlan, Stream, Tensor], Any],
+        run_loss: Callable[[SpanPlan, Stream, Any], Any],
         train: bool,
         models: Sequence[Any] = (),
     ) -> None:
@@ -322,9 +327,7 @@ class Learner:
             stream.layout(batch),
             cp_size=self.world.context_size,
             cp_rank=self.world.context_rank,
-            multiple=math.lcm(
-                self.world.tensor_size if self.policy.layout.sequence else 1, FP8_TOKENS[self.policy.fp8]
-            ),
+            multiple=token_grain(self.policy),
             device=self.world.device,
         )
         if self.replay:
@@ -332,7 +335,7 @@ class Learner:
         return plan
 
     def _loss(
-        self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor
+        self, run: _Run, plan: SpanPlan, stream: Stream, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Megatron's contract: summed loss, what to divide by, what to report."""
         logprobs, entropy = output
@@ -343,7 +346,7 @@ class Learner:
         def tokens(rows: Iterable[Any]) -> Tensor:
             """Values of the stream's response tokens, those of this rank's rows."""
             flat = np.concatenate([np.zeros(0), *rows]).astype(np.float32)
-            return torch.from_numpy(flat).to(logprobs.device)[plan.row_ids]
+            return send(torch.from_numpy(flat[plan.row_ids]), logprobs.device)
 
         def scored(scores: PerSample | None) -> Tensor | None:
             return None if scores is None else tokens(scores[group][i] for group, i, _ in samples)
@@ -371,37 +374,38 @@ class Learner:
         if config.normalisation == "sequence_length":
             count = plan.first_rows * config.max_response_tokens
         total = losses.sum()
-        run.loss_sum += float(total.detach())
+        run.sums += torch.stack((total.detach(), clipped.sum()))
         run.denominator += count
-        run.clipped += int(clipped.sum())
-        return total, torch.tensor(count, dtype=torch.int, device=output.device), {}
+        return total, _count(count, logprobs.device), {}
 
     def _observe(
-        self, run: _Run, plan: SpanPlan, stream: Stream, output: Tensor
+        self, run: _Run, plan: SpanPlan, stream: Stream, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        run.keep(plan, stream, output[0], output[1])
-        return output.sum(), torch.tensor(0, dtype=torch.int, device=output.device), {}
+        run.keep(plan, stream, *output)
+        return output[0].sum(), _count(0, output[0].device), {}
 
     def _zero_grad(self) -> None:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _reduce(self, *values: float) -> list[float]:
-        """Sums over data- and context-parallel ranks, known on every rank (the last stage has them)."""
-        summed = torch.tensor(values, dtype=torch.float64, device=self.world.device)
+    def _reduce(self, run: _Run) -> list[float]:
+        """Loss, denominator and clipped tokens, summed over data- and context-parallel ranks, known on every rank (the
+        last stage has them). The host waits here, once for all streams: whether to step depends on it."""
+        loss, clipped = run.sums
+        summed = torch.stack((loss, torch.full_like(loss, run.denominator), clipped))
         dist.all_reduce(summed, group=mpu.get_data_parallel_group(with_context_parallel=True))
         pipeline = mpu.get_pipeline_model_parallel_group()
         dist.broadcast(
             summed, src=dist.get_global_rank(pipeline, dist.get_world_size(pipeline) - 1), group=pipeline
         )
-        return [float(v) for v in summed]
+        return list(map(float, summed.tolist()))
 
     def _collect(self, run: _Run) -> Scores:
         """Put the rows of all ranks in their places."""
         scores = Scores(_blank(run.batch), _blank(run.batch))
         last = self.world.last_stage and mpu.get_tensor_model_parallel_rank() == 0
-        mine = run.rows if last else []
+        mine = list(run.rows()) if last else []
         everyone: list[Any] = [mine]
         if self.world.size > 1:
             everyone = [None] * self.world.size
@@ -417,27 +421,43 @@ class _Run:
     """One pass over a batch: what it needs, and what it leaves on this rank."""
 
     def __init__(
-        self, batch: TrainBatch, old: PerSample | None = None, reference: PerSample | None = None
+        self,
+        batch: TrainBatch,
+        device: torch.device,
+        old: PerSample | None = None,
+        reference: PerSample | None = None,
     ) -> None:
         self.batch, self.old, self.reference = batch, old, reference
-        self.rows: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]] = []
-        self.loss_sum, self.denominator, self.clipped, self.tokens = 0.0, 0, 0, 0
+        self.kept: list[tuple[SpanPlan, Stream, Tensor]] = []
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        """Loss and clipped tokens of the streams so far; on the device, as long as there are more."""
+        self.denominator, self.tokens = 0, 0
 
     def keep(self, plan: SpanPlan, stream: Stream, logprobs: Tensor, entropy: Tensor) -> None:
-        """Sort the rows of a stream by sample."""
-        ids, responses = plan.row_ids.cpu().numpy(), plan.response_ids.cpu().numpy()
-        values = torch.stack((logprobs, entropy)).float().cpu().numpy()
-        bounds = np.searchsorted(responses, np.arange(responses.max(initial=-1) + 2))
-        start = 0
-        for index, (group, i, sample) in enumerate(stream.samples(self.batch)):
-            if index + 1 < len(bounds):
-                a, b = bounds[index], bounds[index + 1]
-                self.rows.append((group, i, ids[a:b] - start, values[0, a:b], values[1, a:b]))
-            start += len(sample.tokens)
+        """What became of a stream; it stays on the device until all are through."""
+        self.kept.append((plan, stream, torch.stack((logprobs, entropy)).float()))
+
+    def rows(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
+        """`(group, sample, places, log-probs, entropies)` of this rank's rows. Here the host waits for all streams."""
+        if not self.kept:
+            return
+        values = torch.cat([values for *_, values in self.kept], 1).cpu().numpy()
+        ends = np.cumsum([values.shape[1] for *_, values in self.kept])
+        for (plan, stream, _), (logprobs, entropy) in zip(
+            self.kept, np.split(values, ends[:-1], axis=1), strict=True
+        ):
+            ids, responses = plan.row_ids, plan.response_ids
+            bounds = np.searchsorted(responses, np.arange(responses.max(initial=-1) + 2))
+            start = 0
+            for index, (group, i, sample) in enumerate(stream.samples(self.batch)):
+                if index + 1 < len(bounds):
+                    mine = slice(bounds[index], bounds[index + 1])
+                    yield group, i, ids[mine] - start, logprobs[mine], entropy[mine]
+                start += len(sample.tokens)
 
 
 def _forward_step(
-    run_loss: Callable[[SpanPlan, Stream, Tensor], Any], data: Iterator[tuple[SpanPlan, Stream]], model: Any
+    run_loss: Callable[[SpanPlan, Stream, Any], Any], data: Iterator[tuple[SpanPlan, Stream]], model: Any
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     plan, stream = next(data)
     output = model(plan.ids, plan.positions, None, packed_seq_params=plan)
@@ -446,11 +466,16 @@ def _forward_step(
 
 def _response_means(values: Tensor, plan: SpanPlan, responses: int) -> Tensor:
     """For every local row, the mean of `values` over its whole response, context-parallel ranks included."""
-    sums = values.new_zeros(2, responses)
-    sums[0].index_add_(0, plan.response_ids, values)
-    sums[1].index_add_(0, plan.response_ids, torch.ones_like(values))
+    sums, ids = values.new_zeros(2, responses), send(torch.from_numpy(plan.response_ids), values.device)
+    sums[0].index_add_(0, ids, values)
+    sums[1].index_add_(0, ids, torch.ones_like(values))
     dist.all_reduce(sums, group=mpu.get_context_parallel_group())
-    return (sums[0] / sums[1].clamp(min=1))[plan.response_ids]
+    return (sums[0] / sums[1].clamp(min=1))[ids]
+
+
+def _count(tokens: int, device: torch.device) -> Tensor:
+    """In the form in which Megatron wants it; filled there, since a copy would be waited for."""
+    return torch.full((), tokens, dtype=torch.int, device=device)
 
 
 def _minibatches(batch: TrainBatch, count: int) -> list[tuple[TrainBatch, int]]:

@@ -13,7 +13,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -27,15 +27,20 @@ from spell_megatron.types import SpellError
 from spell_megatron.weights.names import Cut, weights_of
 from spell_megatron.weights.shape import ModelShape
 
-FP8_TOKENS = {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+_FP8_TOKENS = {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """What the number of tokens of a product must be a multiple of."""
+
+
+def token_grain(policy: Policy) -> int:
+    """What a rank's tokens of a stream must be a multiple of: under sequence parallelism each TP rank has its share."""
+    return _FP8_TOKENS[policy.fp8] * (policy.layout.tensor if policy.layout.sequence else 1)
 
 
 class SpanModel(GPTModel):
     """A GPTModel whose positions come from the plan and whose head runs on response tokens only.
 
     In: the ids and positions of a `SpanPlan` (as `packed_seq_params`). Out, on the last pipeline stage:
-    `[2, n]`, log-probs and entropies of the plan's target tokens; elsewhere hidden states.
+    log-probs and entropies of the plan's target tokens, `[n]` each; elsewhere hidden states.
     """
 
     def __init__(self, *args: Any, rope: Qwen3RotaryEmbedding, head_chunk: int, **kwargs: Any) -> None:
@@ -50,7 +55,9 @@ class SpanModel(GPTModel):
         angles = position_ids.view(-1, 1).float() * self.inv_freq.to(position_ids.device)
         return hidden, torch.cat((angles, angles), -1)[:, None, None, :], *rest
 
-    def _postprocess(self, hidden_states: Tensor, packed_seq_params: SpanPlan, **_: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, packed_seq_params: SpanPlan, **_: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if not self.post_process:
             return hidden_states
         tied = self.share_embeddings_and_output_weights
@@ -60,7 +67,7 @@ class SpanModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        logprobs, entropy = token_logprobs(
+        return token_logprobs(
             hidden_states.squeeze(1).index_select(0, packed_seq_params.rows),
             weight,
             packed_seq_params.targets,
@@ -68,7 +75,6 @@ class SpanModel(GPTModel):
             chunk=self.head_chunk,
             tp_group=self.pg_collection.tp,
         )
-        return torch.stack((logprobs, entropy))
 
 
 def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanModel]:
@@ -124,6 +130,7 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
     into the softmax scale, which is the same product.
     """
     layout, dtype = policy.layout, getattr(torch, policy.dtype)
+    te = uses_transformer_engine(policy)
     moe: dict[str, Any] = {}
     if shape.experts:
         moe = {
@@ -135,16 +142,21 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
             "moe_router_pre_softmax": not shape.norm_topk,
             "moe_router_load_balancing_type": "none",  # an auxiliary loss would pull against the reward
             "moe_router_dtype": "fp32",
+            "moe_permute_fusion": te and policy.fusions.permute,
         }
+        if policy.dispatcher != "alltoall":
+            moe["moe_flex_dispatcher_backend"] = policy.dispatcher
     fp8: dict[str, Any] = {}
     if policy.fp8 != "off":
         by_blocks = policy.fp8 in ("blockwise", "mxfp8")  # fine enough for gradients without a wider exponent
         fp8 = {"fp8_recipe": policy.fp8, "fp8": "e4m3" if by_blocks else "hybrid"}
-    recompute_options: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
+    recompute: dict[str, Any] = {}
+    if policy.recompute != "none":  # attention itself knows where it is not to be
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -163,7 +175,9 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         qk_layernorm=shape.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=te and policy.fusions.weight_gradients,
+        apply_rope_fusion=te and policy.fusions.rope,
+        deterministic_mode=te and policy.deterministic,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -177,28 +191,34 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # streams differ in length
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, dense models too
+        # The default refuses variable lengths, dense models too.
+        moe_token_dispatcher_type="alltoall" if policy.dispatcher == "alltoall" else "flex",
         batch_p2p_comm=False,
         calculate_per_token_loss=True,  # sums over ranks and microbatches, divided once by the token count
         **moe,
         **fp8,
-        **recompute_options[policy.recompute],
+        **recompute,
     )
 
 
 def block_spec(policy: Policy, config: TransformerConfig, vp_stage: int | None) -> Any:
     """Layers of plain torch, or of Transformer Engine with the same parameter names and our attention."""
+    attention = ModuleSpec(SpanAttention, params={"keep_output": policy.recompute == "all_but_attention"})
     if not uses_transformer_engine(policy):
-        return torch_block_spec(config, vp_stage)
+        return torch_block_spec(config, attention, vp_stage)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = SpanAttention
+        layer.submodules.self_attention.submodules.core_attention = attention
     return spec
 
 
 def uses_transformer_engine(policy: Policy) -> bool:
     """Whether layers are Transformer Engine's. Raises SpellError where they are asked for and cannot be."""
     there = bool(HAVE_TE) and torch.cuda.is_available()
+    if there and policy.fp8 == "mxfp8" and torch.cuda.get_device_capability() < (10, 0):
+        raise SpellError(
+            f"policy.fp8=mxfp8 is for Blackwell, and this is {torch.cuda.get_device_name()}: set policy.fp8=blockwise"
+        )
     if there or (policy.spec != "te" and policy.fp8 == "off"):
         return there and policy.spec != "torch"
     key = "policy.spec=te" if policy.spec == "te" else f"policy.fp8={policy.fp8}"

@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from spell_megatron.policy.send import send
 from spell_megatron.policy.stream import Stream
 from spell_megatron.types import Experts, SpellError, TrainBatch
 from spell_megatron.weights.shape import ModelShape
@@ -118,7 +119,7 @@ class _Told(RouterReplay):
             if router.config.sequence_parallel:
                 size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
                 rows = rows.chunk(size)[rank]
-            self._given = rows.to(self._counts.device, non_blocking=True)
+            self._given = send(rows, self._counts.device)
 
     def get_replay_topk(
         self,

@@ -22,6 +22,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from spell_megatron.policy.send import send
 from spell_megatron.types import Tokens
 
 if TYPE_CHECKING:
@@ -54,10 +55,11 @@ class Pieces:
     def _packed(self, ends: Sequence[tuple[int, int]]) -> tuple[Rows, Tensor, int]:
         """Rows of one side, cumulative lengths, the longest."""
         lengths = [end - first for first, end in ends]
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device)
+        bounds = send(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), self.device)
         if all(end == first for (_, end), (first, _) in pairwise(ends)):
             return slice(ends[0][0], ends[-1][1]), bounds, max(lengths)
-        return torch.cat([torch.arange(*pair) for pair in ends]).to(self.device), bounds, max(lengths)
+        rows = send(torch.cat([torch.arange(*pair) for pair in ends]), self.device)
+        return rows, bounds, max(lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,10 @@ class SpanPlan(PackedSeqParams):
     """Local rows whose hidden state predicts a response token, `[n]`."""
     targets: Tensor
     """The predicted tokens, `[n]`."""
-    row_ids: Tensor
-    """Where each predicted token stands among the stream's response tokens, `[n]`."""
-    response_ids: Tensor
-    """Which of the stream's responses it belongs to, `[n]`."""
+    row_ids: np.ndarray
+    """Where each predicted token stands among the stream's response tokens, `[n]`; on the host."""
+    response_ids: np.ndarray
+    """Which of the stream's responses it belongs to, `[n]`; on the host."""
     first_rows: int
     """How many of the local rows predict the first token of a response."""
     sources: np.ndarray
@@ -96,6 +98,8 @@ class SpanPlan(PackedSeqParams):
     for padding."""
     choices: Choices | None = None
     """What the engine's routers chose for the rows, where the learner's are to choose the same."""
+    attended: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of layers, by number: what attention found in the forward pass, where the backward pass is to begin with it."""
     to_stream: Tensor | None = None
     """Order of the stream's tokens among those gathered rank by rank, `[tokens]`; None without CP."""
     from_stream: Tensor | None = None
@@ -186,7 +190,7 @@ def plan_spans(
     starts[[end - length for end, length in zip(accumulate(lengths), lengths, strict=True) if length]] = True
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
+        return send(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)), device)
 
     to_stream = from_stream = None
     if cp_size > 1:
@@ -199,8 +203,8 @@ def plan_spans(
         pieces=_pieces(layout.spans, local[cp_rank], rectangles, device),
         rows=tensor(at[before[held]]),
         targets=tensor(np.concatenate(targets)[held] if targets else before),
-        row_ids=tensor(np.flatnonzero(held)),
-        response_ids=tensor(np.repeat(np.arange(len(lengths)), lengths)[held]),
+        row_ids=np.flatnonzero(held),
+        response_ids=np.repeat(np.arange(len(lengths)), lengths)[held],
         first_rows=int((starts & held).sum()),
         sources=np.concatenate(layout.sources)[mine],
         to_stream=to_stream,

@@ -18,6 +18,7 @@ from megatron.core import tensor_parallel
 import megatron_patches
 from spell_megatron import rendezvous
 from spell_megatron.config import Layout
+from spell_megatron.types import SpellError
 
 Value = TypeVar("Value")
 Group: TypeAlias = "dist.ProcessGroup | None"
@@ -95,6 +96,25 @@ def start_world(layout: Layout, *, seed: int, timeout_seconds: float, secret: st
         last_stage=mpu.is_pipeline_last_stage(ignore_virtual=True),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
+
+
+def be_deterministic(device: torch.device) -> None:
+    """From here on operations on a GPU give the same bits for the same inputs, or raise. Nothing to do on a CPU.
+
+    SpellError where the process was started without what the libraries read as they load.
+    """
+    if device.type != "cuda":
+        return
+    wanted = {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "NCCL_ALGO": "Ring",
+    }
+    missing = [f"{key}={value}" for key, value in wanted.items() if os.environ.get(key) != value]
+    if missing:
+        raise SpellError(f"policy.deterministic needs {' '.join(missing)} in the environment of every rank")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
 
 
 def stop_world() -> None:

@@ -1,0 +1,123 @@
+"""Which kernels and precisions a GPU gets, decided from what is installed there; no GPU is asked."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import megatron_patches
+from megatron_patches.patch import Patch
+from spell_megatron.config import Fusions, Layout, Policy
+from spell_megatron.policy import model
+from spell_megatron.policy.kernels import flash
+from spell_megatron.policy.spans import plan_spans
+from spell_megatron.policy.world import be_deterministic
+from spell_megatron.types import SpellError
+from spell_megatron.weights.shape import model_shape
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU that is asked for its kind only; what was activated on it."""
+    active: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    return active
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *operators: str) -> None:
+    """FlashAttention 3 with these of its operators."""
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace())
+    monkeypatch.setattr(torch.ops, "flash_attn_3", SimpleNamespace(**dict.fromkeys(operators)), raising=False)
+
+
+def test_attention_is_version_3s_where_its_backward_pass_is_there(
+    hopper: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert flash.choose("auto") == "FlashAttention 2"
+    install(monkeypatch, "fwd")
+    assert flash.choose("auto") == "FlashAttention 2"
+    with pytest.raises(SpellError, match="no backward"):
+        flash.choose("fa3")
+    install(monkeypatch, "fwd", "bwd")
+    assert flash.choose("fa2") == "FlashAttention 2"
+    assert not hopper
+    assert flash.choose("auto") == "FlashAttention 3"
+    assert hopper == ["FA3"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert flash.choose("auto") == "FlashAttention 2"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_precision_of_blackwell_is_refused_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "HAVE_TE", True)
+    assert model.uses_transformer_engine(Policy(fp8="blockwise"))
+    with pytest.raises(SpellError, match="blockwise"):
+        model.uses_transformer_engine(Policy(fp8="mxfp8"))
+
+
+@given(
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(["delayed", "tensorwise", "blockwise"]),
+    st.lists(st.integers(1, 300), min_size=1, max_size=9),
+)
+def test_every_tensor_parallel_rank_has_whole_blocks_of_fp8(
+    tp: int, cp: int, fp8: Any, lengths: list[int]
+) -> None:
+    policy = Policy(fp8=fp8, layout=Layout(tensor=tp, sequence=tp > 1, context=cp))
+    prompt, *replies = lengths
+    groups = [(range(prompt), [range(reply) for reply in replies])]
+    tokens = plan_spans(groups, cp_size=cp, multiple=model.token_grain(policy)).ids.shape[1]
+    assert tokens % tp == 0 and tokens // tp % 16 == 0
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_fused_kernels_are_transformer_engines(
+    there: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    from models import make_model
+
+    shape = model_shape(make_model("moe", tmp_path))
+    monkeypatch.setattr(model, "uses_transformer_engine", lambda _: there)
+    monkeypatch.setattr(model, "TransformerConfig", SimpleNamespace)
+    for on in (True, False):
+        fusions = Fusions(permute=on, rope=on, weight_gradients=on)
+        made = model.transformer_config(Policy(fusions=fusions, dispatcher="deepep"), shape)
+        keys = ("moe_permute_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
+        assert [getattr(made, key) for key in keys] == [on and there] * 3
+        assert (made.moe_token_dispatcher_type, made.moe_flex_dispatcher_backend) == ("flex", "deepep")
+
+
+def test_bit_equal_results_want_an_environment_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_deterministic(torch.device("cpu"))
+    for key in ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "NCCL_ALGO"):
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(SpellError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 NVTE"):
+        be_deterministic(torch.device("cuda"))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("there", "said"), [(True, "with"), (False, "without")])
+def test_what_transformer_engine_does_itself_is_not_said_to_be_mended(
+    there: bool, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other: Any = "torch" if there else "te"
+    patch = Patch("p", "any", "u", "b", needed=lambda: False, apply=lambda: None, layers=other)
+    monkeypatch.setattr(megatron_patches, "PATCHES", (patch,))
+    monkeypatch.setattr(megatron_patches, "has_transformer_engine", lambda: there)
+    with caplog.at_level(logging.DEBUG):
+        assert megatron_patches.apply.__wrapped__() == ()
+    assert caplog.messages == [f"patch p is not needed {said} Transformer Engine"]
