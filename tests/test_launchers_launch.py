@@ -101,7 +101,7 @@ def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
         ({"nodes": 0}, "nodes"),
         ({"nodes": "many"}, "nodes"),
         ({"time": "soon"}, "HH:MM:SS"),
-        ({"time": 14400}, "in quotes"),  # what YAML makes of an unquoted 4:00:00
+        ({"time": 14400}, "HH:MM:SS"),
         ({"venv": "/v", "container": "i"}, "exclude each other"),
         ({"env": {"A-B": "x"}}, "no name of an environment variable"),
         ({"mounts": ["data:/data"]}, "absolute"),
