@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from spell_megatron.config.contradictions import check_contradictions
 from spell_megatron.config.explaining import nearest
-from spell_megatron.config.reading import Location, at_home, build, merge, override
+from spell_megatron.config.reading import Location, adapter, at_home, build, merge, override
 from spell_megatron.config.schema import (
     Cluster,
     Config,
@@ -83,7 +81,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
 
 def dump_config(config: Config) -> str:
     """YAML of every key, defaults included: `parse_config(yaml.safe_load(text)) == config`."""
-    return dump_yaml(TypeAdapter(Config).dump_python(config, mode="json"))
+    return dump_yaml(adapter(Config).dump_python(config, mode="json"))
 
 
 def _find(recipe: str, beside: Path | None = None) -> Path:

@@ -43,10 +43,10 @@ def explain(schema: type, loc: Sequence[int | str], kind: str, message: str, fou
         hint = nearest(str(leaf), names, siblings) or _elsewhere(schema, str(leaf), prefix)
         return f"unknown key {key!r}{hint or '; the keys here: ' + ', '.join(names)}"
     said = {"dataclass_type": "this is a section of keys", "tuple_type": "this is a list"}
-    said |= {"dict_type": "this is a mapping of names to values"}
+    said |= {"dict_type": "this is a mapping of names to values", "string_type": "this is one text"}
     text = said.get(kind, message.removeprefix("Value error, "))
     given = f", found {found!r}" if isinstance(found, str) else ""
-    return f"{key}: {text[0].lower()}{text[1:]}{given}{how(schema, loc, prefix)}"
+    return f"{key}: {text[0].lower()}{text[1:]}{given}{how(schema, loc, prefix, found)}"
 
 
 def _elsewhere(schema: type, leaf: str, prefix: str) -> str:
@@ -67,7 +67,7 @@ def _keys(schema: Any, path: str = "") -> Iterator[str]:
             yield from _keys(inner, f"{path}{field.name}.")
 
 
-def how(schema: type, loc: Sequence[int | str], prefix: str) -> str:
+def how(schema: type, loc: Sequence[int | str], prefix: str, found: Any = None) -> str:
     """How to write the key, by an example of its type: its default, if it has a telling one."""
     kind: Any = schema
     default: Any = schema()
@@ -84,10 +84,14 @@ def how(schema: type, loc: Sequence[int | str], prefix: str) -> str:
     key = prefix + ".".join(keys)
     if is_dataclass(kind):
         return f"; write its keys one by one, as {key}.{fields(kind)[0].name}=…"
-    return f"; written {key}={_example(kind, default)}{' or null' if NoneType in get_args(kind) else ''}"
+    return (
+        f"; written {key}={_example(kind, default, found)}{' or null' if NoneType in get_args(kind) else ''}"
+    )
 
 
-def _example(kind: Any, default: Any) -> str:
+def _example(kind: Any, default: Any, found: Any) -> str:
+    if isinstance(found, str) and found and kind == tuple[str, ...]:
+        return written([str(found)])
     if default or default == 0 or isinstance(default, str):
         if isinstance(default, tuple) and is_dataclass(default[0]):
             name = fields(default[0])[0].name
@@ -97,4 +101,4 @@ def _example(kind: Any, default: Any) -> str:
         return "{NAME: value}"
     if get_origin(kind) is tuple:
         return "[one, another]"
-    return next((text for part, text in ((int, "1"), (float, "1.0")) if part in get_args(kind)), "…")
+    return next((text for part, text in ((int, "1"), (float, "1.0")) if part in get_args(kind)), "text")

@@ -6,8 +6,9 @@ cluster profiles alike, which are pydantic dataclasses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -37,6 +38,10 @@ def _written_out(path: str) -> str:
 
 Location = Annotated[str, AfterValidator(_written_out)]
 """A path, a hub id or an image; `~` is the user's home."""
+
+
+adapter: Callable[[type], TypeAdapter[Any]] = cache(TypeAdapter)
+"""Pydantic's validator of a dataclass, which is slow to make."""
 
 
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +81,8 @@ def override(schema: type, values: dict[str, Any], text: str, prefix: str = "") 
 def build(schema: type[T], values: Mapping[str, Any], where: str, prefix: str = "") -> T:
     """The dataclass of these values. Raises ConfigError with every fault, and how each key is written."""
     try:
-        return TypeAdapter(schema).validate_python(_typed(schema, values))
+        made: T = adapter(schema).validate_python(_typed(schema, values))
+        return made
     except ValidationError as error:
         faults = [explain(schema, e["loc"], e["type"], e["msg"], e["input"], prefix) for e in error.errors()]
     raise ConfigError(f"{where}:\n" + "\n".join(f"  {fault}" for fault in faults))
