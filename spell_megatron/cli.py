@@ -206,6 +206,19 @@ def _counter(model: str) -> tuple[Callable[[str], int], str]:
 
 
 @command
+def prompts(
+    out: Path,
+    style: Annotated[str, typer.Option(help="full, or short for the toy model.")] = "full",
+    debug: Debug = False,
+) -> None:
+    """Write the shipped prompt templates into a new folder, for editing: model.prompts=OUT then uses them."""
+    from spell_megatron.selfplay.prompts import write_prompts
+
+    write_prompts(out, style)
+    sys.stdout.write(f"{out}\n")
+
+
+@command
 def report(run: Path, debug: Debug = False) -> None:
     """Write the HTML report of a run."""
     from spell_megatron.record import write_report

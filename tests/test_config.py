@@ -64,7 +64,6 @@ def test_a_recipe_inherits_another(tmp_path: Path) -> None:
         ("steps=0", "steps: "),
         ("steps", "key=value"),
         ("steps.deep=1", "'steps' is a value"),
-        ("model.prompts=long", "'full'"),
         ("policy.layout.sequence=true", "policy.layout.tensor > 1"),
         ("policy.optimizer.overlap=true", "policy.optimizer.distributed"),
         ("policy.optimizer.cpu_offload=true", "policy.optimizer.distributed=true"),

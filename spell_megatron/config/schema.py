@@ -25,8 +25,12 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class Model:
     path: Location = ""
     """A Hugging Face model folder, a hub id, or `toy-seed`, the model that is shipped."""
-    prompts: Literal["full", "short"] = "full"
-    """Prompt templates: `full` for real models, `short` for the toy model."""
+    prompts: Location = "full"
+    """Prompt templates: `full` for real models, `short` for the toy model, or your own folder (docs/prompts.md)."""
+    language: str = "English"
+    """In which the questioner is to write; the documents' own where empty."""
+    answer_form: Literal["sentence", "box", "tag"] = "sentence"
+    """How the responder is to state its answer: "The correct answer is (…).", `\\boxed{…}` or `<answer>…</answer>`."""
     thinking: bool = False
     """The model reasons inside `<think>…</think>` before it answers."""
 
