@@ -354,7 +354,7 @@ class Cluster:
 class Config:
     """A whole run."""
 
-    name: str = Field(default="run", pattern=r"^[^/\x00-\x1f]+$")
+    name: str = "run"
     """Begins the name of the run's folder."""
     runs: Location = "runs"
     """Folder in which the run's folder is made."""
