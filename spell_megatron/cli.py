@@ -227,6 +227,19 @@ def report(run: Path, debug: Debug = False) -> None:
 
 
 @command
+def watch(
+    run: Path,
+    port: Annotated[int, typer.Option(help="0: a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Another address lets other machines in.")] = "127.0.0.1",
+    debug: Debug = False,
+) -> None:
+    """Show a run in a browser while it goes on, from its folder alone."""
+    from spell_megatron.record.watch import watch as serve
+
+    serve(run, host, port, lambda address: _err.print(f"{address} (Ctrl-C ends it)", soft_wrap=True))
+
+
+@command
 def doctor(json: Json = False, debug: Debug = False) -> None:
     """Say what is installed, what each missing part costs, and how to mend it."""
     from spell_megatron.doctor import examine
