@@ -123,7 +123,7 @@ class Stage:
                 concurrency=asked if barriers else IN_FLIGHT * kept,
                 judge=not responders,
             ),
-            prompts=Prompts(self.config.model.prompts),
+            prompts=Prompts.of(self.config),
             codec=self._codec,
             generator=held if barriers else longtailed,
             clusters=Wide(StaticQuestions(sampler) if responders else sampler),

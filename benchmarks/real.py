@@ -117,8 +117,8 @@ class Real:
 
     def resynced(self) -> Figures:
         """From step 2 on engines sample from weights that were sent to them, and the learner must score alike."""
-        gaps = [row["mismatch/max"] for row in read_metrics(self._trained) if row["step"] > 1]
-        gap = max(gaps, default=math.inf)
+        rows = [row for row in read_metrics(self._trained) if (row["step"] or 0) > 1]
+        gap = max((gap for row in rows if (gap := row["mismatch/max"]) is not None), default=math.inf)
         moved = _moved(self._model, self._trained.hf)
         if not gap <= _BOUND:
             raise SpellError(f"after a resync they differ by {gap:.2g} nats")

@@ -15,6 +15,7 @@ from launchers.profile import Profile
 from spell_megatron.config import Config, dump_config
 from spell_megatron.record.folder import RunFolder, private
 from spell_megatron.rollout.address import write_secret
+from spell_megatron.selfplay.prompts import STYLES
 
 TRAINER = ("-m", "spell_megatron.cli", "resume")
 ENGINES = ("-m", "launchers.engines")
@@ -70,11 +71,12 @@ def absolute(config: Config) -> Config:
 
     What names no file here (a hub id, `toy`) stays as it is.
     """
+    prompts = config.model.prompts if config.model.prompts in STYLES else _absolute(config.model.prompts)
     sources = tuple(replace(source, path=_absolute(source.path)) for source in config.corpus.sources)
     return replace(
         config,
         runs=str(Path(config.runs).expanduser().resolve()),
-        model=replace(config.model, path=_absolute(config.model.path)),
+        model=replace(config.model, path=_absolute(config.model.path), prompts=prompts),
         corpus=replace(config.corpus, sources=sources),
         heldout=replace(config.heldout, path=_absolute(config.heldout.path)),
     )
@@ -82,7 +84,12 @@ def absolute(config: Config) -> Config:
 
 def read_by(config: Config) -> list[Path]:
     """Folders that a run of an absolute configuration reads."""
-    named = (config.model.path, config.heldout.path, *(source.path for source in config.corpus.sources))
+    named = (
+        config.model.path,
+        config.model.prompts,
+        config.heldout.path,
+        *(source.path for source in config.corpus.sources),
+    )
     paths = [Path(name) for name in named if Path(name).is_absolute()]
     return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 

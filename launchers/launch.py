@@ -12,12 +12,12 @@ from typing import Literal
 from launchers import check, local, slurm
 from launchers.job import Job, prepare
 from launchers.machines import machines
-from launchers.profile import Profile, ProfileError, list_profiles, load_profile
-from spell_megatron.config import load_config
+from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
+from spell_megatron.config import Cluster, load_config
+from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
-_PREFIX = "cluster."
 _INTERRUPTED = 130
 
 
@@ -44,6 +44,7 @@ def launch(
         raise ProfileError(
             f"{on.allocated} nodes, and this machine is one: --executor slurm, or cluster.nodes=1"
         )
+    Prompts.of(config)
     config = check.check_model(config, on, fetch=not dryrun)
     check.check_runs(config.runs)
     if executor == "local":
@@ -56,14 +57,15 @@ def launch(
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the profile (without their prefix), and of the recipe."""
-    keys = {field.name for field in fields(Profile)}
-    ours = [text for text in overrides if text.startswith(_PREFIX) and _key(text) in keys]
-    return [text.removeprefix(_PREFIX) for text in ours], [text for text in overrides if text not in ours]
+    """Overrides of the profile (without their prefix), and of the recipe, whose `cluster` has keys of its own."""
+    recipes = {field.name for field in fields(Cluster)} - {field.name for field in fields(Profile)}
+    ours = [text for text in overrides if text.startswith(PREFIX) and _key(text) not in recipes]
+    return [text.removeprefix(PREFIX) for text in ours], [text for text in overrides if text not in ours]
 
 
 def _key(override: str) -> str:
-    return override.removeprefix(_PREFIX).partition("=")[0]
+    """The part of a key that follows the prefix."""
+    return override.removeprefix(PREFIX).partition("=")[0].partition(".")[0]
 
 
 def _profile(executor: str, cluster: str, overrides: list[str]) -> Profile:

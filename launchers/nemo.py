@@ -28,6 +28,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
 
 from launchers import script
 from launchers.job import Job
+from launchers.profile import Profile
 from spell_megatron.record.folder import private
 
 _TASK = "train"
@@ -141,6 +142,12 @@ def _apart() -> Iterator[None]:
             sys.stdin = stdin
 
 
+def _headers(profile: Profile) -> dict[str, str | bool]:
+    return {
+        name: value in ("true", "") or value for name, value in profile.sbatch.items() if value != "false"
+    }
+
+
 def _executor(job: Job, srun: list[str]) -> nemo_run.SlurmExecutor:
     profile, on = job.profile, job.machines
     return nemo_run.SlurmExecutor(
@@ -156,7 +163,7 @@ def _executor(job: Job, srun: list[str]) -> nemo_run.SlurmExecutor:
         exclusive=profile.exclusive or None,
         # To the ranks, never to the batch shell ("B:"): bash would die of it, and nothing be requeued.
         signal=f"USR1@{profile.warn_seconds}" if profile.warn_seconds else None,
-        additional_parameters={"requeue": True, "comment": "spell-megatron", **profile.sbatch},
+        additional_parameters={"requeue": True, "comment": "spell-megatron", **_headers(profile)},
         container_image=shlex.quote(profile.container) if profile.container else None,
         container_mounts=[shlex.quote(mount) for mount in script.mounts(job)] if profile.container else [],
         container_env=sorted(profile.env) or None,

@@ -1,27 +1,29 @@
 """Cluster profiles: what a SLURM cluster wants to be told, in one small YAML file a cluster.
 
 `load_profile("h100", ["nodes=8"])` reads `h100.yaml` from the user's folder or from the shipped examples, and
-applies overrides. An unknown key, a wrong type or a contradiction raises `ProfileError`.
+applies overrides. An unknown key, a wrong type or a contradiction raises `ProfileError`. Values are read as those
+of recipes are: by the type of their key.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import stat
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from spell_megatron.config import names_secret
-from spell_megatron.types import SpellError
+from spell_megatron.config import ConfigError, Location, names_secret
+from spell_megatron.config.explaining import nearest
+from spell_megatron.config.reading import at_home, build, override
+from spell_megatron.config.yamltext import read_mapping
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+PREFIX = "cluster."
+"""Of a profile's keys on the command line."""
 SHIPPED = Path(__file__).parent / "clusters"
 OWN = Path("~/.config/spell-megatron/clusters")
 
@@ -31,9 +33,37 @@ _TIME = re.compile(
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HEADER = re.compile(r"[a-z][a-z0-9-]*")
 
+_HEADERS: Mapping[str, str] = {
+    "account": "account",
+    "partition": "partition",
+    "qos": "qos",
+    "time": "time",
+    "nodes": "nodes",
+    "ntasks": "ranks_per_node",
+    "ntasks-per-node": "ranks_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "cpus-per-task": "cpus_per_rank",
+    "mem": "memory",
+    "exclusive": "exclusive",
+    "signal": "warn_seconds",
+    "requeue": "crash_retries",
+    "no-requeue": "crash_retries",
+    "job-name": "name of the recipe",
+    "array": "",
+    "output": "",
+    "error": "",
+    "input": "",
+    "open-mode": "",
+    "wait": "",
+    "wrap": "",
+}
+"""Headers that the launcher writes or relies on, and the key that decides each, if one does."""
+_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "ENGINE_PORT", "ENGINES", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
+"""Variables that the launcher sets."""
 
-class ProfileError(SpellError):
-    exit_code = 2
+
+class ProfileError(ConfigError):
+    """A cluster profile, or a use of one, that is wrong."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -62,12 +92,13 @@ class Profile:
     """Of a node, such as 500G; "0" is all of it."""
     exclusive: bool = False
     sbatch: dict[str, str] = Field(default_factory=dict)
-    """Any other sbatch headers, by their long names: {constraint: h100, reservation: night}."""
-    venv: str = ""
+    """Any other sbatch headers, by their long names: {constraint: h100, reservation: night}; `true` for one without a
+    value."""
+    venv: Location = ""
     """A virtual environment on the shared file system; the launching Python's own where neither is given."""
-    container: str = ""
+    container: Location = ""
     """An image for pyxis, instead of a virtual environment."""
-    mounts: tuple[str, ...] = ()
+    mounts: tuple[Location, ...] = ()
     """Folders of the host that a container sees, `source:target`. Run, model and corpus come by themselves."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""
@@ -75,74 +106,53 @@ class Profile:
     """Lines of bash for the first node, before the ranks start: `module load cuda`."""
 
 
-_ADAPTER = TypeAdapter(Profile)
-
-
 def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
     """Read a profile (a name or a path), apply `key=value` overrides, validate."""
-    file = _find(name)
-    values = _read(file)
-    held = _secrets(values)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ProfileError(
-                f"an override of a profile is cluster.key=value, found {'cluster.' + override!r}"
-            )
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ProfileError(f"cluster.{override}: the value is not YAML: {error}") from None
-    _check_secrets(file, held, _secrets(values))
+    invalid = f"{name} is not a valid cluster profile"
     try:
-        profile = _ADAPTER.validate_python(values)
-    except ValidationError as error:
-        faults = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
-    else:
-        faults = list(_contradictions(profile))
-        if not faults:
-            return profile
-    raise ProfileError(
-        f"{name} is not a valid cluster profile:\n" + "\n".join(f"  {fault}" for fault in faults)
-    )
+        file = _find(name)
+        values = read_mapping(file, "cluster profile")
+        held = _secrets(values)
+        for text in overrides:
+            override(Profile, values, text, PREFIX)
+        _check_secrets(file, held, _secrets(values))
+        profile = build(Profile, values, invalid)
+    except ConfigError as error:
+        raise ProfileError(str(error)) from None
+    if faults := list(_contradictions(profile)):
+        raise ProfileError(f"{invalid}:\n" + "\n".join(f"  {fault}" for fault in faults))
+    return profile
 
 
 def list_profiles() -> list[str]:
     """Names of the profiles that `load_profile` finds, the user's own first."""
-    own = sorted(path.stem for path in OWN.expanduser().glob("*.yaml"))
+    own = sorted(path.stem for folder in _own() for path in folder.glob("*.yaml"))
     return own + [path.stem for path in sorted(SHIPPED.glob("*.yaml")) if path.stem not in own]
 
 
+def _own() -> list[Path]:
+    """The user's folder of profiles; none where nobody knows the user's home."""
+    try:
+        return [Path(at_home(str(OWN)))]
+    except ConfigError:
+        return []
+
+
 def _find(name: str) -> Path:
-    for path in (OWN.expanduser() / f"{name}.yaml", SHIPPED / f"{name}.yaml", Path(name).expanduser()):
+    for path in (*(folder / f"{name}.yaml" for folder in (*_own(), SHIPPED)), Path(at_home(name))):
         if path.is_file():
             return path
     known = list_profiles()
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ProfileError(
-        f"no cluster profile {name!r}{hint}; profiles: {', '.join(known)}. Give a path, or write your"
+    raise ConfigError(
+        f"no cluster profile {name!r}{nearest(name, known)}; profiles: {', '.join(known)}. Give a path, or write your"
         f" cluster's into {OWN}/{Path(name).stem}.yaml (docs/clusters.md)"
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProfileError(f"cannot read the cluster profile {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ProfileError(f"{path}: a profile is a mapping of keys, found {type(values).__name__}")
-    return values
-
-
-def _secrets(values: dict[str, Any]) -> set[str]:
+def _secrets(values: Mapping[str, Any]) -> set[str]:
     """Names of secrets in a profile's `env`."""
     env = values.get("env")
-    dotted = {key.removeprefix("env.") for key in values if str(key).startswith("env.")}
-    return {
-        str(name) for name in {*dotted, *(env if isinstance(env, dict) else ())} if names_secret(str(name))
-    }
+    return set(filter(names_secret, env)) if isinstance(env, dict) else set()
 
 
 def _check_secrets(file: Path, held: set[str], all_of_them: set[str]) -> None:
@@ -160,23 +170,20 @@ def _check_secrets(file: Path, held: set[str], all_of_them: set[str]) -> None:
 
 def _contradictions(profile: Profile) -> Iterable[str]:
     if not _TIME.fullmatch(profile.time):
-        yield f'time: {profile.time!r} is no time limit; write "HH:MM:SS" or "D-HH:MM:SS", in quotes'
+        yield f"time: {profile.time!r} is no time limit; write HH:MM:SS or D-HH:MM:SS"
     if profile.venv and profile.container:
         yield "venv and container exclude each other: keep one"
     for name in profile.env:
         if not _NAME.fullmatch(name):
-            yield f"env: {name!r} is no name of an environment variable"
+            yield f"env: {name!r} is no name of an environment variable; write env: {{NAME: value}}"
+        if name in _VARIABLES or name.startswith("SLURM_"):
+            yield f"env: {name} is set for each rank by the launcher: leave it out"
     for mount in profile.mounts:
         if not all(part.startswith("/") for part in mount.split(":")[:2]):
-            yield f"mounts: {mount!r} is not source:target with absolute paths"
+            yield f"mounts: {mount!r} is not source:target with absolute paths, as /data:/data"
     for header in profile.sbatch:
         if not _HEADER.fullmatch(header):
-            yield f"sbatch: {header!r} is no long option of sbatch (without dashes in front)"
-
-
-def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
-    key = ".".join(map(str, loc))
-    if kind == "unexpected_keyword_argument":
-        close = difflib.get_close_matches(key, [field.name for field in fields(Profile)], n=1, cutoff=0.5)
-        return f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    return f"{key}: {message[0].lower()}{message[1:]}"
+            yield f"sbatch: {header!r} is no long option of sbatch (without dashes in front), as constraint"
+        elif owned := next((name for name in _HEADERS if name.startswith(header)), ""):
+            key = _HEADERS[owned]
+            yield f"sbatch: {header} is the launcher's own: " + (f"set {key}" if key else "leave it out")

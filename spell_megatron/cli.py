@@ -206,11 +206,37 @@ def _counter(model: str) -> tuple[Callable[[str], int], str]:
 
 
 @command
+def prompts(
+    out: Path,
+    style: Annotated[str, typer.Option(help="full, or short for the toy model.")] = "full",
+    debug: Debug = False,
+) -> None:
+    """Write the shipped prompt templates into a new folder, for editing: model.prompts=OUT then uses them."""
+    from spell_megatron.selfplay.prompts import write_prompts
+
+    write_prompts(out, style)
+    sys.stdout.write(f"{out}\n")
+
+
+@command
 def report(run: Path, debug: Debug = False) -> None:
     """Write the HTML report of a run."""
     from spell_megatron.record import write_report
 
     say(str(write_report(run)))
+
+
+@command
+def watch(
+    run: Path,
+    port: Annotated[int, typer.Option(help="0: a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Another address lets other machines in.")] = "127.0.0.1",
+    debug: Debug = False,
+) -> None:
+    """Show a run in a browser while it goes on, from its folder alone."""
+    from spell_megatron.record.watch import watch as serve
+
+    serve(run, host, port, lambda address: _err.print(f"{address} (Ctrl-C ends it)", soft_wrap=True))
 
 
 @command

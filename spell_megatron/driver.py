@@ -79,7 +79,7 @@ class Driver:
         self._seconds: Counter[str] = Counter()
         self._beginnings: dict[int, tuple[float, EngineStats]] = {}
         self.codec = ChatTokenizer.load(model, settings.model.thinking)
-        self.prompts = Prompts(settings.model.prompts)
+        self.prompts = Prompts.of(settings)
         self._questions = load_heldout(settings.heldout)
         console.phase("reading the corpus")
         clusters = ClusterSampler(settings.corpus, self.codec.count, settings.seed, run.corpus)

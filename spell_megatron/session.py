@@ -32,6 +32,7 @@ from spell_megatron.rollout.engine import Engine, WeightsWanted
 from spell_megatron.rollout.experts import check_replay
 from spell_megatron.rollout.follower import Follower
 from spell_megatron.rollout.residence import EngineResidence
+from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.locate import model_folder
 
@@ -344,6 +345,7 @@ def open_session(
     if config.heldout.benchmarks and benchmarks is None:
         raise SpellError("heldout.benchmarks: pass eval.live_benchmarks, or train by the command line")
     check_replay(config)
+    Prompts.of(config)  # a template that cannot be used is named before anything is loaded
     policy = config.policy
     world = start_world(
         policy.layout, seed=config.seed, timeout_seconds=policy.timeout_seconds, secret=_secret(run)

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from debian import install
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 NODES = ("n1", "n2")
@@ -101,16 +103,8 @@ class Cluster:
 
 def require_programs() -> None:
     """Raise Unavailable where SLURM is absent and cannot be installed."""
-    if not _missing():
-        return
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        install = ("install", "--yes", "--no-install-recommends", *PACKAGES)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            for task in (["update"], install):
-                command = ["apt-get", *task]
-                subprocess.run(command, env=_APT, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
-    if missing := _missing():
-        raise Unavailable(f"no {', '.join(missing)}: apt-get install {' '.join(PACKAGES)}")
+    if fault := install(PACKAGES, _missing):
+        raise Unavailable(fault)
 
 
 @contextmanager
@@ -131,9 +125,6 @@ def running(folder: Path) -> Iterator[Cluster]:
 
 def _missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
-
-
-_APT = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
 
 
 def _configure(cluster: Cluster) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from spell_megatron.config import RECIPES, Config, ConfigError, dump_config, load_config, parse_config
+from spell_megatron.config.reading import override
+from spell_megatron.config.yamltext import load_yaml
 
 pytestmark = pytest.mark.unit
 
@@ -72,7 +77,6 @@ def test_a_recipe_inherits_several_and_the_later_have_the_say(tmp_path: Path) ->
         ("steps=0", "steps: "),
         ("steps", "key=value"),
         ("steps.deep=1", "'steps' is a value"),
-        ("model.prompts=long", "'full'"),
         ("policy.layout.sequence=true", "policy.layout.tensor > 1"),
         ("policy.optimizer.overlap=true", "policy.optimizer.distributed"),
         ("policy.optimizer.cpu_offload=true", "policy.optimizer.distributed=true"),
@@ -151,3 +155,167 @@ def test_no_number_is_infinite(value: str) -> None:
         if float in parts(field.annotation) and "tuple" not in str(field.annotation):
             with pytest.raises(ConfigError, match=key):
                 load_config("toy", [f"{key}={value}"])
+
+
+def of(overrides: list[str]) -> Config:
+    """The defaults with overrides: no file is read."""
+    values: dict[str, Any] = {}
+    for text in overrides:
+        override(Config, values, text)
+    return parse_config(values)
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), min_size=1).map(
+    str.strip
+)
+"""What a shell can hand over, without blanks around."""
+# fmt: off
+LOOKALIKES = st.sampled_from([
+    "no", "on", "yes", "off", "y", "n", "true", "null", "~", "012", "1_000", "0x10", "0o17", "0b1", "12:30:00", "1:30",
+    "1e3", "1.10", ".5", ".inf", "2025-01-01", "=", "<<", "@x", "[a]", "{a", "*x", "&x", "!x", "%x", "|x", ">x", "a:b",
+    "#x", "?", "-", "---", "'x", '"x', "x'", "-1", "a: b #c",
+])
+# fmt: on
+"""What YAML makes something else of, or nothing."""
+
+
+@settings(max_examples=40, deadline=None)
+@given(value=(TEXTS | LOOKALIKES).filter(lambda text: text[:1] not in ("'", '"', "~", "")))
+def test_a_text_is_what_was_written(value: str) -> None:
+    listed = yaml.safe_dump(value, default_style='"', width=10_000)
+    config = of([f"record.wandb={value}", f"model.path={value}", f"corpus.sources=[{{domain: {listed}}}]"])
+    assert config.record.wandb == config.model.path == config.corpus.sources[0].domain == value
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@settings(max_examples=40, deadline=None)
+@given(value=LOOKALIKES.filter(lambda text: re.fullmatch(r"[\w.:-]*\w", text)))
+def test_a_text_in_a_file_needs_no_quotes(tmp_path_factory: pytest.TempPathFactory, value: str) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "mine.yaml"
+    path.write_text(f"inherit: toy\nrecord: {{wandb: {value}, }}\nname: {value}\n", encoding="utf-8")
+    config = load_config(str(path))
+    assert config.record.wandb == config.name == value
+
+
+@settings(max_examples=40, deadline=None)
+@given(value=st.integers(1, 10**12), zeros=st.integers(0, 3))
+def test_an_integer_is_decimal(value: int, zeros: int) -> None:
+    for text in ("0" * zeros + str(value), f"{value:_}", f"+{value}"):
+        assert of([f"corpus.toy_clusters={text}"]).corpus.toy_clusters == value
+
+
+@settings(max_examples=40, deadline=None)
+@given(value=LOOKALIKES | st.from_regex(r"[0-9]{1,2}(:[0-5][0-9]){1,2}|0[xob][0-9a-f]{1,4}", fullmatch=True))
+def test_nothing_else_is_an_integer(value: str) -> None:
+    try:
+        steps = of([f"steps={value}"]).steps
+    except ConfigError:
+        return
+    assert steps == int(value)
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e9, 1e9) | TEXTS | LOOKALIKES
+
+
+@settings(max_examples=40, deadline=None)
+@given(engine=st.dictionaries(TEXTS, st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3))))
+def test_where_anything_may_stand_it_survives_a_round_trip(engine: dict[str, object]) -> None:
+    config = parse_config({"rollout": {"engine": engine}})
+    assert config.rollout.engine == engine
+    assert load_text(dump_config(config)) == config
+
+
+def load_text(text: str) -> Config:
+    return parse_config(load_yaml(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("no", "no"), ("012", 12), ("true", True), ("1e3", 1000.0), ("'1'", "1"), ("~", None), ("1:30", "1:30")],
+)
+def test_where_no_type_says_what_it_is_a_value_is_of_yaml_1_2(text: str, value: object) -> None:
+    assert of([f"rollout.engine.key={text}"]).rollout.engine == {"key": value}
+
+
+def keys(section: type, prefix: str = "") -> Iterator[str]:
+    for name, field in section.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        inner = dataclasses.is_dataclass(field.annotation)
+        yield from keys(field.annotation, f"{prefix}{name}.") if inner else (prefix + name,)
+
+
+def test_every_refusal_shows_how_to_write_the_key() -> None:
+    for key in keys(Config):
+        for value in ("{a: [", "[[x]]", "-1", "{1: 2}", ""):
+            try:
+                of([f"{key}={value}"])
+            except ConfigError as error:
+                message = str(error)
+                assert f"written {key}=" in message or "not YAML" in message or "contradicts" in message, (
+                    message
+                )
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("corpus.sources=[toy]", "corpus.sources=[{path: toy}]"),
+        ("corpus.sources.0.path=x", "corpus.sources=[{path: toy}]"),
+        ("corpus.sources=", "name one at least"),
+        ("heldout.benchmarks=docmath", "heldout.benchmarks=[docmath]"),
+        ("policy.optimizer=", "policy.optimizer.lr=…"),
+        ("policy.loss.importance_cap=None", "1.0 or null"),
+        ("selfplay.temperature=1", "did you mean 'selfplay.sampling.temperature'"),
+        ("model.path=~nobody-here/x", "write it out"),
+    ],
+)
+def test_a_refusal_shows_how(override: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("toy", [override])
+    assert hint in str(error.value)
+
+
+def test_the_home_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config("toy", ["runs=~/runs", "corpus.sources=[{path: ~/texts}]", "record.wandb=~/x"])
+    assert (config.runs, config.corpus.sources[0].path) == ("/home/me/runs", "/home/me/texts")
+    assert config.record.wandb == "~/x"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a": "inherit: b", "b": "inherit: a"}, "in a circle"),
+        ({"a": "inherit: [b]"}, "name or path of one recipe"),
+        ({"a": "inherit: nowhere"}, "no recipe 'nowhere'"),
+        ({"a": "steps: 3\nsteps: 4"}, "twice"),
+        ({"a": "policy.optimizer.lr: 1"}, "policy: {optimizer: {lr: …}}"),
+        ({"a": "[x]: 3"}, "a key is a text"),
+        ({"a": "steps: [" * 3000}, "nested too deeply"),
+        ({"a": "1: 3"}, "unknown key '1'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed(tmp_path: Path, files: dict[str, str], said: str) -> None:
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_config(str(tmp_path / "a.yaml"))
+    assert said in str(error.value)
+
+
+def test_a_recipe_may_stand_in_for_the_shipped_one_that_it_inherits(tmp_path: Path) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text("\ufeffinherit: toy\nsteps: 2\npolicy:\nselfplay:\n", encoding="utf-8")
+    assert load_config(str(path)) == dataclasses.replace(load_config("toy"), steps=2)
+    (tmp_path / "over.yaml").write_text("inherit: toy.yaml\n", encoding="utf-8")
+    assert load_config(str(tmp_path / "over.yaml")).steps == 2
+
+
+def test_anchors_are_shared_but_not_their_changes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "policy: {optimizer: &o {lr: 1e-5}}\nrollout: {engine: {a: *o, b: {<<: *o, eps: 1}}}\n",
+        encoding="utf-8",
+    )
+    config = load_config(str(path), ["policy.optimizer.lr=2e-5"])
+    assert config.policy.optimizer.lr == 2e-5
+    assert config.rollout.engine == {"a": {"lr": 1e-5}, "b": {"lr": 1e-5, "eps": 1}}

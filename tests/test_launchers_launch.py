@@ -21,6 +21,7 @@ import yaml
 from launchers import check, engines, launch, local, script, slurm
 from launchers import job as jobs
 from launchers.job import Job, prepare, read_by
+from launchers.launch import _split
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
@@ -101,11 +102,18 @@ def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
         ({"nodes": 0}, "nodes"),
         ({"nodes": "many"}, "nodes"),
         ({"time": "soon"}, "HH:MM:SS"),
-        ({"time": 14400}, "in quotes"),  # what YAML makes of an unquoted 4:00:00
+        ({"time": 14400}, "HH:MM:SS"),
         ({"venv": "/v", "container": "i"}, "exclude each other"),
         ({"env": {"A-B": "x"}}, "no name of an environment variable"),
         ({"mounts": ["data:/data"]}, "absolute"),
         ({"sbatch": {"--constraint": "h100"}}, "without dashes"),
+        ({"sbatch": {"array": "0-3"}}, "array is the launcher's own: leave it out"),
+        ({"sbatch": {"arr": "0-3"}}, "the launcher's own"),  # sbatch takes the beginning of a long option
+        ({"sbatch": {"nodes": 3}}, "set nodes"),
+        ({"sbatch": {"mail-type": ["END"]}}, "one text"),
+        ({"env": {"RANK": 0}}, "set for each rank by the launcher"),
+        ({"setup": "module load cuda"}, "written setup=[module load cuda]"),
+        ({"mounts": ["~nobody-here:/x"]}, "write it out"),
         ({"sbatch": {"comment=x\n#SBATCH --uid": "root"}}, "no long option"),
     ],
 )
@@ -113,6 +121,34 @@ def test_a_bad_profile_is_refused_with_its_key(tmp_path: Path, values: dict[str,
     with pytest.raises(ProfileError, match=r"mine\.yaml") as error:
         load_profile(profile_file(tmp_path, **values))
     assert said in str(error.value)
+
+
+def test_a_profile_means_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "account: 012345\ntime: 1:00:00\nmemory: 0\nqos: no\nvenv: ~/venv\nmounts: [~/data:/data]\n"
+        "env: {A: 12.10, B: off, C: , D: 1_000, E: 2025-01-01, F: 10:30}\n"
+    )
+    profile = load_profile(
+        str(path), ["env.G=a: b #c", "env.A=07", "sbatch.constraint=h100&fast", "nodes=02"]
+    )
+    assert (profile.account, profile.time, profile.memory, profile.qos) == ("012345", "1:00:00", "0", "no")
+    assert (profile.venv, profile.mounts, profile.nodes) == ("/home/me/venv", ("/home/me/data:/data",), 2)
+    assert profile.sbatch == {"constraint": "h100&fast"}
+    assert " ".join(profile.env.values()) == "07 off  1_000 2025-01-01 10:30 a: b #c"
+
+
+def test_overrides_of_a_profile_reach_every_depth() -> None:
+    ours = ["cluster.env.X=1", "cluster.nodes=2", "cluster.sbatch.constraint=a"]
+    theirs = ["cluster.gpu_memory_gib=80", "steps=1"]
+    assert _split([*theirs, *ours]) == ([text.removeprefix("cluster.") for text in ours], theirs)
+
+
+def test_a_home_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launchers.profile.OWN", Path("~nobody-here/clusters"))
+    assert "h100" in list_profiles()
+    assert load_profile("h100").partition == "batch"
 
 
 def test_a_misspelt_profile_gets_the_nearest_name() -> None:
@@ -276,7 +312,8 @@ class TestSbatch:
     def job(self, tmp_path: Path) -> Job:
         profile = Profile(
             account="science", partition="h100", qos="high", memory="0", exclusive=True, time="1-12:00:00",
-            warn_seconds=300, cpus_per_rank=12, sbatch={"constraint": "h100&fast"}, env={"lower": NASTY},
+            warn_seconds=300, cpus_per_rank=12, sbatch={"constraint": "h100&fast", "spread-job": "true"},
+            env={"lower": NASTY},
         )  # fmt: skip
         on = Machines(nodes=4, gpus=8, ranks=8)
         return prepare(
@@ -314,6 +351,7 @@ class TestSbatch:
             "qos": "high",
             "requeue": "",
             "signal": "USR1@300",
+            "spread-job": "",
             "time": "1-12:00:00",
         }
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selfplay_stage import TASKS, Characters
 
+from spell_megatron.config import load_config
 from spell_megatron.selfplay.fitting import fit, water_level
-from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.grading import rule_reward
+from spell_megatron.selfplay.prompts import STYLES, Prompts, write_prompts
 from spell_megatron.types import Document, Question, SpellError
 
 pytestmark = pytest.mark.unit
@@ -89,6 +92,89 @@ def test_documents_are_inserted_and_never_rendered():
 def test_an_unknown_style_names_the_known_ones():
     with pytest.raises(SpellError, match=r"full.*short"):
         Prompts("fancy")
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    write_prompts(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_shipped_prompts_are_written_for_editing_and_are_then_the_same(tmp_path: Path, style: str):
+    write_prompts(tmp_path, style)
+    own, shipped = Prompts(str(tmp_path)), Prompts(style)
+    for task in TASKS:
+        assert own.responder(question(task), DOCUMENTS) == shipped.responder(question(task), DOCUMENTS)
+    (tmp_path / "_rules.j2").write_text("edited")
+    with pytest.raises(SpellError, match="not empty"):
+        write_prompts(tmp_path, style)
+    assert (tmp_path / "_rules.j2").read_text() == "edited"
+
+
+def test_prompts_of_ones_own_are_used(mine: Path):
+    (mine / "verifier.j2").write_text("{{ question.text }}|{{ answer }}|{{ reference }}")
+    for task in TASKS:
+        (mine / f"verifier_{task}.j2").unlink()
+    assert Prompts(str(mine)).verifier(question("docmath_qa"), "[[x") == "How many hills?|[ [x|12"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("responder_docmath_qa.j2", None, "none of the templates responder_docmath_qa.j2, responder.j2"),
+        ("_rules.j2", None, "_rules.j2"),
+        ("_rules.j2", "- one\n- {{ langauge }}", "_rules.j2, line 2: 'langauge' is undefined"),
+        ("_rules.j2", "{{ langauge }}", "the variables here: documents, form, history, key, language, task"),
+        ("verifier_doc_mc.j2", "a\n{% if %}", "verifier_doc_mc.j2, line 2"),
+        ("verifier_doc_mc.j2", "{{ question.text }} {{ answer }}", "verifier's prompt of doc_mc leaves out"),
+        ("verifier_doc_mc.j2", "{{ question.options['E'] }}", "verifier_doc_mc.j2, line 1"),
+        ("responder_doc_mc.j2", "{{ question.text }}", "responder's prompt of doc_mc leaves out"),
+        ("questioner_doc_mc_history.j2", "{{ documents[0].text }}", "leaves out"),
+        ("questioner_doc_mc.j2", "{{ documents[0].text }}\n{{ 1 / 0 }}", "questioner_doc_mc.j2, line 2"),
+        ("_question.j2", "{{ ''.__class__.__mro__ }}", "_question.j2, line 1"),
+        ("_question.j2", b"\xff\xfe", "can't decode"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_named_at_the_start(
+    mine: Path, name: str, text: str | bytes | None, said: str
+):
+    if text is None:
+        (mine / name).unlink()
+    else:
+        (mine / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SpellError) as error:
+        Prompts(str(mine))
+    assert said in str(error.value)
+
+
+def test_a_task_that_no_source_has_needs_no_template(mine: Path):
+    for path in mine.glob("*docmath*"):
+        path.unlink()
+    overrides = [f"model.prompts={mine}", "corpus.sources=[{tasks: [doc_mc]}]"]
+    assert Prompts.of(load_config("toy", overrides)).responder(CHOICES, DOCUMENTS)
+    with pytest.raises(SpellError, match="docmath_qa"):
+        Prompts.of(load_config("toy", overrides[:1]))
+
+
+@pytest.mark.parametrize("form", ["sentence", "box", "tag"])
+@pytest.mark.parametrize("task", TASKS)
+def test_an_answer_in_the_form_that_was_asked_for_is_read(form: str, task: str):
+    config = load_config("toy", ["model.prompts=full", f"model.answer_form={form}"])
+    last = Prompts.of(config).responder(question(task), DOCUMENTS).splitlines()[-1]
+    given = re.search(r"(?:Therefore, the|The correct) answer is.*(?=\")|\\boxed.*|<answer>.*", last)
+    assert given
+    stated = given[0].replace("insert answer here", question(task).answer)
+    assert rule_reward(task, f"Some thoughts.\n{stated}", question(task)) == 1.0
+    assert rule_reward(task, last, question(task)) == 0.0, "an echo of the prompt is no answer"
+
+
+@pytest.mark.parametrize(
+    ("language", "said"), [("German", "Write in German"), ("", "the language of the documents")]
+)
+def test_the_language_is_asked_for(language: str, said: str):
+    config = load_config("toy", ["model.prompts=full", f"model.language={language}"])
+    assert said in Prompts.of(config).questioner("docmath_qa", DOCUMENTS)
 
 
 @settings(max_examples=200, deadline=None)

@@ -23,7 +23,7 @@ class Toy(Benchmark):
 
     def load(self, data: Data) -> list[Item]:
         questions = load_heldout(self._config.heldout)
-        prompts = Prompts(self._config.model.prompts)
+        prompts = Prompts.of(self._config)
         return [self._item(prompts, place, *entry) for place, entry in enumerate(questions)]
 
     @staticmethod

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spell_megatron.config import RECIPES, Config, Corpus, load_config
+from spell_megatron.config import RECIPES, Config, Corpus, Source, load_config
+from spell_megatron.config.reading import build, override
 from spell_megatron.corpus.sampler import ClusterSampler
 from spell_megatron.corpus.store import Count
 from spell_megatron.types import Cluster
@@ -58,11 +58,13 @@ def meant(source: str, overrides: Sequence[str] = ()) -> Config:
     """
     if (RECIPES / f"{source}.yaml").is_file() or Path(source).suffix in (".yaml", ".yml"):
         return load_config(source, overrides)
-    own = dict(text.partition("=")[::2] for text in overrides if "." not in text.partition("=")[0])
-    values = ", ".join(f"{key}: {value}" for key, value in own.items())
-    path = json.dumps(source)  # which YAML reads as well
-    entry = f"corpus.sources=[{{path: {path}{', ' if values else ''}{values}}}]"
-    return load_config("paper-16k", [entry, *(text for text in overrides if "." in text.partition("=")[0])])
+    own: dict[str, Any] = {"path": source}
+    for text in overrides:
+        if "." not in text.partition("=")[0]:
+            override(Source, own, text)
+    config = load_config("paper-16k", [text for text in overrides if "." in text.partition("=")[0]])
+    only = build(Source, own, f"{source} is not a valid source")
+    return replace(config, corpus=replace(config.corpus, sources=(only,)))
 
 
 def survey(corpus: Corpus, count: Count, seed: int = 0, samples: int = 3) -> Survey:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
-import yaml
-
-from spell_megatron.config import Config, Layout
+from spell_megatron.config import Config, Layout, written
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.planner import ROOM, Plan, estimate, resized
 from spell_megatron.policy.layout import LayoutError
@@ -45,7 +43,7 @@ def remedies(found: Plan) -> list[str]:
                 continue
             after = _estimate(changed(found.config, changes), found.assumed)
             if after is not None and after.fits and after.headroom >= ROOM:
-                text = " ".join(f"{key}={_yaml(value)}" for key, value in changes.items())
+                text = " ".join(f"{key}={written(value)}" for key, value in changes.items())
                 helpful.append((after.seconds.total, f"{text} (headroom {after.headroom:.0%})"))
         if helpful:
             return [text for _, text in sorted(helpful)[:3]]
@@ -121,21 +119,3 @@ def _estimate(config: Config, assumed: Assumptions) -> Plan | None:
         return estimate(config, assumed)
     except LayoutError:
         return None
-
-
-def _yaml(value: Any) -> str:
-    """A value as one would write it after the equals sign; of a section, only what differs from its default."""
-    if is_dataclass(value) and not isinstance(value, type):
-        default = type(value)()
-        names = [f.name for f in fields(value)]
-        value = {n: getattr(value, n) for n in names if getattr(value, n) != getattr(default, n)}
-    plain = (
-        {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-        if isinstance(value, dict)
-        else value
-    )
-    return (
-        yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=1000)
-        .removesuffix("...\n")
-        .strip()
-    )

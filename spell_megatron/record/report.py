@@ -42,11 +42,11 @@ def write_report(run_dir: str | Path) -> Path:
     half = min(2, -(-len(steps) // 2))
     early, late = _pick(folder, steps[:half]), _pick(folder, list(reversed(steps[half:]))[:2])
     page = (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             name=folder.path.name,
-            tiles=_tiles(rows),
+            tiles=tiles(rows),
             sections=sections(rows),
             samples=[("Early", early), ("Late", late)],
             table=_table(rows),
@@ -65,38 +65,39 @@ class Tile:
     detail: str = ""
 
 
-def _tiles(rows: list[Row]) -> list[Tile]:
-    tiles = []
+def tiles(rows: list[Row]) -> list[Tile]:
+    """The run in a few figures; none that were not measured."""
+    made = []
     heldout = [value for row in rows if (value := row.get("heldout/mean")) is not None]
     if len(heldout) > 1:
         change = 100 * (heldout[-1] - heldout[0])
-        tiles.append(
+        made.append(
             Tile("Held-out accuracy", f"{heldout[0]:.0%} → {heldout[-1]:.0%}", f"{change:+.1f} points")
         )
     trained = [row for row in rows if row.get("time/play") is not None]
     if trained:
-        tiles.append(
+        made.append(
             Tile(
                 "Steps", f"{len(trained):,}", _duration(_total(rows, *(f"time/{phase}" for phase in PHASES)))
             )
         )
     asked, kept = _total(rows, "questions"), _total(rows, "outcome/kept")
     if asked:
-        tiles.append(Tile("Questions kept", f"{kept:,.0f}", f"of {asked:,.0f} asked"))
+        made.append(Tile("Questions kept", f"{kept:,.0f}", f"of {asked:,.0f} asked"))
     if generated := _total(rows, "tokens/generated"):
-        tiles.append(
+        made.append(
             Tile(
                 "Tokens generated", _short(generated), f"{_short(_total(rows, 'tokens/trained'))} trained on"
             )
         )
     mismatch = [value for row in rows if (value := row.get("mismatch/mean")) is not None]
     if mismatch:
-        tiles.append(
+        made.append(
             Tile(
                 "Engine-learner mismatch", f"{sum(mismatch) / len(mismatch):.1e}", "mean log-prob difference"
             )
         )
-    return tiles
+    return made
 
 
 def _total(rows: list[Row], *names: str) -> float:
@@ -162,7 +163,8 @@ def _shown(value: Any) -> Any:
     return tidy(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Templates of pages that show model output: everything is escaped."""
     environment = Environment(
         loader=PackageLoader("spell_megatron.record", "."),
         autoescape=select_autoescape(("html", "j2")),

@@ -1,46 +1,71 @@
 """The wording: one jinja2 template per role and task, in one folder per style.
 
-`full` is written for real models, `short` for the toy one. A template is looked up from the most
-special to the most general name: `{role}_{task}_history.j2` (where there is a history),
-`{role}_{task}.j2`, `{role}.j2`. Documents, questions and answers enter as values: they are inserted,
-never rendered, and made safe for their place before a template sees them (see `quoting`).
+`full` is written for real models, `short` for the toy one, and a folder of the user's own stands for either. A
+template is looked up from the most special to the most general name: `{role}_{task}_history.j2` (where there is a
+history), `{role}_{task}.j2`, `{role}.j2`. Documents, questions and answers enter as values: they are inserted, never
+rendered, and made safe for their place before a template sees them (see `quoting`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from traceback import extract_tb
+from typing import Any, get_args
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplatesNotFound, TemplateSyntaxError
+from jinja2.defaults import DEFAULT_NAMESPACE
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from spell_megatron.config import Config, Task
+from spell_megatron.selfplay.prompts.samples import check_prompts
 from spell_megatron.selfplay.quoting import safe
 from spell_megatron.selfplay.reading.objects import last_object
 from spell_megatron.selfplay.reading.texts import normalise
 from spell_megatron.types import Document, Question, SpellError
 
+STYLES = ("full", "short")
+TASKS: tuple[str, ...] = get_args(Task)
 _FOLDER = Path(__file__).parent
 _KEY = "A"
 """The letter for which an example is shown."""
 
 
 class Prompts:
-    """Templates of one style."""
+    """Templates of one style: a shipped one's name, or a folder. `language` and `form` are known to every template.
 
-    def __init__(self, style: str) -> None:
-        if not (_FOLDER / style).is_dir():
-            styles = sorted(
-                path.name for path in _FOLDER.iterdir() if path.is_dir() and path.name[0] not in "._"
+    Raises SpellError where a template of these tasks is missing or cannot be used, with its name and line.
+    """
+
+    def __init__(
+        self, style: str, *, language: str = "English", form: str = "sentence", tasks: Iterable[str] = TASKS
+    ) -> None:
+        self.folder = _FOLDER / style if style in STYLES else Path(style)
+        if not self.folder.is_dir():
+            raise SpellError(
+                f"no prompts {style!r}: model.prompts is one of {', '.join(STYLES)}, or a folder of templates"
+                " (`spell-megatron prompts OUT` writes one to begin with)"
             )
-            raise SpellError(f"no prompt style {style!r}: model.prompts is one of {', '.join(styles)}")
-        self._templates = Environment(
-            loader=FileSystemLoader(_FOLDER / style),
+        self._templates = ImmutableSandboxedEnvironment(
+            loader=FileSystemLoader(self.folder),
             undefined=StrictUndefined,
             autoescape=False,
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
+        self._templates.globals |= {"language": language, "form": form}
+        if style not in STYLES:
+            for task in tasks:
+                check_prompts(self, task)
+
+    @classmethod
+    def of(cls, config: Config) -> Prompts:
+        """The prompts that a run asks with."""
+        tasks = {task for source in config.corpus.sources for task in source.tasks}
+        model = config.model
+        return cls(model.prompts, language=model.language, form=model.answer_form, tasks=sorted(tasks))
 
     def questioner(
         self,
@@ -81,4 +106,30 @@ class Prompts:
         names = [f"{role}_{task}.j2", f"{role}.j2"]
         if variables.get("history"):
             names.insert(0, f"{role}_{task}_history.j2")
-        return self._templates.select_template(names).render(task=task, **safe(role, variables)).strip()
+        try:
+            return self._templates.select_template(names).render(task=task, **safe(role, variables)).strip()
+        except TemplatesNotFound as error:
+            raise SpellError(f"{self.folder}: there is none of the templates {', '.join(names)}") from error
+        except TemplateSyntaxError as error:
+            raise SpellError(f"{error.filename}, line {error.lineno}: {error.message}") from error
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            known = ", ".join(sorted({*self._templates.globals, "task", *variables} - set(DEFAULT_NAMESPACE)))
+            raise SpellError(f"{self._place(error, names)}: {error}; the variables here: {known}") from error
+
+    def _place(self, error: BaseException, names: Sequence[str]) -> str:
+        """The innermost of the folder's files that an error comes from, with its line."""
+        places = [(frame.filename, frame.lineno) for frame in extract_tb(error.__traceback__)]
+        within = [(name, line) for name, line in places if Path(name).is_relative_to(self.folder)]
+        return f"{within[-1][0]}, line {within[-1][1]}" if within else f"{self.folder}: {names[0]}"
+
+
+def write_prompts(out: Path, style: str = "full") -> None:
+    """Write the templates of a shipped style into a new folder, for editing. Raises SpellError."""
+    if style not in STYLES:
+        raise SpellError(f"no style {style!r}: choose {' or '.join(STYLES)}")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise SpellError(f"{out} is not empty: nothing was written; choose a new folder")
+        shutil.copytree(_FOLDER / style, out, dirs_exist_ok=True)
+    except OSError as error:
+        raise SpellError(f"cannot write the prompts into {out}: {error}; choose another folder") from None

@@ -1,8 +1,4 @@
-"""Configuration: typed dataclasses, YAML recipes, `key=value` overrides. No torch.
-
-`load_config("toy", ["steps=3", "policy.optimizer.lr=1e-4"])` reads `recipes/toy.yaml`, follows its
-`inherit:` chain, applies the overrides and validates the whole. An unknown key, a wrong type or a
-contradiction raises `ConfigError`, which names the key and the nearest right one.
+"""Every key, with its type, its range and its meaning. No torch.
 
 Every field has the value of the paper (arXiv 2509.23863, section 4.1) as its default where the
 paper gives one.
@@ -10,21 +6,14 @@ paper gives one.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from spell_megatron.types import SpellError
+from spell_megatron.config.reading import Location
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-RECIPES = Path(__file__).parent / "recipes"
 
 Dtype = Literal["float32", "bfloat16"]
 Task = Literal["doc_general_qa", "docmath_qa", "doc_mc"]
@@ -32,23 +21,23 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ConfigError(SpellError):
-    exit_code = 2
-
-
 @dataclass(frozen=True, config=_STRICT)
 class Model:
-    path: str = ""
+    path: Location = ""
     """A Hugging Face model folder, a hub id, or `toy-seed`, the model that is shipped."""
-    prompts: Literal["full", "short"] = "full"
-    """Prompt templates: `full` for real models, `short` for the toy model."""
+    prompts: Location = "full"
+    """Prompt templates: `full` for real models, `short` for the toy model, or your own folder (docs/prompts.md)."""
+    language: str = "English"
+    """In which the questioner is to write; the documents' own where empty."""
+    answer_form: Literal["sentence", "box", "tag"] = "sentence"
+    """How the responder is to state its answer: "The correct answer is (…).", `\\boxed{…}` or `<answer>…</answer>`."""
     thinking: bool = False
     """The model reasons inside `<think>…</think>` before it answers."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Source:
-    path: str = "toy"
+    path: Location = "toy"
     """`toy` (the generated world), a folder of text, a .jsonl or .parquet file, or a hub id `org/name`."""
     domain: str = ""
     """Name of the domain in metrics; the path's last part where empty."""
@@ -159,7 +148,7 @@ class Servers:
     where that cannot be: with several ranks, or `selfplay.max_staleness` above 0."""
     urls: tuple[str, ...] = ()
     """Servers that somebody else started, besides."""
-    secret_file: str = ""
+    secret_file: Location = ""
     """A file with the secret that the servers of `urls` ask for, readable by its user alone."""
     tensor: int = Field(default=1, gt=0)
     """Tensor-parallel size of each started server."""
@@ -319,13 +308,13 @@ class HeldOut:
     """Measure every n steps, besides before and after the run; 0 only there."""
     questions: int = Field(default=0, ge=0)
     """Held-out questions; 0 switches the measurement off."""
-    path: str = "toy"
+    path: Location = "toy"
     """`toy` (the generated world's own), or a JSONL file of task, question, answer, options, documents."""
     samples: int = Field(default=8, gt=0)
     seed: int = 12345
     benchmarks: tuple[str, ...] = ()
     """Benchmarks of `spell-megatron eval` to measure besides, on the live engines, as often."""
-    data: str = ""
+    data: Location = ""
     """Folder of the benchmarks' data sets; downloaded where empty."""
     max_input: int = Field(default=16_384, ge=16)
     """Tokens to which long-context benchmarks are truncated."""
@@ -389,7 +378,8 @@ class Config:
     """A whole run."""
 
     name: str = "run"
-    runs: str = "runs"
+    """Begins the name of the run's folder."""
+    runs: Location = "runs"
     """Folder in which the run's folder is made."""
     seed: int = 0
     steps: int = Field(default=100, gt=0)
@@ -401,176 +391,3 @@ class Config:
     heldout: HeldOut = HeldOut()
     record: Record = Record()
     cluster: Cluster = Cluster()
-
-
-_ADAPTER = TypeAdapter(Config)
-_SECRET = re.compile(r"(?i)(^|[_-])(key|token|secret|passw(or)?d|credentials?)$|secret_access_key")
-
-
-def names_secret(name: str) -> bool:
-    """Whether what goes by this name is nobody else's to read: HF_TOKEN, WANDB_API_KEY, api-key."""
-    return _SECRET.search(name) is not None
-
-
-def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
-    """Read a recipe (a name in `recipes/` or a path), apply `key=value` overrides, validate."""
-    values = _read(_find(recipe))
-    for override in overrides:
-        _set(values, override)
-    return parse_config(values, where=recipe)
-
-
-def model_recipes() -> list[str]:
-    """Names of the shipped recipes that train a model of the hub; the others are parts of them, and the toy."""
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return [name for name in names if "/" in load_config(name).model.path]
-
-
-def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
-    try:
-        config = _ADAPTER.validate_python(values)
-    except ValidationError as error:
-        problems = "\n".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
-        raise ConfigError(f"{where} is not a valid configuration:\n{problems}") from None
-    _contradictions(config, where)
-    return config
-
-
-def dump_config(config: Config) -> str:
-    """YAML of every key, defaults included: `parse_config(yaml.safe_load(text)) == config`."""
-    return yaml.safe_dump(_ADAPTER.dump_python(config, mode="json"), sort_keys=False)
-
-
-def _contradictions(config: Config, where: str) -> None:
-    """Combinations of valid values that cannot work."""
-    play, faults = config.selfplay, []
-    if play.round_questions < play.questions and play.max_rounds * play.round_questions < play.questions:
-        faults.append(
-            f"selfplay.questions={play.questions} cannot be reached by {play.max_rounds} rounds of"
-            f" {play.round_questions}: raise selfplay.max_rounds or selfplay.round_questions"
-        )
-    if not play.judge and play.train_verifier:
-        faults.append("selfplay.train_verifier needs selfplay.judge: set train_verifier=false or judge=true")
-    if play.max_staleness and config.policy.loss.importance_cap is None:
-        faults.append(
-            f"selfplay.max_staleness={play.max_staleness} trains on samples of older weights, which have to be"
-            " weighed: set policy.loss.importance_cap (2.0 is usual)"
-        )
-    if play.leftovers == "carry" and not play.max_staleness:
-        faults.append(
-            "selfplay.leftovers=carry trains on samples of the step before: set selfplay.max_staleness=1 or more"
-        )
-    if config.rollout.placement == "colocated" and play.max_staleness:
-        faults.append(
-            "rollout.placement=colocated leaves no memory for rollouts during an update: set it to disaggregated,"
-            " or selfplay.max_staleness=0"
-        )
-    if config.policy.optimizer.overlap and not config.policy.optimizer.distributed:
-        faults.append("policy.optimizer.overlap needs policy.optimizer.distributed=true")
-    if config.policy.optimizer.cpu_offload and not (
-        config.policy.optimizer.distributed and config.policy.master_weights
-    ):
-        faults.append(
-            "policy.optimizer.cpu_offload is for sharded master weights: it needs policy.optimizer.distributed=true"
-            " and policy.dtype=bfloat16"
-        )
-    if config.policy.fp8 != "off" and (config.policy.spec == "torch" or config.policy.dtype != "bfloat16"):
-        faults.append(
-            "policy.fp8 is computed by Transformer Engine from bfloat16: it needs policy.spec=te (or auto) and"
-            " policy.dtype=bfloat16"
-        )
-    if config.policy.layout.sequence and config.policy.layout.tensor == 1:
-        faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
-    for key in ("engine", "engine_environment"):
-        for name in filter(names_secret, getattr(config.rollout, key)):
-            faults.append(
-                f"rollout.{key}: {name} looks like a secret, and the configuration is kept in the run's folder: set"
-                " it in the environment that the run is started from"
-            )
-    optimizer, record = config.policy.optimizer, config.record
-    for key, low, high in (
-        ("selfplay.verifier_agreement", *play.verifier_agreement),
-        ("selfplay.memory_range", *play.memory_range),
-        ("policy.optimizer.min_lr … lr", optimizer.min_lr, optimizer.lr),
-        ("record.entropy_min … entropy_max", record.entropy_min, record.entropy_max),
-    ):
-        if high is not None and low > high:
-            faults.append(f"{key}: the lower bound {low:g} is above the upper one {high:g}")
-    if faults:
-        raise ConfigError(f"{where} contradicts itself:\n" + "\n".join(f"  {fault}" for fault in faults))
-
-
-def _find(recipe: str) -> Path:
-    for path in (RECIPES / f"{recipe}.yaml", Path(recipe)):
-        if path.is_file():
-            return path
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise ConfigError(
-        f"no recipe {recipe!r}{_nearest(recipe, names)}; recipes: {', '.join(names)} (or give a path)"
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
-    bases = values.pop("inherit", [])
-    if isinstance(bases, str):
-        bases = [bases]
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: inherit is a recipe's name, or a list of names, found {bases!r}")
-    merged: dict[str, Any] = {}
-    for base in bases:  # the later ones have the say
-        beside = path.parent / f"{base}.yaml"
-        merged = _merge(merged, _read(beside if beside.is_file() else _find(base)))
-    return _merge(merged, values)
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in over.items():
-        old = base.get(key)
-        base[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return base
-
-
-def _set(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"an override is key=value, found {override!r}")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{override!r}: {parent!r} is a value, not a section")
-    try:
-        values[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
-
-
-def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
-    key = ".".join(map(str, loc))
-    if kind == "unexpected_keyword_argument":
-        *parents, leaf = loc
-        return f"  unknown key {key!r}{_nearest(str(leaf), _fields(parents), _prefix(parents))}"
-    return f"  {key}: {message[0].lower()}{message[1:]}"
-
-
-def _fields(parents: Iterable[int | str]) -> list[str]:
-    """Field names of the section that a path of keys leads to."""
-    node: Any = Config()
-    for parent in parents:
-        node = node[0] if isinstance(parent, int) else getattr(node, parent, None)
-    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-
-
-def _prefix(parents: Iterable[int | str]) -> str:
-    return "".join(f"{parent}." for parent in parents)
-
-
-def _nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {prefix + close[0]!r}?" if close else ""

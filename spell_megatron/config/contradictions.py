@@ -1,0 +1,76 @@
+"""Combinations of valid values that cannot work, each with its remedy."""
+
+from __future__ import annotations
+
+import re
+
+from spell_megatron.config.schema import Config
+from spell_megatron.config.yamltext import ConfigError
+
+_SECRET = re.compile(r"(?i)(^|[_-])(key|token|secret|passw(or)?d|credentials?)$|secret_access_key")
+
+
+def names_secret(name: str) -> bool:
+    """Whether what goes by this name is nobody else's to read: HF_TOKEN, WANDB_API_KEY, api-key."""
+    return _SECRET.search(name) is not None
+
+
+def check_contradictions(config: Config, where: str) -> None:
+    """Raise ConfigError for combinations of valid values that cannot work."""
+    play, faults = config.selfplay, []
+    if not config.corpus.sources:
+        faults.append("corpus.sources is empty: name one at least, as corpus.sources=[{path: toy}]")
+    if play.round_questions < play.questions and play.max_rounds * play.round_questions < play.questions:
+        faults.append(
+            f"selfplay.questions={play.questions} cannot be reached by {play.max_rounds} rounds of"
+            f" {play.round_questions}: raise selfplay.max_rounds or selfplay.round_questions"
+        )
+    if not play.judge and play.train_verifier:
+        faults.append("selfplay.train_verifier needs selfplay.judge: set train_verifier=false or judge=true")
+    if play.max_staleness and config.policy.loss.importance_cap is None:
+        faults.append(
+            f"selfplay.max_staleness={play.max_staleness} trains on samples of older weights, which have to be"
+            " weighed: set policy.loss.importance_cap (2.0 is usual)"
+        )
+    if play.leftovers == "carry" and not play.max_staleness:
+        faults.append(
+            "selfplay.leftovers=carry trains on samples of the step before: set selfplay.max_staleness=1 or more"
+        )
+    if config.rollout.placement == "colocated" and play.max_staleness:
+        faults.append(
+            "rollout.placement=colocated leaves no memory for rollouts during an update: set it to disaggregated,"
+            " or selfplay.max_staleness=0"
+        )
+    if config.policy.optimizer.overlap and not config.policy.optimizer.distributed:
+        faults.append("policy.optimizer.overlap needs policy.optimizer.distributed=true")
+    if config.policy.optimizer.cpu_offload and not (
+        config.policy.optimizer.distributed and config.policy.master_weights
+    ):
+        faults.append(
+            "policy.optimizer.cpu_offload is for sharded master weights: it needs policy.optimizer.distributed=true"
+            " and policy.dtype=bfloat16"
+        )
+    if config.policy.fp8 != "off" and (config.policy.spec == "torch" or config.policy.dtype != "bfloat16"):
+        faults.append(
+            "policy.fp8 is computed by Transformer Engine from bfloat16: it needs policy.spec=te (or auto) and"
+            " policy.dtype=bfloat16"
+        )
+    if config.policy.layout.sequence and config.policy.layout.tensor == 1:
+        faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
+    for key in ("engine", "engine_environment"):
+        for name in filter(names_secret, getattr(config.rollout, key)):
+            faults.append(
+                f"rollout.{key}: {name} looks like a secret, and the configuration is kept in the run's folder: set"
+                " it in the environment that the run is started from"
+            )
+    optimizer, record = config.policy.optimizer, config.record
+    for key, low, high in (
+        ("selfplay.verifier_agreement", *play.verifier_agreement),
+        ("selfplay.memory_range", *play.memory_range),
+        ("policy.optimizer.min_lr … lr", optimizer.min_lr, optimizer.lr),
+        ("record.entropy_min … entropy_max", record.entropy_min, record.entropy_max),
+    ):
+        if high is not None and low > high:
+            faults.append(f"{key}: the lower bound {low:g} is above the upper one {high:g}")
+    if faults:
+        raise ConfigError(f"{where} contradicts itself:\n" + "\n".join(f"  {fault}" for fault in faults))
