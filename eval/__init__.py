@@ -1,4 +1,4 @@
-"""Evaluation: the paper's twelve benchmarks against any OpenAI-compatible endpoint.
+"""Evaluation: the paper's benchmarks against any OpenAI-compatible endpoint.
 
 evaluate(["docmath"], models=["out/step-200/hf"], data=Path("data"), max_input=[16_384, 100_000])
 """
