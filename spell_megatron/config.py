@@ -126,6 +126,13 @@ class SelfPlay:
     bad_ground_reward: float = Field(default=-0.5, le=0)
     combine: Literal["max", "mean", "min", "sum"] = "max"
     """How rule and verifier make the responder's reward."""
+    verdict: Literal["majority", "first"] = "majority"
+    """What G votes on a response say: `first` is one voter's word, the ablation without a majority vote."""
+    vote_tie: Literal["absent", "no", "first"] = "absent"
+    """As many YES as NO: no verdict, NO as in the paper (more than half must agree), or the first vote as in the
+    authors' code."""
+    invalid_vote_reward: float = Field(default=-1.0, le=0)
+    """Of a verdict that is neither YES nor NO: -1 as in the authors' code, 0 as in the paper."""
     verifier_consistency: Literal["maj_cons", "maj"] = "maj_cons"
     """`maj_cons` trains only verdicts whose majority agrees with the rule."""
     verifier_agreement: tuple[Share, Share] = (0.51, 0.99)
@@ -137,7 +144,7 @@ class SelfPlay:
     train_questioner: bool = True
     train_verifier: bool = True
     judge: bool = True
-    """Ask the verifier at all; without it the rule alone rewards the responder."""
+    """Ask the verifier at all; without it the rule alone rewards the responder, and no verdict is trained on."""
     static_questions: bool = False
     """Train on the corpus' own fixed questions (static RLVR) instead of the questioner's."""
     concurrency: int = Field(default=64, gt=0)
@@ -245,8 +252,10 @@ class Loss:
     clip_high: float = Field(default=0.2, gt=0)
     ratio: Literal["token", "sequence"] = "token"
     """`token` is PPO/GRPO; `sequence` is GSPO: one length-normalised ratio a response."""
-    normalisation: Literal["token_mean", "sequence_length"] = "token_mean"
-    """`sequence_length` is Dr. GRPO: a constant denominator, `max_response_tokens` a response."""
+    normalisation: Literal["token_mean", "group_mean", "sequence_length"] = "token_mean"
+    """How tokens of long answers count. `token_mean`: every token of the batch alike, so that long answers weigh more.
+    `group_mean`, the paper's E.3: every group (prompt) alike, and within it every token. `sequence_length` is Dr. GRPO:
+    a constant denominator, `max_response_tokens` a response."""
     max_response_tokens: int = Field(default=4096, gt=0)
     importance_cap: float | None = Field(default=None, gt=0)
     """Truncated importance weights: engine-learner probability ratio capped at this value."""
@@ -413,8 +422,6 @@ def _contradictions(config: Config, where: str) -> None:
             f"selfplay.questions={play.questions} cannot be reached by {play.max_rounds} rounds of"
             f" {play.round_questions}: raise selfplay.max_rounds or selfplay.round_questions"
         )
-    if not play.judge and play.train_verifier:
-        faults.append("selfplay.train_verifier needs selfplay.judge: set train_verifier=false or judge=true")
     if play.max_staleness and config.policy.loss.importance_cap is None:
         faults.append(
             f"selfplay.max_staleness={play.max_staleness} trains on samples of older weights, which have to be"

@@ -59,8 +59,9 @@ def compose(episodes: Sequence[Episode], settings: config.SelfPlay, random: Rand
     failures = (
         choose_failures(kept, episodes, settings.failure_ratio, random) if settings.train_questioner else []
     )
-    pool = usable_groups(episodes, settings) if settings.train_verifier else []
-    wanted = verifier_groups(len(kept), settings) if settings.train_verifier else 0
+    verifies = settings.judge and settings.train_verifier
+    pool = usable_groups(episodes, settings) if verifies else []
+    wanted = verifier_groups(len(kept), settings) if verifies else 0
     verified = random.sample(pool, wanted) if wanted <= len(pool) else []
 
     entries: list[tuple[str, str, Group]] = []
@@ -117,6 +118,7 @@ def usable_groups(episodes: Sequence[Episode], settings: config.SelfPlay) -> lis
         for response in episode.responses
         if voting.is_usable(
             response.votes,
+            response.verdict,
             response.rule,
             bounds=settings.verifier_agreement,
             consistent=settings.verifier_consistency == "maj_cons",

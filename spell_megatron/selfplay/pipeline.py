@@ -181,9 +181,11 @@ class Pipeline:
             for judge in range(self._settings.group_size)
         )
         votes = [None if rollout.finish == "length" else parse_verdict(text) for rollout, text in written]
-        verdict = voting.majority(votes)
+        verdict = voting.verdict_of(votes, self._settings)
         return verdict, tuple(
-            Judgement(rollout, text, vote, voting.vote_reward(vote, verdict))
+            Judgement(
+                rollout, text, vote, voting.vote_reward(vote, verdict, self._settings.invalid_vote_reward)
+            )
             for (rollout, text), vote in zip(written, votes, strict=True)
         )
 
