@@ -24,6 +24,8 @@ from spell_megatron.types import SpellError
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 RECIPES = Path(__file__).parent / "recipes"
+EVERY_TEXT = "*"
+"""As `text_field`: every text of a row, wherever in it, is a text of its own."""
 
 Dtype = Literal["float32", "bfloat16"]
 Task = Literal["doc_general_qa", "docmath_qa", "doc_mc"]
@@ -60,7 +62,7 @@ class Source:
     group_by: Literal["given", "similarity", "random"] = "given"
     """How documents form clusters: by a given id (folder, `cluster` column), by similarity, at random."""
     text_field: str = "text"
-    """Column (JSONL, Parquet) that holds a document's text."""
+    """Column (JSONL, Parquet) that holds a document's text; `*` for every text of a row, each by itself."""
     cluster_field: str = "cluster"
     """Column that names a document's cluster, for `group_by: given`."""
     deduplicate: Literal["near", "exact", "none"] = "near"
@@ -70,6 +72,8 @@ class Source:
 @dataclass(frozen=True, config=_STRICT)
 class Corpus:
     sources: tuple[Source, ...] = (Source(),)
+    benchmarks: tuple[str, ...] = ()
+    """Files or folders of benchmarks: documents that repeat one of theirs, or hold a question, are left out."""
     cluster_tokens: int = Field(default=16_000, gt=0)
     """Clusters are filled up to this many tokens."""
     max_documents: int = Field(default=20, gt=0)

@@ -152,18 +152,18 @@ def _gsm8k(index: int) -> Row:
 
 
 def _rag(folder: Path) -> None:
-    rows = [
-        {
-            "question": f"Which river is number {i}?",
-            "answers": ["Nile", "the River Nile"],
-            "ctxs": [{"title": f"Rivers {i}", "text": "The Nile is a river. " * 60}],
-            "s_pop": 10 if i else 10_000,
-        }
-        for i in range(3)
-    ]
-    for files in FILES.values():
-        for name in files:
-            _jsonl(folder / name, rows if "popqa" in name else [{**row, "s_pop": None} for row in rows[1:]])
+    """Long questions and short demonstrations; PopQA has a popular entity besides."""
+
+    def row(index: int, sentences: int, views: int | None) -> Row:
+        passage = {"title": f"Rivers {index}", "text": "The Nile is a river. " * sentences}
+        answers = ["Nile", "the River Nile"]
+        question = f"Which river is number {index}?"
+        return {"question": question, "answers": answers, "ctxs": [passage], "s_pop": views}
+
+    for name, files in FILES.items():
+        for file, sentences in zip(files, (60, 1), strict=True):
+            rows = [row(i, sentences, 10 if name == "popqa" else None) for i in (1, 2)]
+            _jsonl(folder / file, [row(0, sentences, 10_000), *rows] if name == "popqa" else rows)
 
 
 def _icl(root: Path) -> None:
