@@ -94,10 +94,10 @@ def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug
     from spell_megatron.config import load_config
 
     config = load_config(recipe, overrides or [])
-    from eval import live_benchmarks
+    from eval import live_benchmarks, reward_judge
     from spell_megatron.train import train as run
 
-    _show(run(config, live_benchmarks), json)
+    _show(run(config, live_benchmarks, reward_judge), json)
 
 
 @command
@@ -112,10 +112,10 @@ def resume(
     """Go on with a run after its newest whole checkpoint, or another one; later ones are renamed, not removed."""
     origin = _origin(from_, restart)
     listen()
-    from eval import live_benchmarks
+    from eval import live_benchmarks, reward_judge
     from spell_megatron.train import resume as go_on
 
-    _show(go_on(run, overrides or [], live_benchmarks, origin=origin), json)
+    _show(go_on(run, overrides or [], live_benchmarks, reward_judge, origin=origin), json)
 
 
 def _origin(name: str, restart: bool) -> int | None:

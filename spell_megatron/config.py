@@ -93,6 +93,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ExternalJudge:
+    """A model behind an OpenAI-compatible endpoint that judges answers, too (paper, Table 4).
+
+    Its key, where it wants one, is in the environment: SPELL_JUDGE_KEY. Multiple choice needs no judge.
+    """
+
+    url: str = ""
+    """`https://host:8000`; empty asks nobody."""
+    model: str = ""
+    """The endpoint's name of the model; needed where it serves several."""
+    place: Literal["rule", "beside"] = "rule"
+    """`rule`: its verdict takes the place of the rule's, as in the paper. `beside`: it is one opinion more, beside rule
+    and verifier; in the place of the verifier with `selfplay.judge=false`."""
+    concurrency: int = Field(default=16, gt=0)
+    """Questions to it at once."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """Of one reply."""
+    tries: int = Field(default=4, gt=0)
+    """Of one question to it. What fails then is counted, and the episode is dropped where the reward hangs on it."""
+    max_tokens: int = Field(default=4096, gt=0)
+    """Of one reply."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SelfPlay:
     sampling: Sampling = Sampling()
     questions: int = Field(default=128, gt=0)
@@ -149,6 +173,7 @@ class SelfPlay:
     train_verifier: bool = True
     judge: bool = True
     """Ask the verifier at all; without it the rule alone rewards the responder, and no verdict is trained on."""
+    external_judge: ExternalJudge = ExternalJudge()
     static_questions: bool = False
     """Train on the corpus' own fixed questions (static RLVR) instead of the questioner's."""
     concurrency: int = Field(default=64, gt=0)
@@ -456,6 +481,11 @@ def _contradictions(config: Config, where: str) -> None:
         )
     if config.policy.layout.sequence and config.policy.layout.tensor == 1:
         faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
+    if "@" in play.external_judge.url:
+        faults.append(
+            "selfplay.external_judge.url holds a password, which would be written into the run's folder: put the key"
+            " into the environment, as SPELL_JUDGE_KEY"
+        )
     optimizer, record = config.policy.optimizer, config.record
     for key, low, high in (
         ("selfplay.verifier_agreement", *play.verifier_agreement),

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spell_megatron.config import SelfPlay
-from spell_megatron.selfplay.rewards import SHAPES, has_variance, questioner_reward, responder_reward
+from spell_megatron.selfplay.rewards import (
+    SHAPES,
+    has_variance,
+    is_settled,
+    questioner_reward,
+    responder_reward,
+)
 from spell_megatron.selfplay.voting import agreement, is_usable, majority, verdict_of, vote_reward
 
 pytestmark = pytest.mark.unit
@@ -60,10 +66,19 @@ def test_shapes_of_the_questioners_reward():
 
 @pytest.mark.parametrize(("combine", "expected"), [("max", 1.0), ("min", 0.0), ("mean", 0.5), ("sum", 1.0)])
 def test_responder(combine: str, expected: float):
-    assert responder_reward(1.0, 0, combine) == responder_reward(0.0, 1, combine) == expected
-    assert responder_reward(1.0, None, combine) == 1.0
-    assert responder_reward(0.0, None, combine) == 0.0
-    assert responder_reward(1.0, 1, combine) == (2.0 if combine == "sum" else 1.0)
+    assert responder_reward((1.0, 0), combine) == responder_reward((0.0, 1), combine) == expected
+    assert responder_reward((1.0, None, None), combine) == 1.0
+    assert responder_reward((0.0, None), combine) == 0.0
+    assert responder_reward((1.0, 1), combine) == (2.0 if combine == "sum" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("combine", "expected"), [("max", 1.0), ("min", 0.0), ("mean", pytest.approx(2 / 3)), ("sum", 2.0)]
+)
+def test_three_opinions(combine: str, expected: float):
+    assert responder_reward((0.0, 1, 1.0), combine) == expected
+    assert is_settled((0.0, 1), combine) is (combine == "max")
+    assert not is_settled((0.0, None), combine)
 
 
 def test_variance():

@@ -116,7 +116,8 @@ def usable_groups(episodes: Sequence[Episode], settings: config.SelfPlay) -> lis
         (episode, response)
         for episode in episodes
         for response in episode.responses
-        if voting.is_usable(
+        if not response.unjudged
+        and voting.is_usable(
             response.votes,
             response.verdict,
             response.rule,

@@ -31,7 +31,8 @@ class Response:
     """One answer to the question, with the verdicts on it.
 
     `answer` is what was extracted from the text (None: no answer), `rule` the rule's reward,
-    `verdict` the majority of the judgements (None: absent), `reward` both combined.
+    `verdict` the majority of the judgements (None: absent), `judged` the external judge's opinion (None: not asked, or
+    it failed, and `unjudged` says why), `reward` all combined.
     """
 
     rollout: Rollout
@@ -41,6 +42,8 @@ class Response:
     judgements: tuple[Judgement, ...] = ()
     verdict: int | None = None
     reward: float = 0.0
+    judged: float | None = None
+    unjudged: str = ""
 
     @property
     def votes(self) -> list[int | None]:
@@ -81,6 +84,11 @@ class Episode:
     @property
     def kept(self) -> bool:
         return self.outcome == rewards.KEPT
+
+    @property
+    def answered(self) -> bool:
+        """Whether there are responses, and all have their reward."""
+        return bool(self.responses) and self.outcome != rewards.UNJUDGED
 
     @property
     def mean_reward(self) -> float:
@@ -142,6 +150,10 @@ _PLAIN = (
 """Fields of an episode that are JSON as they are."""
 
 
+_OPINIONS = ("text", "answer", "rule", "verdict", "judged", "unjudged", "reward")
+"""The same of a response."""
+
+
 class _PromptTable:
     """Prompts in the order of their first use, each once."""
 
@@ -172,7 +184,7 @@ def _unpack(record: Mapping[str, Any], prompts: list[Tokens]) -> Rollout:
 def _pack_response(response: Response, table: _PromptTable) -> dict[str, Any]:
     return {
         "rollout": table.pack(response.rollout),
-        **{name: getattr(response, name) for name in ("text", "answer", "rule", "verdict", "reward")},
+        **{name: getattr(response, name) for name in _OPINIONS},
         "judgements": [
             {"rollout": table.pack(j.rollout), "text": j.text, "vote": j.vote, "reward": j.reward}
             for j in response.judgements

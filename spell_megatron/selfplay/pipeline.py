@@ -25,7 +25,7 @@ from spell_megatron.selfplay.fitting import Fitted, fit
 from spell_megatron.selfplay.grading import extract_answer, is_correct
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.parsing import OVER_LONG, Failure, parse_question, parse_verdict
-from spell_megatron.selfplay.ports import Codec, Generator
+from spell_megatron.selfplay.ports import Codec, Generator, Judge, Opinion
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import Name, random_of, seed_of
 from spell_megatron.types import Cluster, Document, Question, Rollout
@@ -61,10 +61,12 @@ class Pipeline:
         generator: Generator,
         seed: int,
         max_model_len: int,
+        judge: Judge | None = None,
     ) -> None:
         self._settings, self._prompts, self._codec, self._generator = settings, prompts, codec, generator
         self._seed, self._max_model_len = seed, max_model_len
         self._examples = cache(prompts.examples)
+        self._external = judge
 
     async def run(self, job: Job) -> Episode:
         """The whole episode. Raises what the generator raises; cancelling it cancels its requests."""
@@ -146,19 +148,49 @@ class Pipeline:
         outcome = (
             rewards.KEPT if rewards.has_variance([r.reward for r in responses]) else rewards.ZERO_VARIANCE
         )
+        if not all(map(self._is_settled, responses)):
+            outcome = rewards.UNJUDGED
         return replace(
             episode, responses=tuple(responses), outcome=outcome, cut_tokens=episode.cut_tokens + prompt.cut
         )
 
     async def _judged_answer(self, job: Job, episode: Episode, prompt: Fitted, number: int) -> Response:
-        """One response, its verdicts, and what both make of it."""
+        """One response, its verdicts, and what all make of it."""
         response = await self._answer(episode, prompt, self._name(job, "responder", number))
-        verdict: int | None = None
-        judgements: tuple[Judgement, ...] = ()
-        if self._settings.judge and response.answer is not None:
-            verdict, judgements = await self._judge(job, episode, response.answer, number)
-        reward = rewards.responder_reward(response.rule, verdict, self._settings.combine)
-        return replace(response, judgements=judgements, verdict=verdict, reward=reward)
+        if response.answer is not None:
+            both: list[Coroutine[Any, Any, Any]] = [
+                self._verified(job, episode, response, number),
+                self._opinion(episode, response),
+            ]
+            response, opinion = await together(both)
+            rule = response.rule
+            if opinion.score is not None and self._settings.external_judge.place == "rule":
+                rule = opinion.score
+            response = replace(response, rule=rule, judged=opinion.score, unjudged=opinion.fault)
+        opinions = (response.rule, response.verdict, response.judged)
+        return replace(response, reward=rewards.responder_reward(opinions, self._settings.combine))
+
+    async def _opinion(self, episode: Episode, response: Response) -> Opinion:
+        """The external judge's, where there is one and the reward hangs on it."""
+        question, settings = _asked(episode), self._settings
+        beside = settings.external_judge.place == "beside"
+        settled = beside and rewards.is_settled((response.rule,), settings.combine)
+        if self._external is None or question.options or settled or response.answer is None:
+            return Opinion(None)
+        return await self._external(question, response.answer)
+
+    def _is_settled(self, response: Response) -> bool:
+        """Whether it has its reward, though the external judge may have failed."""
+        beside = self._settings.external_judge.place == "beside"
+        opinions = (response.rule, response.verdict) if beside else (response.verdict,)
+        return not response.unjudged or rewards.is_settled(opinions, self._settings.combine)
+
+    async def _verified(self, job: Job, episode: Episode, response: Response, number: int) -> Response:
+        """The response with the verifier's verdicts on it."""
+        if not self._settings.judge or response.answer is None:
+            return response
+        verdict, judgements = await self._judge(job, episode, response.answer, number)
+        return replace(response, judgements=judgements, verdict=verdict)
 
     async def _answer(self, episode: Episode, prompt: Fitted, name: Sequence[Name]) -> Response:
         """One response and the rule's opinion of it."""

@@ -22,7 +22,7 @@ from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.leftovers import Leftover, Tally, cancel
 from spell_megatron.selfplay.memory import Memory
 from spell_megatron.selfplay.pipeline import Job, Pipeline
-from spell_megatron.selfplay.ports import Codec, Generator
+from spell_megatron.selfplay.ports import Codec, Generator, Judge
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import random_of
 from spell_megatron.types import Cluster, Question, SpellError
@@ -87,6 +87,7 @@ class SelfPlay:
         clusters: Clusters,
         seed: int,
         max_model_len: int,
+        judge: Judge | None = None,
         on_episode: Callable[[Episode], None] = lambda episode: None,
     ) -> None:
         _check_lengths(settings.sampling, max_model_len)
@@ -101,6 +102,7 @@ class SelfPlay:
             generator=generator,
             seed=seed,
             max_model_len=max_model_len,
+            judge=judge,
         )
 
     async def play(self, step: int, finished: Iterable[Episode] = ()) -> Play:
@@ -244,7 +246,7 @@ class SelfPlay:
     def _remember(self, step: int, episodes: Iterable[Episode]) -> None:
         """Store the questions that were answered with some reward, in their own order."""
         for episode in episodes:
-            question, answered = episode.question, episode.asked and episode.responses
+            question, answered = episode.question, episode.asked and episode.answered
             if question and answered and self._memorable(episode.mean_reward):
                 documents = remembered_documents(
                     episode.documents, episode.history, self._settings.memory_form
@@ -285,6 +287,7 @@ _REMEDIES = {
     "dropped:long_reference": ["selfplay.max_reference_tokens (higher)", "corpus.sources (tasks)"],
     "dropped:not_a_number": ["corpus.sources (no docmath_qa where texts have no figures)"],
     "dropped:unreachable_reference": ["model.prompts (references in words)", "corpus.sources (tasks)"],
+    "dropped:unjudged": ["selfplay.external_judge (does it answer? the log says how it fails)"],
     "dropped:prompt_too_long": ["rollout.max_model_len (higher)", "corpus.cluster_tokens (lower)"],
 }
 _LAST_RESORT = [

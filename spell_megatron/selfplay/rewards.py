@@ -9,6 +9,8 @@ from statistics import fmean
 from spell_megatron import config
 
 BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE, KEPT = "bad_format", "bad_ground", "zero_variance", "kept"
+UNJUDGED = "dropped:unjudged"
+"""The external judge failed, and the reward of a response hangs on it."""
 FAILURES = (BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE)
 """Outcomes of a question that its questioner is trained on, besides the kept ones."""
 
@@ -29,9 +31,14 @@ SHAPES: Mapping[str, Callable[[float, float], float]] = {
 """The worth of a question whose mean reward lies strictly between 0 and 1; those but `gaussian` are ablations."""
 
 
-def responder_reward(rule: float, verdict: float | None, combine: str = "max") -> float:
-    """Rule and verifier together; the rule alone where the verifier has no verdict."""
-    return rule if verdict is None else COMBINE[combine]([rule, float(verdict)])
+def responder_reward(opinions: Sequence[float | None], combine: str = "max") -> float:
+    """What rule, verifier and external judge make together, of those that have an opinion; one has."""
+    return COMBINE[combine]([float(opinion) for opinion in opinions if opinion is not None])
+
+
+def is_settled(opinions: Sequence[float | None], combine: str) -> bool:
+    """Whether no further opinion of 0 or 1 could change the reward."""
+    return combine == "max" and 1.0 in opinions
 
 
 def has_variance(rewards: Sequence[float]) -> bool:
