@@ -117,6 +117,34 @@ class ExternalJudge:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Stage:
+    """From a step on, clusters of so many tokens."""
+
+    step: int = Field(ge=0)
+    tokens: int = Field(gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Beyond:
+    """What others found and the paper does not have. All off by default; docs/recipes.md names the sources."""
+
+    evidence: float = Field(default=0.0, ge=0)
+    """Weight of naming the documents that the questioner read, in the responder's advantages; 0 does not ask for it."""
+    answerability: int | None = Field(default=None, ge=0)
+    """Distractors among which the questioner's documents must let a responder answer, or the question is dropped."""
+    negatives_below: float | None = Field(default=None, gt=0)
+    """Negative advantages count only while the batch's entropy, in nats a token, is at most this."""
+    std: Literal["group", "task", "batch"] = "group"
+    """Whose standard deviation divides advantages: that of the samples compared, of the task or of the role in all."""
+    questioner_peers: Literal["task", "task_documents"] = "task"
+    """Whom a question is compared with: those of its task, or of them those about as many documents."""
+    questioner_baseline: Literal["batch", "ema"] = "batch"
+    """`ema` compares a question with a running mean of its task over the steps."""
+    stages: tuple[Stage, ...] = ()
+    """Shorter clusters first: `[{step: 0, tokens: 16000}, {step: 40, tokens: 60000}]`."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SelfPlay:
     sampling: Sampling = Sampling()
     questions: int = Field(default=128, gt=0)
@@ -174,6 +202,7 @@ class SelfPlay:
     judge: bool = True
     """Ask the verifier at all; without it the rule alone rewards the responder, and no verdict is trained on."""
     external_judge: ExternalJudge = ExternalJudge()
+    beyond: Beyond = Beyond()
     static_questions: bool = False
     """Train on the corpus' own fixed questions (static RLVR) instead of the questioner's."""
     concurrency: int = Field(default=64, gt=0)
@@ -481,6 +510,18 @@ def _contradictions(config: Config, where: str) -> None:
         )
     if config.policy.layout.sequence and config.policy.layout.tensor == 1:
         faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
+    if play.beyond.questioner_baseline == "ema" and play.beyond.questioner_peers != "task":
+        faults.append(
+            "selfplay.beyond.questioner_baseline=ema compares with the past of a task, not with peers: leave"
+            " selfplay.beyond.questioner_peers=task"
+        )
+    if longer := [
+        stage.tokens for stage in play.beyond.stages if stage.tokens > config.corpus.cluster_tokens
+    ]:
+        faults.append(
+            f"selfplay.beyond.stages reach {longer[0]} tokens, clusters have corpus.cluster_tokens="
+            f"{config.corpus.cluster_tokens} at most: raise it to the last stage"
+        )
     if "@" in play.external_judge.url:
         faults.append(
             "selfplay.external_judge.url holds a password, which would be written into the run's folder: put the key"

@@ -56,7 +56,8 @@ class Episode:
 
     `documents` are the indices in the cluster of what the questioner read, of `cluster_documents` in
     all; `asked` is its rollout (None for a static question), `reward` what it earned (None where it
-    is neither rewarded nor penalised). `probe` is the response without documents. `cut_tokens` counts
+    is neither rewarded nor penalised). `probe` is the response without documents, `answerability` that with the
+    questioner's own among a few others. `cut_tokens` counts
     document tokens that did not fit into the prompts of questioner and responder. `begun` is the step that
     began it, where that was not `step` (leftovers that are carried over).
     """
@@ -80,6 +81,7 @@ class Episode:
     reward: float | None = None
     cut_tokens: int = 0
     begun: int | None = None
+    answerability: Response | None = None
 
     @property
     def kept(self) -> bool:
@@ -96,10 +98,10 @@ class Episode:
         return fmean(response.reward for response in self.responses) if self.responses else 0.0
 
     def rollouts(self) -> Iterator[tuple[str, Rollout]]:
-        """Every rollout with its role; the probe is a responder's."""
+        """Every rollout with its role; the probes are a responder's."""
         if self.asked:
             yield "questioner", self.asked
-        for response in (*([self.probe] if self.probe else []), *self.responses):
+        for response in (*filter(None, (self.probe, self.answerability)), *self.responses):
             yield "responder", response.rollout
             for judgement in response.judgements:
                 yield "verifier", judgement.rollout
@@ -119,6 +121,7 @@ class Episode:
             "question": asdict(self.question) if self.question else None,
             "asked": table.pack(self.asked) if self.asked else None,
             "probe": _pack_response(self.probe, table) if self.probe else None,
+            "answerability": _pack_response(self.answerability, table) if self.answerability else None,
             "responses": [_pack_response(response, table) for response in self.responses],
             "prompts": table.prompts,
         }
@@ -136,7 +139,8 @@ class Episode:
                 ),
                 question=Question(**record["question"]) if record["question"] else None,
                 asked=_unpack(record["asked"], prompts) if record["asked"] else None,
-                probe=_unpack_response(record["probe"], prompts) if record["probe"] else None,
+                probe=_unpack_probe(record, "probe", prompts),
+                answerability=_unpack_probe(record, "answerability", prompts),
                 responses=tuple(_unpack_response(response, prompts) for response in record["responses"]),
             )
         except (KeyError, TypeError, IndexError) as error:
@@ -197,3 +201,8 @@ def _unpack_response(record: Mapping[str, Any], prompts: list[Tokens]) -> Respon
         Judgement(**{**j, "rollout": _unpack(j["rollout"], prompts)}) for j in record["judgements"]
     )
     return Response(**{**record, "rollout": _unpack(record["rollout"], prompts), "judgements": judgements})
+
+
+def _unpack_probe(record: Mapping[str, Any], name: str, prompts: list[Tokens]) -> Response | None:
+    probe = record.get(name)
+    return _unpack_response(probe, prompts) if probe else None

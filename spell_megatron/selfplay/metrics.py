@@ -11,6 +11,7 @@ from statistics import fmean
 
 from spell_megatron.selfplay import rewards, voting
 from spell_megatron.selfplay.episode import Episode, Response
+from spell_megatron.selfplay.novelty import distinct_share, novelties
 from spell_megatron.selfplay.play import Play
 from spell_megatron.types import Rollout
 
@@ -35,6 +36,7 @@ def step_metrics(play: Play) -> dict[str, float]:
         "batch/failures": play.batch.failures,
         "batch/verifier_pool": play.batch.verifier_pool,
         "batch/verifier_wanted": play.batch.verifier_wanted,
+        "batch/gated": play.batch.gated or None,
         "batch/response_tokens": play.batch.train.response_tokens,
         **{
             f"batch/{role}_samples": play.batch.samples(role)
@@ -60,6 +62,9 @@ def _questioner(episodes: Sequence[Episode]) -> dict[str, float | None]:
         "questioner/format_errors": _mean(e.outcome == rewards.BAD_FORMAT for e in asked),
         "questioner/ungrounded": _mean(e.outcome == rewards.BAD_GROUND for e in asked if e.probe),
         "questioner/cut_tokens": _mean(e.cut_tokens for e in asked),
+        "questioner/novelty": _mean(novelties(episodes)),
+        "questioner/distinct": distinct_share(asked),
+        "questioner/unanswerable": _mean(not e.answerability.rule for e in asked if e.answerability),
     }
 
 

@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 
 from spell_megatron import config
 from spell_megatron.selfplay import curriculum, rewards, voting
+from spell_megatron.selfplay.answerability import UNANSWERABLE, probed_documents
 from spell_megatron.selfplay.episode import Episode, Judgement, Response
+from spell_megatron.selfplay.evidence import REQUEST, numbered
 from spell_megatron.selfplay.fitting import Fitted, fit
 from spell_megatron.selfplay.grading import extract_answer, is_correct
 from spell_megatron.selfplay.memory import Remembered
@@ -67,6 +69,9 @@ class Pipeline:
         self._seed, self._max_model_len = seed, max_model_len
         self._examples = cache(prompts.examples)
         self._external = judge
+        checks = {self._ground: settings.grounding, self._read: settings.beyond.answerability is not None}
+        self._checks = [check for check, wanted in checks.items() if wanted]
+        """What a question must pass before it is answered."""
 
     async def run(self, job: Job) -> Episode:
         """The whole episode. Raises what the generator raises; cancelling it cancels its requests."""
@@ -82,9 +87,9 @@ class Pipeline:
             question=job.question,
         )
         if job.question is None:
-            episode = await self._ask(job, episode)
-            if not episode.outcome and self._settings.grounding:
-                episode = await self._ground(job, episode)
+            for part in (self._ask, *self._checks):
+                if not episode.outcome:
+                    episode = await part(job, episode)
         if not episode.outcome:
             episode = await self._respond(job, episode)
         if episode.asked is None:
@@ -136,6 +141,21 @@ class Pipeline:
         probe = await self._answer(episode, prompt, self._name(job, "probe"))
         grounded = probe.rule < self._settings.grounding_threshold
         return replace(episode, probe=probe, outcome="" if grounded else rewards.BAD_GROUND)
+
+    async def _read(self, job: Job, episode: Episode) -> Episode:
+        """The responder with what the questioner read, among distractors: what it misses cannot be answered."""
+        documents = job.cluster.documents
+        chosen = probed_documents(
+            len(documents),
+            episode.documents,
+            self._settings.beyond.answerability or 0,
+            self._random(job, "distractors"),
+        )
+        prompt = self._responder_prompt(episode, [documents[index] for index in chosen])
+        if prompt is None:
+            return replace(episode, outcome=PROMPT_TOO_LONG)
+        probe = await self._answer(episode, prompt, self._name(job, "answerability"))
+        return replace(episode, answerability=probe, outcome="" if probe.rule else UNANSWERABLE)
 
     async def _respond(self, job: Job, episode: Episode) -> Episode:
         """G responses over all documents of the cluster, each judged as soon as it is there."""
@@ -222,10 +242,10 @@ class Pipeline:
         )
 
     def _responder_prompt(self, episode: Episode, documents: Sequence[Document]) -> Fitted | None:
-        question = _asked(episode)
+        question, evidence = _asked(episode), bool(self._settings.beyond.evidence and documents)
         return fit(
-            lambda shown: self._prompts.responder(question, shown),
-            documents,
+            lambda shown: self._prompts.responder(question, shown) + (REQUEST if evidence else ""),
+            numbered(documents) if evidence else documents,
             self._codec,
             self._limit(self._settings.sampling.responder_tokens),
         )
