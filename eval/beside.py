@@ -33,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A report and the paper's rows of its model. Raises SpellError where nothing can be compared."""
+    """A report and the paper's rows of its model; `scoring` says how ours were scored."""
 
     name: str
     model: str
