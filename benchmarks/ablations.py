@@ -33,14 +33,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "static": (  # the rule alone, on fixed questions whose references the world's generator wrote
         "selfplay.static_questions=true",
         "selfplay.judge=false",
-        "selfplay.train_verifier=false",
         "selfplay.train_questioner=false",
         "selfplay.max_rounds=80",  # nobody makes the questions harder: at last few are left that it does not know
     ),
     "majority": ("selfplay.verifier_consistency=maj",),
     "no-grounding": ("selfplay.grounding=false",),
     "no-questioner-update": ("selfplay.train_questioner=false",),
-    "rule-only": ("selfplay.judge=false", "selfplay.train_verifier=false"),
+    "rule-only": ("selfplay.judge=false",),
     "linear-reward": ("selfplay.questioner_reward=linear",),
     "reverse-reward": ("selfplay.questioner_reward=reverse",),
 }

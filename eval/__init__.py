@@ -1,4 +1,4 @@
-"""Evaluation: the paper's twelve benchmarks against any OpenAI-compatible endpoint.
+"""Evaluation: the paper's benchmarks against any OpenAI-compatible endpoint.
 
 evaluate(["docmath"], models=["out/step-200/hf"], data=Path("data"), max_input=[16_384, 100_000])
 """
@@ -8,6 +8,7 @@ from eval.comparison import Comparison, compare
 from eval.endpoint import EndpointDied, Limits
 from eval.live import live_benchmarks
 from eval.report import Report, read_report
+from eval.reward import reward_judge
 from eval.run import Evaluation, JudgeSettings, evaluate
 from eval.runner import Settings
 
@@ -24,4 +25,5 @@ __all__ = [
     "list_benchmarks",
     "live_benchmarks",
     "read_report",
+    "reward_judge",
 ]

@@ -19,6 +19,12 @@ Mode = Literal["spell", "strict"]
 """`spell` is the paper's protocol. `strict` finds answers as self-play does, matches on word boundaries,
 accepts every gold answer, and believes only a judge's last bracketed verdict."""
 
+ProtocolName = Literal["paper", "official"]
+"""`paper` asks every benchmark as the paper does; `official` asks the last ones as their own authors do."""
+
+Cut = Literal["middle", "head", "skip"]
+"""What happens to a prompt beyond the input limit: middle ids are cut, the context loses its tail, it is skipped."""
+
 Message = Mapping[str, str]
 """A chat message: `role` and `content`."""
 
@@ -31,8 +37,8 @@ class Item:
 
     `question` is what a judge is shown; `references` are the gold answers, the first one being the
     protocol's; `labels` place the item in subsets ("difficulty": "hard"). `context` is the stretch of
-    the last message whose tail may be dropped (`cut = "head"` alone). `facts` is what the scorer
-    needs besides.
+    the last message whose tail may be dropped (cut "head" alone). `max_tokens` is the output limit that the
+    set's authors give the item's task. `facts` is what the scorer needs besides.
     """
 
     id: str
@@ -90,6 +96,29 @@ class Unreadable(Unjudged):
     """The judge answered every time, but never in a form that can be read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a benchmark is asked under one protocol. The defaults are the paper's (appendices E.2, F.2, F.3)."""
+
+    greedy: bool = False
+    """Temperature 0 and one sample, whatever was asked for."""
+    max_tokens: int = 4_096
+    """Output tokens of a model that answers at once."""
+    thinking_tokens: int = 20_000
+    """Output tokens of a model that reasons first, its reasoning included."""
+    task_lengths: bool = False
+    """A model that answers at once has the output limit of the item's task instead."""
+    cut: Cut = "middle"
+    shortest: int = 0
+    """Tokens of the shortest context that is asked about."""
+
+    def output(self, item: Item | None, thinking: bool) -> int:
+        """Output limit in tokens; of the longest item where none is given."""
+        if thinking:
+            return self.thinking_tokens
+        return (item.max_tokens if item and self.task_lengths else None) or self.max_tokens
+
+
 class Benchmark(ABC):
     """See the module's docstring. Class attributes are the protocol; methods read and score."""
 
@@ -97,16 +126,12 @@ class Benchmark(ABC):
     title: str
     long: bool = False
     """Prompts may exceed the input limit: measured once per limit."""
-    cut: Literal["middle", "head", "skip"] = "middle"
-    """What happens to a longer prompt: its middle ids are cut, its context loses the tail, it is skipped."""
+    paper: Terms = Terms()
+    """How the paper asks."""
+    official: Terms = Terms()
+    """How the set's own authors ask; as the paper does for its six main tasks."""
     reads_cut_answers: bool = True
     """An answer that was cut at the output limit is read as far as it goes; otherwise it is none."""
-    greedy: bool = False
-    """Temperature 0 and one sample, whatever was asked for."""
-    max_tokens: int = 20_000
-    """Output tokens, reasoning included."""
-    reasoning_tokens: int = 0
-    """Added to the output limit for models that think, where `max_tokens` is meant for the answer alone."""
     isolated: bool = False
     """Scored in processes of its own, because a hostile answer can make the scorer run for ever."""
     judged: bool = False
@@ -117,8 +142,6 @@ class Benchmark(ABC):
     """How the score is called where no judge was asked."""
     macro: str = ""
     """Label over whose values the headline is an unweighted mean; a mean over questions where empty."""
-    overall: bool = False
-    """One of the six tasks whose unweighted mean is the paper's OVERALL."""
 
     @abstractmethod
     def load(self, data: Data) -> list[Item]:
@@ -128,7 +151,10 @@ class Benchmark(ABC):
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
         """Score a final answer by the official rule. `answer` is None where reasoning never ended."""
 
-    def select(self, items: list[Item], count: Callable[[str], int]) -> list[Item]:
+    def terms(self, protocol: ProtocolName) -> Terms:
+        return self.paper if protocol == "paper" else self.official
+
+    def select(self, items: list[Item], count: Callable[[str], int], terms: Terms) -> list[Item]:
         """The items that count, given the model's tokens (`count` of a text)."""
         return items
 

@@ -11,12 +11,14 @@ from typing import Any
 from eval.markdown import percent, plain, table
 from eval.report import Report
 from eval.statistics import Difference, Figure, paired
+from spell_megatron.types import SpellError
 
 
 @dataclass
 class Comparison:
     """Every later model against the first one, on the questions that both answered."""
 
+    protocol: str
     models: list[str]
     rows: list[tuple[str, list[Figure], list[Difference]]]
 
@@ -29,7 +31,7 @@ class Comparison:
             }
             for label, means, differences in self.rows
         ]
-        return plain({"models": self.models, "rows": rows})
+        return plain({"protocol": self.protocol, "models": self.models, "rows": rows})
 
     def write(self, folder: Path) -> None:
         """`comparison.json` and `comparison.md` below `folder`."""
@@ -38,7 +40,7 @@ class Comparison:
 
     def markdown(self) -> str:
         later = self.models[1:]
-        head = ["benchmark", *self.models, *(f"{name} − {self.models[0]}" for name in later)]
+        head = [f"protocol {self.protocol}", *self.models, *(f"{name} − {self.models[0]}" for name in later)]
         body = [
             [label, *(percent(mean) for mean in means), *(_gain(difference) for difference in differences)]
             for label, means, differences in self.rows
@@ -48,8 +50,13 @@ class Comparison:
 
 
 def compare(reports: Sequence[Report]) -> Comparison:
-    """Pair reports by benchmark, limit and question. A row holds what all of them measured."""
+    """Pair reports by benchmark, limit and question. A row holds what all of them measured.
+
+    Raises SpellError where they were measured by different protocols.
+    """
     first, *others = reports
+    if len(protocols := {report.protocol for report in reports}) > 1:
+        raise SpellError(f"reports of different protocols do not compare: {', '.join(sorted(protocols))}")
     rows = []
     for result in first.results:
         matches = [
@@ -69,7 +76,7 @@ def compare(reports: Sequence[Report]) -> Comparison:
                 paired([result.questions[i] for i in common], [match.questions[i] for i in common])
             )
         rows.append((result.label, [result.mean, *(match.mean for match in found)], differences))
-    return Comparison([report.model for report in reports], rows)
+    return Comparison(first.protocol, [report.model for report in reports], rows)
 
 
 def _gain(value: Difference) -> str:

@@ -25,6 +25,8 @@ from spell_megatron.types import SpellError
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _RETRIED = {408, 409, 425, 429}
+LARGEST = 16 << 20
+"""Bytes of the largest answer that is read."""
 
 
 class EndpointDied(SpellError):
@@ -204,22 +206,33 @@ class Endpoint:
         self._turn = max(now, self._turn + 1 / self._limits.rate)
         await asyncio.sleep(self._turn - now)
         try:
-            response = await self._client.post(path, content=json.dumps(body), headers=_JSON)
-        except httpx.TimeoutException:
+            async with asyncio.timeout(self._limits.timeout):  # of a whole answer, however slowly it comes
+                status, answer = await self._exchange(path, body)
+        except (httpx.TimeoutException, TimeoutError):
             raise _Transient("timed out") from None
         except httpx.HTTPError as error:
             raise _Transient(f"connection failed ({type(error).__name__})") from None
-        if response.status_code >= 500 or response.status_code in _RETRIED:
-            raise _Transient(f"HTTP {response.status_code}")
-        if response.status_code >= 400:
-            raise Refused(f"HTTP {response.status_code}: {_message(response)}")
+        if status >= 500 or status in _RETRIED:
+            raise _Transient(f"HTTP {status}")
+        if status >= 400:
+            raise Refused(f"HTTP {status}: {_message(answer)}")
         try:
-            value = response.json()
+            value = json.loads(answer)
         except ValueError:
             raise _Transient("the answer is not JSON") from None
         if not isinstance(value, dict):
             raise _Transient("the answer is not a JSON object")
         return value
+
+    async def _exchange(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Status and answer. Raises Refused for one that is larger than any honest one."""
+        answer = bytearray()
+        async with self._client.stream("POST", path, content=json.dumps(body), headers=_JSON) as response:
+            async for block in response.aiter_bytes():
+                answer += block
+                if len(answer) > LARGEST:
+                    raise Refused(f"an answer of more than {LARGEST >> 20} MiB")
+        return response.status_code, bytes(answer)
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -249,11 +262,11 @@ def _choice(value: dict[str, Any]) -> dict[str, Any]:
     return choices[0]
 
 
-def _message(response: httpx.Response) -> str:
+def _message(answer: bytes) -> str:
     try:
-        value = response.json()
+        value = json.loads(answer)
         error = value.get("error", value) if isinstance(value, dict) else value
         text = error.get("message") if isinstance(error, dict) else error
     except ValueError:
         text = None
-    return " ".join(str(text or response.text).split())[:200]
+    return " ".join(str(text or answer[:1000].decode("utf-8", "replace")).split())[:200]

@@ -65,7 +65,7 @@ class LiveBenchmarks:
     async def __call__(self, engine: Engine, codec: Codec, home: Path) -> dict[str, float]:
         """Scores under `eval/<benchmark>`; answers and tables go to `home`."""
         source = LiveSource(engine, codec, home.name, self._config.rollout.max_model_len)
-        plans = plan(self._loaded, [self._config.heldout.max_input], codec, self._settings.limit)
+        plans = plan(self._loaded, [self._config.heldout.max_input], codec, self._settings)
         report = await measure(source, codec, plans, self._settings, home, home.name, console=self._console)
         scores = {part.label: result.mean.value for part, result in zip(plans, report.results, strict=True)}
         return {f"eval/{label}": value for label, value in scores.items() if not math.isnan(value)}

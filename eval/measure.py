@@ -10,15 +10,15 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from eval.averages import averages
 from eval.benchmark import Benchmark, Item
-from eval.benchmarks import find
 from eval.data import Data
 from eval.endpoint import EndpointDied, Source
 from eval.journal import Journal
 from eval.judge import Judge
 from eval.prompting import Codec, prefills_thinking
 from eval.report import Report
-from eval.results import overall, summarise
+from eval.results import summarise
 from eval.runner import Plan, Runner, Settings, progress_bar
 from eval.scoring import collect, score
 from spell_megatron.terminal import Terminal
@@ -94,15 +94,14 @@ def _reasons(bad: Counter[str]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
 
 
-def plan(
-    loaded: Sequence[Loaded], limits: Sequence[int], codec: Codec, first: int | None = None
-) -> list[Plan]:
-    """Long benchmarks once per limit, short ones once without; of every benchmark the `first` items."""
+def plan(loaded: Sequence[Loaded], limits: Sequence[int], codec: Codec, settings: Settings) -> list[Plan]:
+    """Long benchmarks once per limit, short ones once without, on the terms of the protocol."""
     plans = []
     for benchmark, items, bad in loaded:
-        chosen = benchmark.select(items, codec.count)[:first]
+        terms = benchmark.terms(settings.protocol)
+        chosen = benchmark.select(items, codec.count, terms)[: settings.limit]
         for limit in sorted(set(limits)) if benchmark.long else [None]:
-            plans.append(Plan(benchmark, limit, chosen, Counter(bad)))
+            plans.append(Plan(benchmark, terms, limit, chosen, Counter(bad)))
     return plans
 
 
@@ -121,9 +120,8 @@ async def _score(runner: Runner, plans: Sequence[Plan], name: str, home: Path, j
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
             skipped = sum(runner.skipped(part, item) for item in part.items)
             judge_name = judge.endpoint.model if judge else ""
-            results.append(summarise(part, samples, runner.samples(part.benchmark), skipped, judge_name))
-    six = {benchmark.name for benchmark in find() if benchmark.overall}
-    return Report(name, asdict(runner.settings), results, overall(results, six))
+            results.append(summarise(part, samples, runner.samples(part), skipped, judge_name))
+    return Report(name, asdict(runner.settings), results, averages(results))
 
 
 def say(console: Terminal, message: str) -> None:

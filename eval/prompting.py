@@ -1,7 +1,7 @@
 """From an item to the token ids that are sent, within an input limit.
 
 The middle cut is the paper's: the first and the last half of the TEMPLATED prompt's ids, with no mark
-at the seam. HELMET drops the tail of the context instead, and MRCR's conversations are never cut.
+at the seam. HELMET drops the tail of the context instead, and its authors never cut MRCR's conversations.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from eval.benchmark import Benchmark, Item, Message
+from eval.benchmark import Cut, Item, Message
 
 
 class Codec(Protocol):
@@ -33,14 +33,14 @@ class Prompt:
     whole: int
 
 
-def build(benchmark: Benchmark, item: Item, codec: Codec, limit: int | None) -> Prompt:
+def build(cut: Cut, item: Item, codec: Codec, limit: int | None) -> Prompt:
     """Template, encode and cut one item. `limit` is in tokens, None for no limit."""
     ids = codec.conversation(item.messages)
     if limit is None or len(ids) <= limit:
         return Prompt(ids, len(ids))
-    if benchmark.cut == "middle":
+    if cut == "middle":
         return Prompt(middle_cut(ids, limit), len(ids))
-    return Prompt(_head_cut(item, codec, limit) if benchmark.cut == "head" else None, len(ids))
+    return Prompt(_head_cut(item, codec, limit) if cut == "head" else None, len(ids))
 
 
 def middle_cut(ids: Sequence[int], limit: int) -> list[int]:

@@ -23,7 +23,12 @@ class Report:
     model: str
     settings: dict[str, Any]
     results: list[Result]
-    overall: dict[str, Figure]
+    averages: dict[str, dict[str, Figure]]
+    """The paper's averages by name and input limit."""
+
+    @property
+    def protocol(self) -> str:
+        return str(self.settings["protocol"])
 
     @property
     def complete(self) -> bool:
@@ -43,7 +48,7 @@ class Report:
         plot({self.model: self.results}, folder / "report.png")
 
     def markdown(self) -> str:
-        lines = [f"# {line(self.model)}", "", *_main_table(self), *_overall(self), *_details(self)]
+        lines = [f"# {line(self.model)}", "", *_main_table(self), *_averages(self), *_details(self)]
         return tidy("\n".join(lines)) + "\n"
 
 
@@ -65,15 +70,18 @@ def read_report(path: Path) -> Report:
         )
         for row in values["results"]
     ]
-    total = {limit: _from_json(value) for limit, value in values["overall"].items()}
-    return Report(values["model"], values["settings"], results, total)
+    averages = {
+        name: {limit: _from_json(value) for limit, value in figures.items()}
+        for name, figures in values["averages"].items()
+    }
+    return Report(values["model"], values["settings"], results, averages)
 
 
 def _main_table(report: Report) -> list[str]:
     most = max((len(result.best_of) for result in report.results), default=0)
     ks = sorted({k for k in (1, 2, 4, most) if 1 < k <= most})
     head = [
-        "benchmark",
+        f"protocol {report.protocol}",
         "score [95 %]",
         "rule only",
         *(f"pass@{k}" for k in ks),
@@ -89,20 +97,22 @@ def _main_table(report: Report) -> list[str]:
     return table(head, rows)
 
 
-def _overall(report: Report) -> list[str]:
-    return [
-        "",
-        *(
-            f"OVERALL of the six tasks at {limit}: {percent(value)}"
-            for limit, value in report.overall.items()
-        ),
+def _averages(report: Report) -> list[str]:
+    known = list(dict.fromkeys(limit for figures in report.averages.values() for limit in figures))
+    if not known:
+        return []
+    head = [f"protocol {report.protocol}", *("" if limit == "None" else f"at {limit}" for limit in known)]
+    rows = [
+        [name, *(percent(figures[limit]) if limit in figures else "–" for limit in known)]
+        for name, figures in report.averages.items()
     ]
+    return ["", *table(head, rows)]
 
 
 def _details(report: Report) -> list[str]:
     lines: list[str] = []
     for result in report.results:
-        lines += ["", f"## {result.label}", ""]
+        lines += ["", f"## {result.label} (protocol {report.protocol})", ""]
         counts = ", ".join(f"{count} {name}" for name, count in result.counts.items() if count)
         lines.append(f"{counts}.")
         if not result.complete:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eval.benchmark import Benchmark
@@ -19,7 +19,8 @@ class Result:
 
     `best_of[k]` is pass@k, unbiased; `best_of_bootstrap[k]` is the release's estimate of it. `subsets`
     has a figure a value of every label, `macro` the unweighted mean of a label's values. `bounds` is
-    where the mean would lie if every missing or unjudged sample were wrong, or right.
+    where the mean would lie if every missing or unjudged sample were wrong, or right. `questions` has the mean of
+    each question, `labels` its subsets.
     """
 
     benchmark: str
@@ -37,6 +38,7 @@ class Result:
     counts: dict[str, int]
     problems: dict[str, int]
     questions: dict[str, float] = field(repr=False)
+    labels: dict[str, dict[str, str]] = field(repr=False)
 
     @property
     def label(self) -> str:
@@ -85,22 +87,8 @@ def summarise(
         },
         problems=_problems(plan, samples),
         questions=means,
+        labels={item: dict(labels[item]) for item in means},
     )
-
-
-def overall(results: Sequence[Result], wanted: Set[str]) -> dict[str, Figure]:
-    """Unweighted mean of the wanted benchmarks, for each limit at which all of them were measured."""
-    by_limit: dict[int | None, list[Result]] = defaultdict(list)
-    for result in results:
-        if result.benchmark in wanted:
-            by_limit[result.max_input].append(result)
-    figures = {}
-    for limit, group in by_limit.items():
-        if {result.benchmark for result in group} == wanted and all(result.questions for result in group):
-            values = [value for result in group for value in result.questions.values()]
-            strata = [result.benchmark for result in group for _ in result.questions]
-            figures[str(limit)] = figure(values, strata)
-    return figures
 
 
 def _by_question(samples: Sequence[Sample], rule: bool = False) -> dict[str, list[float]]:

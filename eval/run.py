@@ -14,11 +14,13 @@ from typing import Any
 
 from eval.benchmark import Benchmark
 from eval.benchmarks import find
+from eval.beside import Beside, beside
 from eval.comparison import Comparison, compare
 from eval.endpoint import Endpoint, Limits
 from eval.journal import Journal
 from eval.judge import Judge
 from eval.measure import Loaded, load, measure, plan, say
+from eval.paper import find_model
 from eval.plot import plot
 from eval.report import Report
 from eval.runner import Settings
@@ -45,10 +47,11 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One report a model, and their comparison where there are several."""
+    """One report a model, their comparison where there are several, and each beside the paper where asked for."""
 
     reports: list[Report]
-    comparison: Comparison | None
+    comparison: Comparison | None = None
+    paper: Sequence[Beside] = ()
 
     @property
     def complete(self) -> bool:
@@ -57,7 +60,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         comparison = self.comparison.to_json() if self.comparison else None
         reports = [report.to_json() for report in self.reports]
-        return {"complete": self.complete, "reports": reports, "comparison": comparison}
+        paper = [one.to_json() for one in self.paper]
+        return {"complete": self.complete, "reports": reports, "comparison": comparison, "paper": paper}
 
 
 def evaluate(
@@ -76,13 +80,15 @@ def evaluate(
     serving: Rollout | None = None,
     limits: Limits | None = None,
     console: Terminal | None = None,
+    beside_paper: str | None = None,
 ) -> Evaluation:
     """Measure models on benchmarks (all public ones where none is named).
 
     Each of `models` (Hugging Face folders) gets a vLLM server of its own; or one model is asked at
     `endpoint`, with the tokenizer from `tokenizer` (the served folder where it is local). `data` is
     the folder of the data sets; without it they are downloaded. Tables and the journal are written
-    below `out`; the same call again goes on where the last one stopped.
+    below `out`; the same call again goes on where the last one stopped. `beside_paper` sets every report beside the
+    paper's rows of that model; empty, of the model that the folder's or the served name holds.
 
     Raises SpellError for bad arguments or missing data, EndpointDied where the endpoint is gone (the
     tables of what is done are written first).
@@ -99,10 +105,14 @@ def evaluate(
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise SpellError(f"{folder} is no Hugging Face model folder: it has no config.json")
+    names = [str(folder) for folder in folders] or [endpoint_model or endpoint or ""]
+    paper = None if beside_paper is None else [find_model(beside_paper or name) for name in names]
+    if paper and settings.protocol != "paper":
+        raise SpellError("--compare paper needs --protocol paper: the paper's figures are measured so")
     work = _Work(load(find(benchmarks), data, console), max_input, settings, judge, out, console)
     if endpoint:
         source = Endpoint(endpoint, model=endpoint_model, api_key=api_key, limits=limits)
-        return Evaluation([asyncio.run(work.report(source, tokenizer, endpoint_model))], None)
+        return _finished([asyncio.run(work.report(source, tokenizer, endpoint_model))], paper, out)
     from spell_megatron.rollout.server import SERVED_NAME, serve  # torch: only where a server is started
 
     reports = []
@@ -112,12 +122,19 @@ def evaluate(
         with serve(folder, serving or work.serving(folder), home / "vllm", log=home / "server.log") as served:
             source = Endpoint(served, model=SERVED_NAME, limits=limits, identity=_fingerprint(folder))
             reports.append(asyncio.run(work.report(source, tokenizer or folder, str(folder))))
-    if len(reports) == 1:
-        return Evaluation(reports, None)
-    comparison = compare(reports)
-    comparison.write(out)
-    plot({report.model: report.results for report in reports}, out / "comparison.png")
-    return Evaluation(reports, comparison)
+    return _finished(reports, paper, out)
+
+
+def _finished(reports: list[Report], paper: Sequence[str] | None, out: Path) -> Evaluation:
+    """The reports with what is set beside them, written below `out`."""
+    comparison = compare(reports) if len(reports) > 1 else None
+    if comparison:
+        comparison.write(out)
+        plot({report.model: report.results for report in reports}, out / "comparison.png")
+    rows = [beside(report, model) for report, model in zip(reports, paper or (), strict=False)]
+    for row in rows:
+        (out / _safe(row.name) / "paper.md").write_text(row.markdown(), encoding="utf-8")
+    return Evaluation(reports, comparison, rows)
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,7 @@ class _Work:
             name = name or source.model
             home = self.out / _safe(name)
             judge = await self._judge(stack, home)
-            plans = plan(self.loaded, self.max_input, codec, self.settings.limit)
+            plans = plan(self.loaded, self.max_input, codec, self.settings)
             return await measure(
                 source, codec, plans, self.settings, home, name, judge=judge, console=self.console
             )
@@ -181,8 +198,8 @@ class _Work:
         )
 
     def _output(self, benchmark: Benchmark) -> int:
-        reasoning = benchmark.reasoning_tokens if self.settings.thinking else 0
-        return self.settings.max_tokens or benchmark.max_tokens + reasoning
+        settings = self.settings
+        return settings.max_tokens or benchmark.terms(settings.protocol).output(None, settings.thinking)
 
 
 def _served_folder(endpoint: Endpoint) -> Path:

@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from eval.benchmark import Benchmark, Item, Mode
+from eval.benchmark import Benchmark, Item, Mode, ProtocolName, Terms
 from eval.endpoint import EndpointDied, Refused, Source, Unanswered
 from eval.journal import Journal, Record, key_of
 from eval.prompting import Codec, build
@@ -46,6 +46,7 @@ class Settings:
     seed: int = 0
     max_tokens: int | None = None
     mode: Mode = "spell"
+    protocol: ProtocolName = "paper"
     thinking: bool = False
     concurrency: int = 64
     limit: int | None = None
@@ -56,6 +57,7 @@ class Plan:
     """One benchmark at one input limit, and what went wrong on the way. `bad` counts unusable rows."""
 
     benchmark: Benchmark
+    terms: Terms
     max_input: int | None
     items: list[Item]
     bad: Counter[str] = field(default_factory=Counter)
@@ -83,13 +85,13 @@ class Runner:
         )
         self._failures_in_a_row = 0
 
-    def samples(self, benchmark: Benchmark) -> int:
-        return 1 if benchmark.greedy else self.settings.samples
+    def samples(self, plan: Plan) -> int:
+        return 1 if plan.terms.greedy else self.settings.samples
 
     def records(self, plan: Plan, item: Item) -> Iterator[tuple[int, Record]]:
         """What the journal has of one item: sample index and record."""
         base = self._item_key(plan, item)
-        for index in range(self.samples(plan.benchmark)):
+        for index in range(self.samples(plan)):
             if (record := self.journal.get(self._sample_key(plan, item, base, index))) is not None:
                 yield index, record
 
@@ -99,7 +101,7 @@ class Runner:
 
     async def ask(self, plans: list[Plan]) -> None:
         """Fill the journal. Raises EndpointDied; samples that fail are counted in their plan."""
-        total = sum(len(plan.items) * self.samples(plan.benchmark) for plan in plans)
+        total = sum(len(plan.items) * self.samples(plan) for plan in plans)
         with progress_bar(self.console) as bar:
             task = bar.add_task("asking", total=total, failed="")
             queue: asyncio.Queue[_Job | None] = asyncio.Queue(maxsize=self.settings.concurrency)
@@ -116,7 +118,7 @@ class Runner:
     ) -> None:
         """Put what is missing into the queue, an item's samples together: a prefix cache likes that."""
         for plan in plans:
-            samples = range(self.samples(plan.benchmark))
+            samples = range(self.samples(plan))
             for item in plan.items:
                 base = self._item_key(plan, item)
                 keys = {index: self._sample_key(plan, item, base, index) for index in samples}
@@ -132,11 +134,11 @@ class Runner:
 
     async def _jobs(self, plan: Plan, item: Item, base: str, missing: dict[int, str]) -> list[_Job]:
         """Requests for the missing samples of an item; none where its prompt does not fit."""
-        prompt = await asyncio.to_thread(build, plan.benchmark, item, self.codec, plan.max_input)
+        prompt = await asyncio.to_thread(build, plan.terms.cut, item, self.codec, plan.max_input)
         if prompt.ids is None:
             self.journal.append(key_of("skip", base), {"skipped": prompt.whole})
             return []
-        room = self._max_tokens(plan.benchmark, item)
+        room = self._max_tokens(plan, item)
         if self.source.max_model_len is not None:
             room = min(room, self.source.max_model_len - len(prompt.ids))
         if room <= 0:
@@ -156,7 +158,7 @@ class Runner:
             bar.update(task, advance=1, failed=f"{failed} failed" if failed else "")
 
     async def _complete(self, job: _Job) -> None:
-        greedy = job.plan.benchmark.greedy
+        greedy = job.plan.terms.greedy
         try:
             completion = await self.source.complete(
                 job.ids,
@@ -190,25 +192,21 @@ class Runner:
         }
         self.journal.append(job.key, {**job.facts, **answer})
 
-    def _max_tokens(self, benchmark: Benchmark, item: Item) -> int:
-        if self.settings.max_tokens is not None:
-            return self.settings.max_tokens
-        return (item.max_tokens or benchmark.max_tokens) + (
-            benchmark.reasoning_tokens if self.settings.thinking else 0
-        )
+    def _max_tokens(self, plan: Plan, item: Item) -> int:
+        return self.settings.max_tokens or plan.terms.output(item, self.settings.thinking)
 
     def _item_key(self, plan: Plan, item: Item) -> str:
         messages = [dict(message) for message in item.messages]
         return key_of(
-            *(list(self.source.identity), self._tokenizer, plan.benchmark.name, plan.benchmark.cut),
+            *(list(self.source.identity), self._tokenizer, plan.benchmark.name, plan.terms.cut),
             *(item.id, messages, plan.max_input),
         )
 
     def _sample_key(self, plan: Plan, item: Item, base: str, index: int) -> str:
         settings = self.settings
-        sampling = [0.0, 1.0] if plan.benchmark.greedy else [settings.temperature, settings.top_p]
+        sampling = [0.0, 1.0] if plan.terms.greedy else [settings.temperature, settings.top_p]
         seed = plan.benchmark.seed(item, index, settings.seed)
-        return key_of(base, sampling, self._max_tokens(plan.benchmark, item), seed)
+        return key_of(base, sampling, self._max_tokens(plan, item), seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ pass@k where they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -54,21 +54,25 @@ def pass_at_k_bootstrap(scores: Sequence[float], k: int) -> float:
     return sum((shares[i + 1] - shares[i]) * s for i, s in enumerate(sorted(scores)))
 
 
-def figure(values: Sequence[float], strata: Sequence[str] | None = None) -> Figure:
+def figure(
+    values: Sequence[float], strata: Sequence[str] | None = None, weights: Mapping[str, float] | None = None
+) -> Figure:
     """Mean over questions, percentile interval of a bootstrap over questions.
 
-    With `strata` (one name a question) the value is the unweighted mean of the strata's means, and
-    questions are resampled within theirs.
+    With `strata` (one name a question) the value is the mean of the strata's means, unweighted or by `weights` (of
+    each stratum, 1 in all), and questions are resampled within theirs.
     """
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0:
         nan = float("nan")
         return Figure(nan, nan, nan, 0)
     names = np.asarray(strata if strata is not None else [""] * data.size)
-    groups = [data[names == name] for name in sorted(set(names.tolist()))]
-    value = float(np.mean([group.mean() for group in groups]))
+    order = sorted(set(names.tolist()))
+    groups = [data[names == name] for name in order]
+    shares = np.asarray([weights[name] if weights else 1 / len(order) for name in order])
+    value = float(shares @ np.asarray([group.mean() for group in groups]))
     random = np.random.default_rng(_SEED)
-    means = np.mean([_resampled(group, random) for group in groups], axis=0)
+    means = shares @ np.stack([_resampled(group, random) for group in groups])
     low, high = _interval(means)
     return Figure(value, low, high, int(data.size))
 

@@ -36,6 +36,7 @@ _INTERRUPTED = (
 
 Executor = Literal["local", "slurm"]
 Mode = Literal["spell", "strict"]
+Protocol = Literal["paper", "official"]
 Recipe = Annotated[str, typer.Argument(help="A recipe's name or the path of a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dots for sections: policy.optimizer.lr=1e-6")
@@ -93,10 +94,10 @@ def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug
     from spell_megatron.config import load_config
 
     config = load_config(recipe, overrides or [])
-    from eval import live_benchmarks
+    from eval import live_benchmarks, reward_judge
     from spell_megatron.train import train as run
 
-    _show(run(config, live_benchmarks), json)
+    _show(run(config, live_benchmarks, reward_judge), json)
 
 
 @command
@@ -111,10 +112,10 @@ def resume(
     """Go on with a run after its newest whole checkpoint, or another one; later ones are renamed, not removed."""
     origin = _origin(from_, restart)
     listen()
-    from eval import live_benchmarks
+    from eval import live_benchmarks, reward_judge
     from spell_megatron.train import resume as go_on
 
-    _show(go_on(run, overrides or [], live_benchmarks, origin=origin), json)
+    _show(go_on(run, overrides or [], live_benchmarks, reward_judge, origin=origin), json)
 
 
 def _origin(name: str, restart: bool) -> int | None:
@@ -321,7 +322,7 @@ def _key(variable: str) -> Any:
 @guarded
 def evaluate(
     benchmarks: Annotated[
-        list[str] | None, typer.Argument(help="Names; all twelve where none is given.")
+        list[str] | None, typer.Argument(help="Names; all of `--list` where none is given.")
     ] = None,
     model: Annotated[list[Path] | None, Option(help="A model folder; several are compared.")] = None,
     endpoint: Annotated[
@@ -338,6 +339,10 @@ def evaluate(
     max_tokens: Annotated[int | None, Option(help="Output limit; each benchmark's own if not given.")] = None,
     seed: int = 0,
     mode: Annotated[Mode, Option(help="The paper's scorers, or stricter ones.")] = "spell",
+    protocol: Annotated[
+        Protocol, Option(help="Ask as the paper does, or as each set's authors do.")
+    ] = "paper",
+    compare: Annotated[str, Option(help="`paper`, or `paper:MODEL`: its row of the same model beside.")] = "",
     thinking: Annotated[bool, Option(help="The model reasons before it answers.")] = False,
     limit: Annotated[int | None, Option(help="Only the first questions of each benchmark.")] = None,
     concurrency: Annotated[int, Option(help="Requests in flight.")] = 64,
@@ -354,6 +359,8 @@ def evaluate(
     if list_:
         say("\n".join(evaluation.list_benchmarks()))
         return
+    if compare and compare.partition(":")[0] != "paper":
+        raise SpellError(f"--compare {compare}: it takes `paper`, or `paper:MODEL` with a model of the paper")
     names = benchmarks or []
     # `--max-input 16384 100000`: an option takes one value, so the further ones arrive among the names.
     limits = [*(max_input or []), *(int(name) for name in names if name.isdigit())]
@@ -373,16 +380,20 @@ def evaluate(
             seed=seed,
             max_tokens=max_tokens,
             mode=mode,
+            protocol=protocol,
             thinking=thinking,
             concurrency=concurrency,
             limit=limit,
         ),
         judge=evaluation.JudgeSettings(judge, judge_model, judge_key) if judge else None,
+        beside_paper=compare.partition(":")[2] if compare else None,
     )
     for one in result.reports:
         say(one.markdown())
     if result.comparison:
         say(result.comparison.markdown())
+    for beside in result.paper:
+        say(beside.markdown())
     if json:
         _print_json(result.to_json())
     if not result.complete:

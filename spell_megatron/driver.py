@@ -39,6 +39,7 @@ from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.selfplay import Episode, Play, Prompts, SelfPlay, accuracy, step_metrics
 from spell_megatron.selfplay.batch import Batch
+from spell_megatron.selfplay.ports import Judge
 from spell_megatron.topology import Topology
 from tokenizer.chat import ChatTokenizer
 
@@ -70,6 +71,7 @@ class Driver:
         *,
         stop: Stop,
         benchmarks: Measurement | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.settings, self.run, self._benchmarks = settings, run, benchmarks
         console = stack.enter_context(Console(settings.steps))
@@ -97,6 +99,7 @@ class Driver:
             clusters=StaticQuestions(clusters) if settings.selfplay.static_questions else clusters,
             seed=settings.seed,
             max_model_len=settings.rollout.max_model_len,
+            judge=judge,
             on_episode=self._on_episode,
         )
         self._ahead = Ahead(

@@ -32,11 +32,13 @@ from spell_megatron.rollout.engine import Engine, WeightsWanted
 from spell_megatron.rollout.experts import check_replay
 from spell_megatron.rollout.follower import Follower
 from spell_megatron.rollout.residence import EngineResidence
+from spell_megatron.selfplay.ports import Judge
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.locate import model_folder
 
 Benchmarks = Callable[[Config], Measurement | None]
+Judges = Callable[[Config], Judge | None]
 
 
 _SKIPS = 3
@@ -71,6 +73,7 @@ class Session:
         main: MainRank,
         stack: ExitStack,
         benchmarks: Benchmarks | None = None,
+        judges: Judges | None = None,
         *,
         origin: int | None = None,
         lock: RunLock | None = None,
@@ -88,7 +91,9 @@ class Session:
             self._placement.admit(LearnerResidence(self.learner))
         self._placement.enter(Phase.BUILD)
         self.driver: Driver | None = None
-        main.work("reads the corpus and starts the engines", lambda: self._drive(model, stack, benchmarks))
+        main.work(
+            "reads the corpus and starts the engines", lambda: self._drive(model, stack, benchmarks, judges)
+        )
         self._engine: Engine | Follower
         if self.driver:
             self._engine = self.driver.engine
@@ -114,13 +119,18 @@ class Session:
         if self.driver:
             self.driver.begin(self.step)
 
-    def _drive(self, model: Path, stack: ExitStack, benchmarks: Benchmarks | None) -> None:
+    def _drive(
+        self, model: Path, stack: ExitStack, benchmarks: Benchmarks | None, judges: Judges | None
+    ) -> None:
         """Build rank 0's part. No rank has device memory, so servers on other nodes may start, too."""
         if self._found.colocated and self.config.rollout.servers.urls:
             self.run.vacated(attempt()).touch()
         measurement = benchmarks(self.config) if benchmarks else None
         self.driver = Driver(
-            self.config, self.run, model, stack, self._found, stop=self._stop, benchmarks=measurement
+            *(self.config, self.run, model, stack, self._found),
+            stop=self._stop,
+            benchmarks=measurement,
+            judge=judges(self.config) if judges else None,
         )
 
     def play(self, step: int) -> TrainBatch:
@@ -335,13 +345,21 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: Config, run: Path | None, benchmarks: Benchmarks | None = None, *, origin: int | None = None
+    config: Config,
+    run: Path | None,
+    benchmarks: Benchmarks | None = None,
+    judges: Judges | None = None,
+    *,
+    origin: int | None = None,
 ) -> Iterator[Session]:
     """A session in the run folder `run`, resumed from its newest checkpoint; in a new folder where None.
 
     `origin` is another step to go on from, 0 the very beginning; what is later is set aside.
-    `benchmarks` makes what measures `heldout.benchmarks` (`eval.live_benchmarks`; this room does not know it).
+    `benchmarks` makes what measures `heldout.benchmarks` (`eval.live_benchmarks`; this room does not know it), and
+    `judges` the judge of `selfplay.external_judge` (`eval.reward_judge`).
     """
+    if config.selfplay.external_judge.url and judges is None:
+        raise SpellError("selfplay.external_judge: pass eval.reward_judge, or train by the command line")
     if config.heldout.benchmarks and benchmarks is None:
         raise SpellError("heldout.benchmarks: pass eval.live_benchmarks, or train by the command line")
     check_replay(config)
@@ -363,7 +381,7 @@ def open_session(
         if world.is_main:
             folder.close_to_others(config.record.group_readable)
             folder.save_config(dump_config(before))
-        session = Session(config, folder, world, main, stack, benchmarks, origin=origin, lock=lock)
+        session = Session(config, folder, world, main, stack, benchmarks, judges, origin=origin, lock=lock)
         if world.is_main:
             if origin is not None or not same_episodes(before, config):
                 forget_episodes(folder, after=session.step)

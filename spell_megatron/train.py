@@ -15,7 +15,7 @@ from typing import Any
 
 from spell_megatron.config import Config
 from spell_megatron.record import RunFolder, read_metrics
-from spell_megatron.session import Benchmarks, Session, open_session, read_run_config
+from spell_megatron.session import Benchmarks, Judges, Session, open_session, read_run_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,20 @@ class Summary:
         return asdict(self)
 
 
-def train(config: Config, benchmarks: Benchmarks | None = None) -> Summary:
-    """Make a new run of a configuration. `benchmarks`: `eval.live_benchmarks`, for `heldout.benchmarks`."""
-    return _run(config, None, benchmarks)
+def train(config: Config, benchmarks: Benchmarks | None = None, judges: Judges | None = None) -> Summary:
+    """Make a new run of a configuration.
+
+    `benchmarks` is `eval.live_benchmarks`, for `heldout.benchmarks`; `judges` is `eval.reward_judge`, for
+    `selfplay.external_judge`.
+    """
+    return _run(config, None, benchmarks, judges)
 
 
 def resume(
     run: Path,
     overrides: Iterable[str] = (),
     benchmarks: Benchmarks | None = None,
+    judges: Judges | None = None,
     *,
     origin: int | None = None,
 ) -> Summary:
@@ -48,13 +53,17 @@ def resume(
 
     `origin` is the step of another checkpoint, 0 the very beginning; later checkpoints are set aside.
     """
-    return _run(read_run_config(run, tuple(overrides)), run, benchmarks, origin)
+    return _run(read_run_config(run, tuple(overrides)), run, benchmarks, judges, origin)
 
 
 def _run(
-    config: Config, run: Path | None, benchmarks: Benchmarks | None, origin: int | None = None
+    config: Config,
+    run: Path | None,
+    benchmarks: Benchmarks | None,
+    judges: Judges | None,
+    origin: int | None = None,
 ) -> Summary:
-    with open_session(config, run, benchmarks, origin=origin) as session:
+    with open_session(config, run, benchmarks, judges, origin=origin) as session:
         _loop(session)
         return _summary(session.run, session.step)
 

@@ -124,6 +124,11 @@ class TrainBatch:
         """The denominator of the token mean, over every role and every rank."""
         return sum(group.response_tokens for group in self.groups)
 
+    def group_shares(self) -> list[float]:
+        """Factors that turn the token mean into the mean over groups of each one's token mean."""
+        tokens, groups = self.response_tokens, len(self.groups)
+        return [tokens / (groups * max(group.response_tokens, 1)) for group in self.groups]
+
     def without(self, dropped: Collection[int]) -> TrainBatch:
         """The batch without some groups, by their places."""
         return TrainBatch(tuple(group for place, group in enumerate(self.groups) if place not in dropped))

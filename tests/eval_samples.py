@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from eval.benchmarks.helmet_rag import FILES
+
 Row = dict[str, Any]
 
 
@@ -45,6 +47,10 @@ def write_samples(root: Path, long_words: int = 200) -> Path:
     )
     _parquet(mmlu / "test-00000-of-00001.parquet", [_mmlu(i, "law", "") for i in range(2)])
     _helmet(root / "helmet", long_words)
+    _jsonl(root / "MATH-500" / "test.jsonl", [_math500(i) for i in range(2)])
+    _parquet(root / "openai/gsm8k/main/test-0.parquet", [_gsm8k(i) for i in range(2)])
+    _rag(root / "HELMET" / "data" / "kilt")
+    _icl(root)
     for needles in (2, 4, 8):
         _parquet(root / "openai" / "mrcr" / f"{needles}needle" / "0.parquet", [_mrcr(needles)])
     return root
@@ -134,6 +140,47 @@ def _helmet(folder: Path, words: int) -> None:
         for i in range(5)
     ]
     _jsonl(folder / "multi_lexsum" / "multi_lexsum_val.jsonl", cases)
+
+
+def _math500(index: int) -> Row:
+    facts = {"solution": "", "subject": "Algebra", "level": 1 + index, "unique_id": f"test/{index}.json"}
+    return {"problem": "What is half of 1?", "answer": "\\frac{1}{2}", **facts}
+
+
+def _gsm8k(index: int) -> Row:
+    return {"question": f"How many apples, {index}?", "answer": "1000 + 234 = <<1234>>1234\n#### 1,234"}
+
+
+def _rag(folder: Path) -> None:
+    """Long questions and short demonstrations; PopQA has a popular entity besides."""
+
+    def row(index: int, sentences: int, views: int | None) -> Row:
+        passage = {"title": f"Rivers {index}", "text": "The Nile is a river. " * sentences}
+        answers = ["Nile", "the River Nile"]
+        question = f"Which river is number {index}?"
+        return {"question": question, "answers": answers, "ctxs": [passage], "s_pop": views}
+
+    for name, files in FILES.items():
+        for file, sentences in zip(files, (60, 1), strict=True):
+            rows = [row(i, sentences, 10 if name == "popqa" else None) for i in (1, 2)]
+            _jsonl(folder / file, [row(0, sentences, 10_000), *rows] if name == "popqa" else rows)
+
+
+def _icl(root: Path) -> None:
+    """One question and some examples a set, in the column that each has; two questions in both of TREC's."""
+    trec = [{"text": f"Who is {i}?", "coarse_label": i % 2, "fine_label": i % 3} for i in range(12)]
+    for split, rows in (("train", trec), ("test", trec[:2])):
+        _parquet(root / "CogComp/trec/default" / f"{split}-0.parquet", rows)
+    for folder, column, test in (
+        ("PolyAI/banking77/data", "label", "test"),
+        ("clinc/clinc_oos/plus", "intent", "validation"),
+        ("xingkunliuxtracta/nlu_evaluation_data/default", "label", ""),
+    ):
+        for split in filter(None, ("train", test)):
+            rows = [
+                {"text": f"Card {i} of {split}", column: i % 4} for i in range(12 if split == "train" else 1)
+            ]
+            _parquet(root / folder / f"{split}-0.parquet", rows)
 
 
 def _mrcr(needles: int) -> Row:

@@ -32,6 +32,7 @@ class StandIn:
         self.asked: Counter[tuple[tuple[int, ...], int]] = Counter()
         self.answered: Counter[tuple[tuple[int, ...], int]] = Counter()
         self.chats = 0
+        self.keys: set[str | None] = set()
         self.dead = False
         self._behave, self._lock, self._number = behave, threading.Lock(), 0
         standin = self
@@ -44,6 +45,7 @@ class StandIn:
                 self._send(0 if standin.dead else 200, {"data": listed})
 
             def do_POST(self) -> None:
+                standin.keys.add(self.headers["Authorization"])
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 kind = "chat" if "messages" in body else "completions"
                 status, value = standin._answer(kind, body)

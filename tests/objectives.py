@@ -16,7 +16,9 @@ from spell_megatron.types import TrainBatch
 
 OBJECTIVES = {
     "ppo": Loss(clip_low=0.1, clip_high=0.15, importance_cap=1.1, entropy=0.02),
-    "gspo with kl": Loss(ratio="sequence", clip_low=0.02, clip_high=0.03, kl=0.5),
+    "gspo by group, with kl": Loss(
+        ratio="sequence", normalisation="group_mean", clip_low=0.02, clip_high=0.03, kl=0.5
+    ),
     "dr. grpo": Loss(normalisation="sequence_length", max_response_tokens=32),
 }
 LAYOUTS = {

@@ -82,7 +82,6 @@ def test_a_recipe_inherits_several_and_the_later_have_the_say(tmp_path: Path) ->
         ("policy.optimizer.cpu_offload=true", "policy.optimizer.distributed=true"),
         ("policy.fp8=blockwise", "policy.dtype=bfloat16"),
         ("policy.fp8=e4m3", "'delayed'"),
-        ("selfplay.judge=false", "train_verifier"),
         ("selfplay.verifier_agreement=[0.9, 0.5]", "lower bound"),
         ("selfplay.memory_range=[1, 0]", "selfplay.memory_range: the lower bound"),
         ("selfplay.verifier_share=-1", "selfplay.verifier_share: "),

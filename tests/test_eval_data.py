@@ -9,6 +9,7 @@ from eval_samples import write_samples
 
 from eval import list_benchmarks
 from eval.benchmarks import find, helmet
+from eval.benchmarks.helmet_icl import balanced
 from eval.benchmarks.mrcr import o200k
 from eval.data import Data, pin
 from spell_megatron.types import SpellError
@@ -27,6 +28,10 @@ EXPECTED = {
     "mmlu-pro": 2,
     "helmet": 6,
     "mrcr": 3,
+    "math500": 2,
+    "gsm8k": 2,
+    "helmet-rag": 8,
+    "helmet-icl": 7,
 }
 
 
@@ -73,6 +78,9 @@ def test_official_layout(name, samples):
         ("mmlu-pro", "so the answer is (B)."),
         ("helmet", "Summary: It rained."),
         ("mrcr", "\nZz9Rain falls."),
+        ("math500", "Thus \\boxed{\\frac{1}{2}}"),
+        ("gsm8k", "Thus \\boxed{1234}"),
+        ("helmet-rag", "It is\nAnswer: the Nile"),
     ],
 )
 def test_right_answers_score_one(name, answer, samples):
@@ -101,10 +109,12 @@ def test_prompts(samples):
 
 def test_helmet_selects_long_contexts_in_a_fixed_order(samples):
     benchmark, items, _ = load("helmet", samples)
-    assert benchmark.select(items, lambda text: 100) == []
-    chosen = benchmark.select(items, lambda text: helmet.SHORTEST)
+    official, paper = benchmark.terms("official"), benchmark.terms("paper")
+    assert benchmark.select(items, lambda text: 100, official) == []
+    chosen = benchmark.select(items, lambda text: helmet.SHORTEST, official)
     assert {item.labels["task"] for item in chosen} == {"books", "cases"}
-    assert chosen == benchmark.select(items, lambda text: helmet.SHORTEST)
+    assert chosen == benchmark.select(items, lambda text: helmet.SHORTEST, official)
+    assert chosen == benchmark.select(items, lambda text: 100, paper)
     books = [item for item in items if item.labels["task"] == "books"]
     assert all(item.messages[0]["content"].count("[story text]") == helmet.SHOTS for item in books)
     assert books[0].facts == {"points": ["It rained.", "Nobody left."], "expert": "It rained."}
@@ -202,3 +212,27 @@ def test_pinned_files_must_not_change(samples, tmp_path):
     (folder / "aime2025-I.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(SpellError, match="manifest"):
         load("aime25", tmp_path)
+
+
+def test_examples_of_labels_are_balanced_and_numbered_anew(samples):
+    rows = [(f"text {i}", label) for i, label in enumerate("aaaaaabbbc")]
+    shown = balanced(rows, 6)
+    assert sorted(label for _, label in shown[:3]) == ["a", "b", "c"]
+    assert sorted(label for _, label in shown[3:5]) == ["a", "b"]
+    assert len(set(shown)) == 6
+    _, items, _ = load("helmet-icl", samples)
+    one, other = (item for item in items if item.labels["set"] == "trec_fine")
+    for item in (one, other):
+        text = item.question
+        examples = dict(re.findall(r"(Who is \d+\?)\nlabel: (\d+)", item.context))
+        assert examples[text] == item.references[0]  # the sample's questions are among its examples
+        assert len(set(examples.values())) == 3
+        assert not item.messages[0]["content"].rstrip().endswith("label:")
+
+
+def test_rare_entities_alone_are_asked_about(samples):
+    _, items, _ = load("helmet-rag", samples)
+    assert [item.question for item in items if item.labels["set"] == "popqa"] == [
+        "Which river is number 1?",
+        "Which river is number 2?",
+    ]

@@ -11,7 +11,7 @@ import pytest
 from eval import extract
 from eval.benchmark import Completion, Item, fill, final_answer
 from eval.benchmarks.docmath import DocMath, official_equal
-from eval.benchmarks.helmet import first_line, judge_f1, last_json, rouge_l_sum
+from eval.benchmarks.helmet import answer_after, judge_f1, last_json, rouge_l_sum
 from eval.benchmarks.hotpotqa import HotpotQA
 from eval.benchmarks.longbench_v2 import LongBenchV2
 from eval.benchmarks.mmlu_pro import MmluPro, example, extract_letter
@@ -174,7 +174,7 @@ def test_helmet():
         assert last_json(row["prediction"]) == row["parsed"]
     for row in vectors("benchmarks/helmet_rouge"):
         golds = row["reference"] if isinstance(row["reference"], list) else [row["reference"]]
-        line = first_line(row["prediction"])
+        line = answer_after("summary:", row["prediction"])
         assert line == row["parsed"]
         best = max(rouge_l_sum(text, golds) for text in (row["prediction"], line))
         assert best == pytest.approx(row["score"])

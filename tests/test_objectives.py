@@ -57,14 +57,21 @@ def truth(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]
     for half in (groups[:4], groups[4:]):
         total, denominator = torch.zeros((), dtype=torch.float64), 0
         for group in half:
+            of_group, tokens = torch.zeros((), dtype=torch.float64), 0
             for sample in group.samples:
                 log_p = log_p_of(model, group, list(sample.tokens))
                 own = log_p.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
                 old, engine = start[id(sample)], torch.tensor(sample.logprobs, dtype=torch.float64)
                 weights = torch.tensor(sample.weights, dtype=torch.float64)
-                total = total + objective(loss, own, log_p, old, engine, weights)
-                constant = loss.normalisation == "sequence_length"
-                denominator += loss.max_response_tokens if constant else len(sample.tokens)
+                of_group = of_group + objective(loss, own, log_p, old, engine, weights)
+                tokens += (
+                    loss.max_response_tokens
+                    if loss.normalisation == "sequence_length"
+                    else len(sample.tokens)
+                )
+            whole = loss.normalisation == "group_mean"
+            total = total + (of_group / tokens if whole else of_group)
+            denominator += 1 if whole else tokens
         optimizer.zero_grad()
         (total / denominator).backward()
         optimizer.step()

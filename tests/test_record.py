@@ -481,6 +481,8 @@ def full_run(run: RunFolder, steps: int = 12) -> None:
             "questioner/documents": 3.0,
             "questioner/prompt_tokens": 400,
             "memory/hits": 0.1,
+            "visits/web": step / 4,
+            "visits/reports": step / 2,
             "memory/questions": 9,
             "memory/rings": 4,
             "verifier/self_consistency": 0.8,
@@ -507,6 +509,7 @@ TITLES = [
     "What became of the questions",
     "Documents read by the questioner",
     "Tokens read by the questioner",
+    "Visits",
     "Memory hits",
     "Memory occupancy",
     "Agreement",
@@ -542,6 +545,30 @@ def test_the_report_has_every_view(run: RunFolder) -> None:
     assert "of 1,152 asked" in text
     assert all(f"Question {index} of step {step}?" in text for index in range(3) for step in (1, 12))
     assert text.index("Question 0 of step 1?") < text.index("Question 0 of step 12?")
+
+
+def test_the_report_says_which_question_widened_which_context(run: RunFolder) -> None:
+    """By hand: the first question brought documents 1 and 4, the second 6 besides, and 3 and 8 are fresh."""
+    full_run(run, 2)
+    remembered = [
+        Remembered(documents, Question("docmath_qa", text, "1"))
+        for documents, text in (((0, 3), "What came <b>first</b>?"), ((0, 3, 5), "What came second?"))
+    ]
+    journal = Journal(run, 2)
+    wide = episode(2, 0, "docmath_qa", "What comes third?")
+    history = tuple(remembered)
+    journal.append(replace(wide, history=history, documents=(0, 2, 3, 5, 7), cluster_documents=9))
+    journal.append(replace(episode(2, 1, "doc_mc", "Without a history?"), history=()))
+    journal.close()
+    text = " ".join(Page(write_report(run.path).read_text(encoding="utf-8")).text.split())
+    assert "read 5 of 9 documents" in text
+    rows = [
+        "What came <b>first</b>? +2 1 4",
+        "What came second? +1 6",
+        "fresh, for the new question: What comes third? +2 3 8",
+    ]
+    places = [text.index(row) for row in rows]
+    assert places == sorted(places)
 
 
 def test_missing_metrics_leave_their_panel_out(run: RunFolder) -> None:

@@ -256,7 +256,10 @@ def test_memory_is_read_as_the_round_began():
         ),
         ({"train_verifier": False}, lambda p: p.batch.samples("verifier") == 0 and judged(p)),
         ({"train_questioner": False}, lambda p: p.batch.samples("questioner") == 0),
-        ({"judge": False, "train_verifier": False}, lambda p: not judged(p) and rule_only(p)),
+        ({"judge": False}, lambda p: not judged(p) and rule_only(p) and not p.batch.verifier_wanted),
+        ({"verdict": "first"}, lambda p: all(r.verdict == r.votes[0] for r in judged_responses(p))),
+        ({"vote_tie": "no"}, lambda p: all(r.verdict == 0 for r in tied(p)) and tied(p)),
+        ({"invalid_vote_reward": 0.0}, lambda p: all(j.reward >= 0 for j in invalid(p)) and invalid(p)),
         ({"verifier_consistency": "maj"}, lambda p: p.batch.verifier_pool >= play().batch.verifier_pool),
         ({"combine": "min"}, lambda p: all(r.reward == min(r.rule, r.verdict) for r in decided(p))),
         ({"combine": "mean"}, lambda p: all(r.reward == (r.rule + r.verdict) / 2 for r in decided(p))),
@@ -271,8 +274,21 @@ def test_ablations(changes, check_):
     assert result.batch.samples("responder") == 24
 
 
+def judged_responses(result: Play) -> list:
+    return [r for e in result.episodes for r in e.responses if r.judgements]
+
+
 def judged(result: Play) -> bool:
-    return any(response.judgements for episode in result.episodes for response in episode.responses)
+    return bool(judged_responses(result))
+
+
+def tied(result: Play) -> list:
+    counts = [(r, *(r.votes.count(vote) for vote in (1, 0, None))) for r in judged_responses(result)]
+    return [r for r, yes, no, invalid in counts if yes == no >= max(1, invalid)]
+
+
+def invalid(result: Play) -> list:
+    return [j for r in judged_responses(result) for j in r.judgements if j.vote is None]
 
 
 def decided(result: Play) -> list:

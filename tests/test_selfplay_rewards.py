@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spell_megatron.config import SelfPlay
-from spell_megatron.selfplay.rewards import frontier_reward, has_variance, questioner_reward, responder_reward
-from spell_megatron.selfplay.voting import agreement, is_usable, majority, vote_reward
+from spell_megatron.selfplay.rewards import (
+    SHAPES,
+    has_variance,
+    is_settled,
+    questioner_reward,
+    responder_reward,
+)
+from spell_megatron.selfplay.voting import agreement, is_usable, majority, verdict_of, vote_reward
 
 pytestmark = pytest.mark.unit
 
@@ -42,12 +48,15 @@ def test_questioner(outcome: str, mean: float, reward: float | None):
 
 def test_shapes_of_the_questioners_reward():
     for mean in (0.125, 0.4, 0.5, 0.9):
-        assert frontier_reward(mean, "gaussian") == pytest.approx(math.exp(-18 * (mean - 0.5) ** 2))
-        assert frontier_reward(mean, "reverse") == pytest.approx(1 - mean)
-        assert frontier_reward(mean, "linear") == pytest.approx(1 - 2 * abs(mean - 0.5))
-        for shape in ("gaussian", "reverse", "linear"):
+        worth = {
+            "gaussian": math.exp(-18 * (mean - 0.5) ** 2),
+            "reverse": 1 - mean,
+            "linear": 1 - 2 * abs(mean - 0.5),
+        }
+        assert set(worth) == set(SHAPES)
+        for shape, expected in worth.items():
             settings_ = SelfPlay(questioner_reward=shape)
-            assert questioner_reward("kept", mean, settings_) == pytest.approx(frontier_reward(mean, shape))
+            assert questioner_reward("kept", mean, settings_) == pytest.approx(expected)
             assert questioner_reward("zero_variance", 0.0, settings_) == 0.0
     other = SelfPlay(bad_format_reward=-3.0, bad_ground_reward=-2.0, questioner_sigma=1.0)
     assert questioner_reward("bad_format", 0, other) == -3
@@ -57,10 +66,19 @@ def test_shapes_of_the_questioners_reward():
 
 @pytest.mark.parametrize(("combine", "expected"), [("max", 1.0), ("min", 0.0), ("mean", 0.5), ("sum", 1.0)])
 def test_responder(combine: str, expected: float):
-    assert responder_reward(1.0, 0, combine) == responder_reward(0.0, 1, combine) == expected
-    assert responder_reward(1.0, None, combine) == 1.0
-    assert responder_reward(0.0, None, combine) == 0.0
-    assert responder_reward(1.0, 1, combine) == (2.0 if combine == "sum" else 1.0)
+    assert responder_reward((1.0, 0), combine) == responder_reward((0.0, 1), combine) == expected
+    assert responder_reward((1.0, None, None), combine) == 1.0
+    assert responder_reward((0.0, None), combine) == 0.0
+    assert responder_reward((1.0, 1), combine) == (2.0 if combine == "sum" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("combine", "expected"), [("max", 1.0), ("min", 0.0), ("mean", pytest.approx(2 / 3)), ("sum", 2.0)]
+)
+def test_three_opinions(combine: str, expected: float):
+    assert responder_reward((0.0, 1, 1.0), combine) == expected
+    assert is_settled((0.0, 1), combine) is (combine == "max")
+    assert not is_settled((0.0, None), combine)
 
 
 def test_variance():
@@ -88,14 +106,42 @@ def test_majority(group: list, verdict: int | None):
 
 def test_both_bounds_of_the_agreement_count():
     group = [1] * 5 + [0] * 3
-    assert is_usable(group, 1.0, bounds=(0.625, 0.625), consistent=True)
-    assert not is_usable(group, 1.0, bounds=(0.63, 0.99), consistent=True)
-    assert not is_usable(group, 1.0, bounds=(0.51, 0.62), consistent=True)
+    assert is_usable(group, 1, 1.0, bounds=(0.625, 0.625), consistent=True)
+    assert not is_usable(group, 1, 1.0, bounds=(0.63, 0.99), consistent=True)
+    assert not is_usable(group, 1, 1.0, bounds=(0.51, 0.62), consistent=True)
 
 
 def test_votes_earn_by_the_majority():
     assert [vote_reward(vote, 1) for vote in (1, 0, None)] == [1.0, 0.0, -1.0]
     assert [vote_reward(vote, 0) for vote in (1, 0, None)] == [0.0, 1.0, -1.0]
+
+
+Y, N, X = 1, 0, None
+VERDICTS = [
+    #  votes                     absent  no  first  one voter
+    ([Y, Y, N, N, X, X, X, X], (X, X, X, Y)),  # more are invalid than say either
+    ([N, Y, Y, N, X, X], (X, N, N, N)),
+    ([X, Y, N, N, Y, X], (X, N, Y, X)),
+    ([N, N, N, N, Y, Y, Y, Y], (X, N, N, N)),
+    ([Y, N], (X, N, Y, Y)),
+    ([N, Y, Y, Y, Y, Y, N, N], (Y, Y, Y, N)),
+    ([X, X], (X, X, X, X)),
+    ([X], (X, X, X, X)),
+    ([], (X, X, X, X)),
+]
+"""Worked by hand: the verdict of a group by each treatment of a tie, and by its first voter alone."""
+
+
+@pytest.mark.parametrize(("group", "verdicts"), VERDICTS)
+def test_every_way_to_a_verdict(group: list, verdicts: tuple):
+    options = [{"vote_tie": tie} for tie in ("absent", "no", "first")] + [{"verdict": "first"}]
+    assert tuple(verdict_of(group, SelfPlay(**option)) for option in options) == verdicts
+
+
+def test_what_an_invalid_vote_earns():
+    assert [vote_reward(vote, 1, 0.0) for vote in (1, 0, None)] == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="less than or equal to 0"):
+        SelfPlay(invalid_vote_reward=0.5)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +160,7 @@ def test_votes_earn_by_the_majority():
     ],
 )
 def test_usable_groups(group: list, rule: float, consistent: bool, usable: bool):
-    assert is_usable(group, rule, bounds=(0.51, 0.99), consistent=consistent) is usable
+    assert is_usable(group, majority(group), rule, bounds=(0.51, 0.99), consistent=consistent) is usable
 
 
 @settings(max_examples=300, deadline=None)
@@ -128,6 +174,6 @@ def test_any_votes(group: list):
         assert len(group) - len(valid) <= valid.count(verdict)
     assert 0 <= agreement(group, verdict) <= 1
     assert all(vote_reward(vote, verdict) in (-1.0, 0.0, 1.0) for vote in group)
-    if is_usable(group, 1.0, bounds=(0.51, 0.99), consistent=True):
+    if is_usable(group, verdict, 1.0, bounds=(0.51, 0.99), consistent=True):
         assert verdict == 1
         assert 0 in group

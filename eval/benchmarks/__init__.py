@@ -1,4 +1,4 @@
-"""The benchmarks, one file each, in the order of the paper's tables; and the toy world's own."""
+"""The benchmarks, one file each: the paper's six tasks, what else it reports, and the toy world's own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from eval.benchmarks.aime25 import Aime25
 from eval.benchmarks.amc23 import Amc23
 from eval.benchmarks.docmath import DocMath
 from eval.benchmarks.frames import Frames
+from eval.benchmarks.gsm8k import Gsm8k
 from eval.benchmarks.helmet import Helmet
+from eval.benchmarks.helmet_icl import HelmetIcl
+from eval.benchmarks.helmet_rag import HelmetRag
 from eval.benchmarks.hotpotqa import HotpotQA
 from eval.benchmarks.longbench_v2 import LongBenchV2
+from eval.benchmarks.math500 import Math500
 from eval.benchmarks.mmlu_pro import MmluPro
 from eval.benchmarks.mrcr import Mrcr
 from eval.benchmarks.musique import MuSiQue
@@ -34,6 +38,10 @@ PUBLIC: Sequence[type[Benchmark]] = (
     MmluPro,
     Helmet,
     Mrcr,
+    Math500,
+    Gsm8k,
+    HelmetRag,
+    HelmetIcl,
 )
 _KINDS: Sequence[type[Benchmark]] = (*PUBLIC, Toy)
 _BY_NAME = {kind.name: kind for kind in _KINDS}

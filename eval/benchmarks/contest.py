@@ -1,4 +1,4 @@
-"""Contest mathematics: AIME 2024, AIME 2025 and AMC 2023 differ in their files alone.
+"""Mathematics with one answer: AIME, AMC, MATH-500 and GSM8K differ in their files and in how gold is written.
 
 Equality is math-verify's. It is asked about the last box (or the end of the text where there is none),
 cut to a bounded length, in a process of its own: an answer like 9^{9^{9^9}} would hold up a run.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from eval.benchmark import Benchmark, Grade, Item, Mode
+from eval.benchmark import Benchmark, Grade, Item, Mode, Terms
 from eval.data import Data, Row, Source, identity, text
 from spell_megatron.selfplay.reading.statements import last_box
 
@@ -19,24 +19,32 @@ _DEGREES = re.compile(r"\^\{?\\circ\}?|°")
 class Contest(Benchmark):
     source: Source
     isolated = True
+    official = Terms(max_tokens=20_000)
     rule = "math-verify"
 
     def load(self, data: Data) -> list[Item]:
         return data.items(self.source, self._item)
 
-    @staticmethod
-    def _item(index: int, row: Row) -> Item:
-        problem = text(row, "problem", "question")
+    def gold(self, row: Row) -> str:
+        """The gold answer of a row; raises BadRow."""
         answer = row.get("answer")
-        gold = str(answer) if isinstance(answer, int | float) else text(row, "answer")
+        return str(answer) if isinstance(answer, int | float) else text(row, "answer")
+
+    def labels(self, row: Row) -> dict[str, str]:
+        """The subsets that a row belongs to."""
+        return {}
+
+    def _item(self, index: int, row: Row) -> Item:
+        problem = text(row, "problem", "question")
         message = (
             f"{problem.strip()}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
         )
         return Item(
-            id=identity(row, index, "id", "ID"),
+            id=identity(row, index, "id", "ID", "unique_id"),
             messages=({"role": "user", "content": message},),
             question=problem,
-            references=(gold.strip(),),
+            references=(self.gold(row).strip(),),
+            labels=self.labels(row),
         )
 
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:

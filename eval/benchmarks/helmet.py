@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmark import Ask, Benchmark, Grade, Item, Mode, Unjudged, Verdict, fill
+from eval.benchmark import Ask, Benchmark, Grade, Item, Mode, Terms, Unjudged, Verdict, fill
 from eval.data import BadRow, Data, Row, Source, identity, text, texts
 from spell_megatron.selfplay.reading.thoughts import strip_thinking
 
@@ -40,7 +40,7 @@ SEED = 42
 SHOTS = 2
 ROWS = 100
 SHORTEST = 65_536
-"""Tokens of the shortest context that counts."""
+"""Tokens of the shortest context in HELMET's own setting."""
 
 BOOK_PROMPT = """Here is a book. Summarise it in about 1000 to 1200 words. Tell only of the plot and the \
 characters: no themes, no background, no analysis, no commentary.
@@ -106,10 +106,9 @@ class Helmet(Benchmark):
     name = "helmet"
     title = "HELMET summarisation"
     long = True
-    cut = "head"
-    greedy = True
+    paper = Terms(cut="head")
+    official = Terms(greedy=True, max_tokens=1_200, task_lengths=True, cut="head", shortest=SHORTEST)
     isolated = True
-    reasoning_tokens = 20_000
     judged = True
     judge_replaces = True
     rule = "ROUGE-L sum (no HELMET figure)"
@@ -118,18 +117,19 @@ class Helmet(Benchmark):
     def load(self, data: Data) -> list[Item]:
         return self._books(data) + self._cases(data)
 
-    def select(self, items: list[Item], count: Callable[[str], int]) -> list[Item]:
-        chosen = []
+    def select(self, items: list[Item], count: Callable[[str], int], terms: Terms) -> list[Item]:
+        chosen, shortest = [], terms.shortest
         for task in ("books", "cases"):
-            long = [i for i in items if i.labels["task"] == task and count(i.context) >= SHORTEST]
-            chosen += [long[index] for index in _shuffled(len(long))[:ROWS]]
+            of_task = [item for item in items if item.labels["task"] == task]
+            long = [item for item in of_task if not shortest or count(item.context) >= shortest]
+            chosen += [long[index] for index in shuffled(len(long))[:ROWS]]
         return chosen
 
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
         summary = (answer or "").strip()
         if not summary:
             return Grade(0.0, None)
-        readings = (summary, first_line(summary))
+        readings = (summary, answer_after("summary:", summary))
         score = max(rouge_l_sum(reading, item.references) for reading in readings)
         return Grade(score, summary, summary, {"rouge_l_sum": score})
 
@@ -160,7 +160,7 @@ class Helmet(Benchmark):
         items = []
         for number, (name, context, answers) in enumerate(rows):
             others = [row[2][0].strip() for index, row in enumerate(rows) if index != number]
-            shown = [others[index] for index in _shuffled(len(others))[:SHOTS]]
+            shown = [others[index] for index in shuffled(len(others))[:SHOTS]]
             demonstrations = "\n\n".join(f"[story text]\nSummary: {summary}" for summary in shown)
             facts = {"points": points.get(name, []), "expert": answers[0]}
             items.append(_item("books", name, BOOK_PROMPT, demonstrations, context, answers, 1200, facts))
@@ -212,9 +212,9 @@ def rouge_l_sum(prediction: str, references: Sequence[str]) -> float:
     return float(max(scores))
 
 
-def first_line(output: str) -> str:
-    """HELMET's parse: the rest of the line after "Summary:", or the first line."""
-    match = re.search(r"summary:([^\n]*)", output, re.IGNORECASE)
+def answer_after(mark: str, output: str) -> str:
+    """HELMET's parse: the rest of the line after a mark like "Summary:", or the first line."""
+    match = re.search(rf"{re.escape(mark)}([^\n]*)", output, re.IGNORECASE)
     return (match[1] if match else output.partition("\n")[0]).strip()
 
 
@@ -258,9 +258,9 @@ def _points(row: Row, name: str) -> list[str]:
     return [str(point) for point in value]
 
 
-def _shuffled(count: int) -> list[int]:
-    """The order that `datasets.Dataset.shuffle(seed=42)` gives."""
-    return [int(index) for index in np.random.default_rng(SEED).permutation(count)]
+def shuffled(count: int, seed: int = SEED) -> list[int]:
+    """The order that `datasets.Dataset.shuffle(seed)` gives."""
+    return [int(index) for index in np.random.default_rng(seed).permutation(count)]
 
 
 @cache

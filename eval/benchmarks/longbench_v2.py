@@ -20,7 +20,6 @@ class LongBenchV2(Benchmark):
     name = "longbench-v2"
     title = "LongBench-v2"
     long = True
-    overall = True
 
     def load(self, data: Data) -> list[Item]:
         return data.items(SOURCE, self._item)

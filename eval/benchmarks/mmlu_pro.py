@@ -1,4 +1,4 @@
-"""MMLU-Pro: 12,032 questions of 14 categories with up to ten options, five worked examples, greedy.
+"""MMLU-Pro: 12,032 questions of 14 categories with up to ten options, five worked examples.
 
 Where no letter can be extracted the official scorer guesses; we count the guess's expectation,
 one over the number of options, and report how often that happened.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from eval.benchmark import Benchmark, Grade, Item, Mode, fill
+from eval.benchmark import Benchmark, Grade, Item, Mode, Terms, fill
 from eval.data import BadRow, Data, Row, Source, identity, text, texts
 
 HUB = "TIGER-Lab/MMLU-Pro"
@@ -29,9 +29,7 @@ _ALONE = re.compile(r"\b[A-J]\b")
 class MmluPro(Benchmark):
     name = "mmlu-pro"
     title = "MMLU-Pro"
-    greedy = True
-    max_tokens = 4096
-    reasoning_tokens = 16_384
+    official = Terms(greedy=True, thinking_tokens=20_480)
 
     def load(self, data: Data) -> list[Item]:
         shots: dict[str, list[str]] = defaultdict(list)

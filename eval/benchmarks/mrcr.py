@@ -1,7 +1,7 @@
 """MRCR: find the i-th of several nearly equal requests in a long conversation and repeat its answer.
 
-Conversations are sent verbatim, so one that does not fit is skipped and the coverage reported. The
-response must start with a given random string; the score is difflib's ratio of what follows.
+Its authors send conversations whole, so one that does not fit is skipped and the coverage reported; the paper cuts
+them to its input limit. The response must start with a given random string; the score is difflib's ratio of the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from eval.benchmark import Benchmark, Grade, Item, Mode
+from eval.benchmark import Benchmark, Grade, Item, Mode, Terms
 from eval.data import BadRow, Data, Row, Source, text
 
 SOURCE = Source(
@@ -26,10 +26,8 @@ class Mrcr(Benchmark):
     name = "mrcr"
     title = "MRCR"
     long = True
-    cut = "skip"
+    official = Terms(thinking_tokens=20_480, cut="skip")
     isolated = True
-    max_tokens = 4096
-    reasoning_tokens = 16_384
     rule = "difflib ratio"
 
     def load(self, data: Data) -> list[Item]:

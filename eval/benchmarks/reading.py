@@ -34,7 +34,6 @@ def prompt(context: str, question: str, sentence: str = "The correct answer is")
 class Reading(Benchmark):
     long = True
     judged = True
-    overall = True
     task = "doc_general_qa"
     """Whose verifier prompt the judge is given."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.benchmark import Benchmark, Grade, Item, Mode
+from eval.benchmark import Benchmark, Grade, Item, Mode, Terms
 from eval.data import Data
 from spell_megatron.config import load_config
 from spell_megatron.corpus.heldout import load_heldout
@@ -19,7 +19,8 @@ class Toy(Benchmark):
 
     def __init__(self) -> None:
         self._config = load_config("toy")
-        self.max_tokens = self._config.selfplay.sampling.responder_tokens
+        tokens = self._config.selfplay.sampling.responder_tokens
+        self.paper = self.official = Terms(max_tokens=tokens, thinking_tokens=tokens)
 
     def load(self, data: Data) -> list[Item]:
         questions = load_heldout(self._config.heldout)

@@ -15,10 +15,13 @@ from spell_megatron.config.contradictions import check_contradictions, names_sec
 from spell_megatron.config.explaining import nearest
 from spell_megatron.config.reading import Location, adapter, at_home, build, merge, override
 from spell_megatron.config.schema import (
+    EVERY_TEXT,
+    Beyond,
     Cluster,
     Config,
     Corpus,
     Dtype,
+    ExternalJudge,
     Fusions,
     HeldOut,
     Layout,
@@ -32,17 +35,21 @@ from spell_megatron.config.schema import (
     SelfPlay,
     Servers,
     Source,
+    Stage,
     Task,
 )
 from spell_megatron.config.yamltext import ConfigError, dump_yaml, read_mapping, written
 
 __all__ = [
+    "EVERY_TEXT",
     "RECIPES",
+    "Beyond",
     "Cluster",
     "Config",
     "ConfigError",
     "Corpus",
     "Dtype",
+    "ExternalJudge",
     "Fusions",
     "HeldOut",
     "Layout",
@@ -57,6 +64,7 @@ __all__ = [
     "SelfPlay",
     "Servers",
     "Source",
+    "Stage",
     "Task",
     "dump_config",
     "load_config",

@@ -25,8 +25,6 @@ def check_contradictions(config: Config, where: str) -> None:
             f"selfplay.questions={play.questions} cannot be reached by {play.max_rounds} rounds of"
             f" {play.round_questions}: raise selfplay.max_rounds or selfplay.round_questions"
         )
-    if not play.judge and play.train_verifier:
-        faults.append("selfplay.train_verifier needs selfplay.judge: set train_verifier=false or judge=true")
     if play.max_staleness and config.policy.loss.importance_cap is None:
         faults.append(
             f"selfplay.max_staleness={play.max_staleness} trains on samples of older weights, which have to be"
@@ -57,6 +55,22 @@ def check_contradictions(config: Config, where: str) -> None:
         )
     if config.policy.layout.sequence and config.policy.layout.tensor == 1:
         faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
+    if play.beyond.questioner_baseline == "ema" and play.beyond.questioner_peers != "task":
+        faults.append(
+            "selfplay.beyond.questioner_baseline=ema compares with the past of a task, not with peers: leave"
+            " selfplay.beyond.questioner_peers=task"
+        )
+    longer = [stage.tokens for stage in play.beyond.stages if stage.tokens > config.corpus.cluster_tokens]
+    if longer:
+        faults.append(
+            f"selfplay.beyond.stages reach {longer[0]} tokens, clusters have corpus.cluster_tokens="
+            f"{config.corpus.cluster_tokens} at most: raise it to the last stage"
+        )
+    if "@" in play.external_judge.url:
+        faults.append(
+            "selfplay.external_judge.url holds a password, which would be written into the run's folder: put the key"
+            " into the environment, as SPELL_JUDGE_KEY"
+        )
     for key in ("engine", "engine_environment"):
         for name in filter(names_secret, getattr(config.rollout, key)):
             faults.append(

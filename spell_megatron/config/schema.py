@@ -14,6 +14,8 @@ from pydantic.dataclasses import dataclass
 from spell_megatron.config.reading import Location
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+EVERY_TEXT = "*"
+"""As `text_field`: every text of a row, wherever in it, is a text of its own."""
 
 Dtype = Literal["float32", "bfloat16"]
 Task = Literal["doc_general_qa", "docmath_qa", "doc_mc"]
@@ -50,7 +52,7 @@ class Source:
     group_by: Literal["given", "similarity", "random"] = "given"
     """How documents form clusters: by a given id (folder, `cluster` column), by similarity, at random."""
     text_field: str = "text"
-    """Column (JSONL, Parquet) that holds a document's text."""
+    """Column (JSONL, Parquet) that holds a document's text; `*` for every text of a row, each by itself."""
     cluster_field: str = "cluster"
     """Column that names a document's cluster, for `group_by: given`."""
     deduplicate: Literal["near", "exact", "none"] = "near"
@@ -60,6 +62,8 @@ class Source:
 @dataclass(frozen=True, config=_STRICT)
 class Corpus:
     sources: tuple[Source, ...] = (Source(),)
+    benchmarks: tuple[str, ...] = ()
+    """Files or folders of benchmarks: documents that repeat one of theirs, or hold a question, are left out."""
     cluster_tokens: int = Field(default=16_000, gt=0)
     """Clusters are filled up to this many tokens."""
     max_documents: int = Field(default=20, gt=0)
@@ -76,6 +80,58 @@ class Sampling:
     questioner_tokens: int = Field(default=4096, gt=0)
     responder_tokens: int = Field(default=4096, gt=0)
     verifier_tokens: int = Field(default=4096, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ExternalJudge:
+    """A model behind an OpenAI-compatible endpoint that judges answers, too (paper, Table 4).
+
+    Its key, where it wants one, is in the environment: SPELL_JUDGE_KEY. Multiple choice needs no judge.
+    """
+
+    url: str = ""
+    """`https://host:8000`; empty asks nobody."""
+    model: str = ""
+    """The endpoint's name of the model; needed where it serves several."""
+    place: Literal["rule", "beside"] = "rule"
+    """`rule`: its verdict takes the place of the rule's, as in the paper. `beside`: it is one opinion more, beside rule
+    and verifier; in the place of the verifier with `selfplay.judge=false`."""
+    concurrency: int = Field(default=16, gt=0)
+    """Questions to it at once."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """Of one reply."""
+    tries: int = Field(default=4, gt=0)
+    """Of one question to it. What fails then is counted, and the episode is dropped where the reward hangs on it."""
+    max_tokens: int = Field(default=4096, gt=0)
+    """Of one reply."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Stage:
+    """From a step on, clusters of so many tokens."""
+
+    step: int = Field(default=0, ge=0)
+    tokens: int = Field(default=16_384, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Beyond:
+    """What others found and the paper does not have. All off by default; docs/recipes.md names the sources."""
+
+    evidence: float = Field(default=0.0, ge=0)
+    """Weight of naming the documents that the questioner read, in the responder's advantages; 0 does not ask for it."""
+    answerability: int | None = Field(default=None, ge=0)
+    """Distractors among which the questioner's documents must let a responder answer, or the question is dropped."""
+    negatives_below: float | None = Field(default=None, gt=0)
+    """Negative advantages count only while the batch's entropy, in nats a token, is at most this."""
+    std: Literal["group", "task", "batch"] = "group"
+    """Whose standard deviation divides advantages: that of the samples compared, of the task or of the role in all."""
+    questioner_peers: Literal["task", "task_documents"] = "task"
+    """Whom a question is compared with: those of its task, or of them those about as many documents."""
+    questioner_baseline: Literal["batch", "ema"] = "batch"
+    """`ema` compares a question with a running mean of its task over the steps."""
+    stages: tuple[Stage, ...] = ()
+    """Shorter clusters first: `[{step: 0, tokens: 16000}, {step: 40, tokens: 60000}]`."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -116,6 +172,13 @@ class SelfPlay:
     bad_ground_reward: float = Field(default=-0.5, le=0)
     combine: Literal["max", "mean", "min", "sum"] = "max"
     """How rule and verifier make the responder's reward."""
+    verdict: Literal["majority", "first"] = "majority"
+    """What G votes on a response say: `first` is one voter's word, the ablation without a majority vote."""
+    vote_tie: Literal["absent", "no", "first"] = "absent"
+    """As many YES as NO: no verdict, NO as in the paper (more than half must agree), or the first vote as in the
+    authors' code."""
+    invalid_vote_reward: float = Field(default=-1.0, le=0)
+    """Of a verdict that is neither YES nor NO: -1 as in the authors' code, 0 as in the paper."""
     verifier_consistency: Literal["maj_cons", "maj"] = "maj_cons"
     """`maj_cons` trains only verdicts whose majority agrees with the rule."""
     verifier_agreement: tuple[Share, Share] = (0.51, 0.99)
@@ -127,7 +190,9 @@ class SelfPlay:
     train_questioner: bool = True
     train_verifier: bool = True
     judge: bool = True
-    """Ask the verifier at all; without it the rule alone rewards the responder."""
+    """Ask the verifier at all; without it the rule alone rewards the responder, and no verdict is trained on."""
+    external_judge: ExternalJudge = ExternalJudge()
+    beyond: Beyond = Beyond()
     static_questions: bool = False
     """Train on the corpus' own fixed questions (static RLVR) instead of the questioner's."""
     concurrency: int = Field(default=64, gt=0)
@@ -235,8 +300,10 @@ class Loss:
     clip_high: float = Field(default=0.2, gt=0)
     ratio: Literal["token", "sequence"] = "token"
     """`token` is PPO/GRPO; `sequence` is GSPO: one length-normalised ratio a response."""
-    normalisation: Literal["token_mean", "sequence_length"] = "token_mean"
-    """`sequence_length` is Dr. GRPO: a constant denominator, `max_response_tokens` a response."""
+    normalisation: Literal["token_mean", "group_mean", "sequence_length"] = "token_mean"
+    """How tokens of long answers count. `token_mean`: every token of the batch alike, so that long answers weigh more.
+    `group_mean`, the paper's E.3: every group (prompt) alike, and within it every token. `sequence_length` is Dr. GRPO:
+    a constant denominator, `max_response_tokens` a response."""
     max_response_tokens: int = Field(default=4096, gt=0)
     importance_cap: float | None = Field(default=None, gt=0)
     """Truncated importance weights: engine-learner probability ratio capped at this value."""

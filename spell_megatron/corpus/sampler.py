@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from spell_megatron.config import Corpus, Source, Task
+from spell_megatron.corpus.decontamination import Benchmarks
 from spell_megatron.corpus.store import ClusterStore, Count, build
 from spell_megatron.types import Cluster, SpellError
 
@@ -136,11 +138,23 @@ class ClusterSampler:
         if source.path == "toy":
             return _ToyWorld(self._seed, self._corpus.toy_clusters, domain)
         limits = (self._corpus.cluster_tokens, self._corpus.max_documents)
-        values = json.dumps([dataclasses.asdict(source) | _NOT_READ, *limits])
+        values = json.dumps([dataclasses.asdict(source) | _NOT_READ, *limits, *self._corpus.benchmarks])
         path = self._folder / f"{domain}-{blake2b(values.encode(), digest_size=4).hexdigest()}.sqlite"
         if not path.exists():
-            build(path, source, budget=limits[0], max_documents=limits[1], count=self._count)
+            budget, most = limits
+            build(
+                *(path, source),
+                budget=budget,
+                max_documents=most,
+                count=self._count,
+                benchmarks=self._benchmarks,
+            )
         return ClusterStore(path, domain)
+
+    @cached_property
+    def _benchmarks(self) -> Benchmarks | None:
+        """Read once for all sources, and not at all where every source is prepared."""
+        return Benchmarks(self._corpus.benchmarks) if self._corpus.benchmarks else None
 
     def _next(self) -> tuple[Cluster, Task]:
         for stream in self._streams:

@@ -15,12 +15,15 @@ import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from spell_megatron.config import Source
 from spell_megatron.corpus.cleaning import clean, fingerprint, sketch
 from spell_megatron.corpus.clustering import BLOCK, Filler, passages, similar
+from spell_megatron.corpus.decontamination import Benchmarks
 from spell_megatron.corpus.reading import Skipped, Text, read
 from spell_megatron.types import Cluster, Document, SpellError
 
@@ -77,8 +80,18 @@ class ClusterStore:
         return Cluster(f"{self.domain}/{number}", self.domain, documents)
 
 
-def build(path: Path, source: Source, *, budget: int, max_documents: int, count: Count) -> None:
+def build(
+    path: Path,
+    source: Source,
+    *,
+    budget: int,
+    max_documents: int,
+    count: Count,
+    benchmarks: Benchmarks | None = None,
+) -> None:
     """Read `source`, group its documents into clusters of at most `budget` tokens, write them to `path`.
+
+    What `benchmarks` ask about is left out, and listed in a file beside `path` that ends in `.dropped.jsonl`.
 
     Raises SpellError where nothing usable is found or the file cannot be written. A build that is
     interrupted leaves no file at `path`.
@@ -88,7 +101,11 @@ def build(path: Path, source: Source, *, budget: int, max_documents: int, count:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
         with closing(sqlite3.connect(part)) as db:
-            _Build(db, source, budget, max_documents, count).run()
+            made = _Build(db, source, budget, max_documents, count, benchmarks)
+            made.run()
+        if benchmarks:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in made.dropped)
+            path.with_suffix(".dropped.jsonl").write_text("".join(lines), encoding="utf-8")
         part.replace(path)
     except (sqlite3.Error, OSError) as error:
         raise SpellError(f"cannot write the prepared corpus {path}: {error}") from None
@@ -98,7 +115,18 @@ def build(path: Path, source: Source, *, budget: int, max_documents: int, count:
 
 
 class _Build:
-    def __init__(self, db: sqlite3.Connection, source: Source, budget: int, limit: int, count: Count) -> None:
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        source: Source,
+        budget: int,
+        limit: int,
+        count: Count,
+        benchmarks: Benchmarks | None,
+    ) -> None:
+        self.dropped: list[dict[str, Any]] = []
+        """What the benchmarks ask about: the text's name, and the match."""
+        self._benchmarks = benchmarks
         self._db, self._source, self._budget, self._limit = db, source, budget, limit
         self._meter = _Meter(count)
         self._passage = max(1, budget // min(SPLIT, limit))
@@ -152,6 +180,11 @@ class _Build:
         body = clean(text.text)
         if not body.strip():
             return self._skipped.add("empty", text.name)
+        if self._benchmarks and (match := self._benchmarks.match(body)):
+            self.dropped.append({"text": text.name, **asdict(match)})
+            return self._skipped.add(
+                f"in the benchmark {match.benchmark}", text.name, str(match), logging.INFO
+            )
         mark = fingerprint(body)
         if self._repeats(mark, body):
             self._duplicates += 1

@@ -373,6 +373,9 @@ class Learner:
         count = plan.rows.numel()
         if config.normalisation == "sequence_length":
             count = plan.first_rows * config.max_response_tokens
+        if config.normalisation == "group_mean":
+            shares = run.batch.group_shares()
+            losses = losses * tokens(np.full(len(s.tokens), shares[group]) for group, _, s in samples)
         total = losses.sum()
         run.sums += torch.stack((total.detach(), clipped.sum()))
         run.denominator += count

@@ -16,6 +16,7 @@ from spell_megatron.record.plots import (
     Draw,
     Rows,
     difficulty,
+    each,
     heldout_change,
     heldout_curve,
     lines,
@@ -97,6 +98,11 @@ _CURRICULUM: list[tuple[str, str, Draw]] = [
         "Tokens read by the questioner",
         "Length of its prompt.",
         one("questioner/prompt_tokens"),
+    ),
+    (
+        "Visits",
+        "How often each pair of a cluster and a task was met so far, by domain. Below one, memory says nothing.",
+        each("visits"),
     ),
     (
         "Memory hits",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -351,6 +352,17 @@ def difficulty(rows: Rows) -> str | None:
 
 def one(metric: str, colour: str = BLUE, *, percent: bool = False, zero: bool = True) -> Draw:
     return lines({metric: ("", colour)}, percent=percent, zero=zero)
+
+
+def each(prefix: str) -> Draw:
+    """A line for every metric `prefix/…`."""
+    colours = (BLUE, AMBER, TEAL, PLUM, RED, MUTED)
+
+    def make(rows: Rows) -> str | None:
+        names = zip(names_under(rows, prefix), cycle(colours), strict=False)
+        return lines({f"{prefix}/{name}": (name, colour) for name, colour in names}, zero=True)(rows)
+
+    return make
 
 
 def roles(metric: str, *, percent: bool = False, rare: bool = False) -> Draw:

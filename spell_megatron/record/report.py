@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from spell_megatron.record.folder import RunFolder, read_lines, replace_text
 from spell_megatron.record.metrics import Row, read_metrics
 from spell_megatron.record.panels import sections
 from spell_megatron.record.plots import TASK_NAMES
+from spell_megatron.selfplay.curriculum import widened
 from spell_megatron.selfplay.episode import Episode, Response
 from spell_megatron.terminal import tidy
 from spell_megatron.types import SpellError
@@ -40,7 +41,7 @@ def write_report(run_dir: str | Path) -> Path:
         raise SpellError(f"{folder.path} has no finished step to report: metrics.jsonl is empty or missing")
     steps = folder.recorded_steps
     half = min(2, -(-len(steps) // 2))
-    early, late = _pick(folder, steps[:half]), _pick(folder, list(reversed(steps[half:]))[:2])
+    early, late = _asked(folder, steps[:half]), _asked(folder, list(reversed(steps[half:]))[:2])
     page = (
         page_environment()
         .get_template("report.html.j2")
@@ -48,7 +49,8 @@ def write_report(run_dir: str | Path) -> Path:
             name=folder.path.name,
             tiles=tiles(rows),
             sections=sections(rows),
-            samples=[("Early", early), ("Late", late)],
+            samples=[("Early", _pick(early)), ("Late", _pick(late))],
+            contexts=_contexts([*late, *early]),
             table=_table(rows),
             sources=json.loads(folder.sources.read_bytes()) if folder.sources.exists() else {},
             config=folder.config.read_text(encoding="utf-8", errors="replace"),
@@ -130,13 +132,35 @@ def _table(rows: list[Row]) -> list[tuple[str, list[str]]]:
     return table
 
 
-def _pick(folder: RunFolder, steps: Iterable[int]) -> list[Episode]:
-    """Episodes worth reading: tasks in turn, kept ones first, long histories first."""
+def _asked(folder: RunFolder, steps: Iterable[int]) -> list[Episode]:
+    """Episodes with a question, the first ones of some steps."""
     records = (row for step in steps for row in read_lines(folder.rollouts(step)))
-    episodes = [episode for row in islice(records, SEARCHED) if (episode := Episode.from_dict(row)).question]
-    episodes.sort(key=lambda e: (not e.kept, -len(e.history), e.step, e.round, e.index))
+    return [episode for row in islice(records, SEARCHED) if (episode := Episode.from_dict(row)).question]
+
+
+def _contexts(episodes: Sequence[Episode]) -> list[tuple[Episode, list[tuple[str, tuple[int, ...]]]]]:
+    """The contexts that memory widened most, of a cluster and task one each: the questions, and what each brought."""
+    widest: dict[tuple[str, str], Episode] = {}
+    for episode in sorted(episodes, key=lambda e: (len(e.history), len(e.documents)), reverse=True):
+        if episode.history and episode.documents:
+            widest.setdefault((episode.task, episode.cluster), episode)
+    return [
+        (
+            episode,
+            [
+                (entry.question.text if entry else "", documents)
+                for entry, documents in widened(episode.documents, episode.history)
+            ],
+        )
+        for episode in islice(widest.values(), SAMPLES)
+    ]
+
+
+def _pick(episodes: Sequence[Episode]) -> list[Episode]:
+    """Episodes worth reading: tasks in turn, kept ones first, long histories first."""
+    best = sorted(episodes, key=lambda e: (not e.kept, -len(e.history), e.step, e.round, e.index))
     by_task: dict[str, list[Episode]] = {}
-    for episode in episodes:
+    for episode in best:
         by_task.setdefault(episode.task, []).append(episode)
     turns = [
         queue[turn] for turn in range(SAMPLES) for _, queue in sorted(by_task.items()) if turn < len(queue)

@@ -9,14 +9,18 @@ become token weights here: behind this file there are no roles.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 
 from spell_megatron import config
 from spell_megatron.selfplay import rewards, voting
-from spell_megatron.selfplay.advantages import standardise, standardise_by
+from spell_megatron.selfplay.advantages import SCALES, standardise_by
+from spell_megatron.selfplay.baselines import Baselines
 from spell_megatron.selfplay.episode import Episode, Response
+from spell_megatron.selfplay.evidence import evidence_score
+from spell_megatron.selfplay.gating import sampled_entropy, without_negatives
 from spell_megatron.types import Group, Rollout, Sample, TrainBatch
 
 _ROUNDING = 1e-9
@@ -37,6 +41,8 @@ class Batch:
     failures: int
     verifier_pool: int
     verifier_wanted: int
+    gated: bool = False
+    """Whether negative advantages were left out (`selfplay.beyond.negatives_below`)."""
 
     def samples(self, role: str) -> int:
         """Samples of one role in the batch."""
@@ -53,41 +59,85 @@ class Batch:
         )
 
 
-def compose(episodes: Sequence[Episode], settings: config.SelfPlay, random: Random) -> Batch:
+BONUSES: Mapping[str, Callable[[Episode, Response], float]] = {
+    "evidence": lambda episode, response: evidence_score(response.text, episode.documents),
+}
+"""What a response earns besides, in advantages alone, by the key of `selfplay.beyond` that is its weight."""
+
+PEERS: Mapping[str, Callable[[Episode], Hashable]] = {
+    "task": lambda episode: episode.task,
+    "task_documents": lambda episode: (episode.task, len(episode.documents)),
+}
+"""Whom a question is compared with: those of its task (eq. 9), or those about as many documents besides, as Dr. Zero
+(arXiv 2601.07055) groups its proposals by hops."""
+
+
+def compose(
+    episodes: Sequence[Episode],
+    settings: config.SelfPlay,
+    random: Random,
+    baselines: Baselines | None = None,
+) -> Batch:
     """Build the batch of a step's episodes: its first N kept ones and what goes with them."""
     kept = [episode for episode in episodes if episode.kept][: settings.questions]
     failures = (
         choose_failures(kept, episodes, settings.failure_ratio, random) if settings.train_questioner else []
     )
-    pool = usable_groups(episodes, settings) if settings.train_verifier else []
-    wanted = verifier_groups(len(kept), settings) if settings.train_verifier else 0
+    verifies = settings.judge and settings.train_verifier
+    pool = usable_groups(episodes, settings) if verifies else []
+    wanted = verifier_groups(len(kept), settings) if verifies else 0
     verified = random.sample(pool, wanted) if wanted <= len(pool) else []
 
     entries: list[tuple[str, str, Group]] = []
     if settings.train_questioner:
         asked = [episode for episode in (*kept, *failures) if episode.asked and episode.reward is not None]
-        advantages = standardise_by([e.task for e in asked], [e.reward or 0.0 for e in asked])
-        for episode, advantage in zip(asked, advantages, strict=True):
+        for episode, advantage in zip(asked, _asked(asked, settings.beyond, baselines), strict=True):
             entries.append(("questioner", episode.task, _group([episode.asked], [advantage])))
-    for episode in kept:
-        group = _group(
-            [response.rollout for response in episode.responses],
-            standardise([response.reward for response in episode.responses]),
-        )
-        entries.append(("responder", episode.task, group))
-    for episode, response in verified:
-        group = _group(
-            [judgement.rollout for judgement in response.judgements],
-            standardise([judgement.reward for judgement in response.judgements]),
-        )
-        entries.append(("verifier", episode.task, group))
+    answers = [(e.task, [(r.rollout, _worth(e, r, settings.beyond)) for r in e.responses]) for e in kept]
+    verdicts = [(e.task, [(j.rollout, j.reward) for j in r.judgements]) for e, r in verified]
+    entries += [("responder", *entry) for entry in _groups(answers, settings.beyond.std)]
+    entries += [("verifier", *entry) for entry in _groups(verdicts, settings.beyond.std)]
+    train = TrainBatch(tuple(group for _, _, group in entries))
+    bound = settings.beyond.negatives_below
+    gated = bound is not None and sampled_entropy(train) > bound
     return Batch(
-        TrainBatch(tuple(group for _, _, group in entries)),
+        without_negatives(train) if gated else train,
         tuple(role for role, _, _ in entries),
         tuple(task for _, task, _ in entries),
         len(failures),
         len(pool),
         wanted,
+        gated,
+    )
+
+
+def _asked(episodes: Sequence[Episode], beyond: config.Beyond, baselines: Baselines | None) -> list[float]:
+    """The advantages of questions."""
+    tasks, rewards = [e.task for e in episodes], [e.reward or 0.0 for e in episodes]
+    if baselines is not None:
+        return baselines.advantages(tasks, rewards)
+    peers = [PEERS[beyond.questioner_peers](episode) for episode in episodes]
+    return standardise_by(peers, rewards, list(map(SCALES[beyond.std], peers, tasks)))
+
+
+def _groups(
+    made: Sequence[tuple[str, Sequence[tuple[Rollout, float]]]], std: str
+) -> Iterator[tuple[str, Group]]:
+    """Groups of one role, each compared within itself: task, and rollouts with what each earned."""
+    peers = [place for place, (_, group) in enumerate(made) for _ in group]
+    rewards = [reward for _, group in made for _, reward in group]
+    scales = [SCALES[std](place, made[place][0]) for place in peers]
+    advantages = iter(standardise_by(peers, rewards, scales))
+    for task, group in made:
+        rollouts = [rollout for rollout, _ in group]
+        yield task, _group(rollouts, list(islice(advantages, len(rollouts))))
+
+
+def _worth(episode: Episode, response: Response, beyond: config.Beyond) -> float:
+    """What a response is compared by: its reward, and what it earns besides."""
+    weights = {name: getattr(beyond, name) for name in BONUSES}
+    return response.reward + sum(
+        weight * BONUSES[name](episode, response) for name, weight in weights.items() if weight
     )
 
 
@@ -115,8 +165,10 @@ def usable_groups(episodes: Sequence[Episode], settings: config.SelfPlay) -> lis
         (episode, response)
         for episode in episodes
         for response in episode.responses
-        if voting.is_usable(
+        if not response.unjudged
+        and voting.is_usable(
             response.votes,
+            response.verdict,
             response.rule,
             bounds=settings.verifier_agreement,
             consistent=settings.verifier_consistency == "maj_cons",

@@ -40,6 +40,19 @@ def remembered_documents(
     return tuple(index for index in read if index not in known)
 
 
+def widened(
+    read: Sequence[int], history: Sequence[Remembered]
+) -> list[tuple[Remembered | None, tuple[int, ...]]]:
+    """How a context came about: each remembered question, oldest first, with the documents of `read` that it was the
+    first to bring; at last None with the fresh ones."""
+    left, steps = list(read), []
+    for entry in (*history, None):
+        brought = tuple(index for index in left if entry is None or index in entry.documents)
+        left = [index for index in left if index not in brought]
+        steps.append((entry, brought))
+    return steps
+
+
 def choose_key(random: random.Random) -> str:
     """The letter of the correct choice, uniform, so that the keys stay balanced."""
     return random.choice(LETTERS)

@@ -31,7 +31,8 @@ class Response:
     """One answer to the question, with the verdicts on it.
 
     `answer` is what was extracted from the text (None: no answer), `rule` the rule's reward,
-    `verdict` the majority of the judgements (None: absent), `reward` both combined.
+    `verdict` the majority of the judgements (None: absent), `judged` the external judge's opinion (None: not asked, or
+    it failed, and `unjudged` says why), `reward` all combined.
     """
 
     rollout: Rollout
@@ -41,6 +42,8 @@ class Response:
     judgements: tuple[Judgement, ...] = ()
     verdict: int | None = None
     reward: float = 0.0
+    judged: float | None = None
+    unjudged: str = ""
 
     @property
     def votes(self) -> list[int | None]:
@@ -53,7 +56,8 @@ class Episode:
 
     `documents` are the indices in the cluster of what the questioner read, of `cluster_documents` in
     all; `asked` is its rollout (None for a static question), `reward` what it earned (None where it
-    is neither rewarded nor penalised). `probe` is the response without documents. `cut_tokens` counts
+    is neither rewarded nor penalised). `probe` is the response without documents, `answerability` that with the
+    questioner's own among a few others. `cut_tokens` counts
     document tokens that did not fit into the prompts of questioner and responder. `begun` is the step that
     began it, where that was not `step` (leftovers that are carried over).
     """
@@ -77,10 +81,16 @@ class Episode:
     reward: float | None = None
     cut_tokens: int = 0
     begun: int | None = None
+    answerability: Response | None = None
 
     @property
     def kept(self) -> bool:
         return self.outcome == rewards.KEPT
+
+    @property
+    def answered(self) -> bool:
+        """Whether there are responses, and all have their reward."""
+        return bool(self.responses) and self.outcome != rewards.UNJUDGED
 
     @property
     def mean_reward(self) -> float:
@@ -88,10 +98,10 @@ class Episode:
         return fmean(response.reward for response in self.responses) if self.responses else 0.0
 
     def rollouts(self) -> Iterator[tuple[str, Rollout]]:
-        """Every rollout with its role; the probe is a responder's."""
+        """Every rollout with its role; the probes are a responder's."""
         if self.asked:
             yield "questioner", self.asked
-        for response in (*([self.probe] if self.probe else []), *self.responses):
+        for response in (*filter(None, (self.probe, self.answerability)), *self.responses):
             yield "responder", response.rollout
             for judgement in response.judgements:
                 yield "verifier", judgement.rollout
@@ -111,6 +121,7 @@ class Episode:
             "question": asdict(self.question) if self.question else None,
             "asked": table.pack(self.asked) if self.asked else None,
             "probe": _pack_response(self.probe, table) if self.probe else None,
+            "answerability": _pack_response(self.answerability, table) if self.answerability else None,
             "responses": [_pack_response(response, table) for response in self.responses],
             "prompts": table.prompts,
         }
@@ -128,7 +139,8 @@ class Episode:
                 ),
                 question=Question(**record["question"]) if record["question"] else None,
                 asked=_unpack(record["asked"], prompts) if record["asked"] else None,
-                probe=_unpack_response(record["probe"], prompts) if record["probe"] else None,
+                probe=_unpack_probe(record, "probe", prompts),
+                answerability=_unpack_probe(record, "answerability", prompts),
                 responses=tuple(_unpack_response(response, prompts) for response in record["responses"]),
             )
         except (KeyError, TypeError, IndexError) as error:
@@ -140,6 +152,10 @@ _PLAIN = (
     *("key", "asked_text", "outcome", "reward", "cut_tokens", "begun"),
 )
 """Fields of an episode that are JSON as they are."""
+
+
+_OPINIONS = ("text", "answer", "rule", "verdict", "judged", "unjudged", "reward")
+"""The same of a response."""
 
 
 class _PromptTable:
@@ -172,7 +188,7 @@ def _unpack(record: Mapping[str, Any], prompts: list[Tokens]) -> Rollout:
 def _pack_response(response: Response, table: _PromptTable) -> dict[str, Any]:
     return {
         "rollout": table.pack(response.rollout),
-        **{name: getattr(response, name) for name in ("text", "answer", "rule", "verdict", "reward")},
+        **{name: getattr(response, name) for name in _OPINIONS},
         "judgements": [
             {"rollout": table.pack(j.rollout), "text": j.text, "vote": j.vote, "reward": j.reward}
             for j in response.judgements
@@ -185,3 +201,8 @@ def _unpack_response(record: Mapping[str, Any], prompts: list[Tokens]) -> Respon
         Judgement(**{**j, "rollout": _unpack(j["rollout"], prompts)}) for j in record["judgements"]
     )
     return Response(**{**record, "rollout": _unpack(record["rollout"], prompts), "judgements": judgements})
+
+
+def _unpack_probe(record: Mapping[str, Any], name: str, prompts: list[Tokens]) -> Response | None:
+    probe = record.get(name)
+    return _unpack_response(probe, prompts) if probe else None

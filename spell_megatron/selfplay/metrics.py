@@ -11,6 +11,7 @@ from statistics import fmean
 
 from spell_megatron.selfplay import rewards, voting
 from spell_megatron.selfplay.episode import Episode, Response
+from spell_megatron.selfplay.novelty import distinct_share, novelties
 from spell_megatron.selfplay.play import Play
 from spell_megatron.types import Rollout
 
@@ -24,6 +25,7 @@ def step_metrics(play: Play) -> dict[str, float]:
         **_questioner(episodes),
         **_responder(episodes),
         **_verifier(episodes),
+        **_judge(episodes),
         **_outcomes(play),
         **{f"episodes/{name}": count for name, count in asdict(play.tally).items()},
         **_difficulty(episodes),
@@ -34,6 +36,7 @@ def step_metrics(play: Play) -> dict[str, float]:
         "batch/failures": play.batch.failures,
         "batch/verifier_pool": play.batch.verifier_pool,
         "batch/verifier_wanted": play.batch.verifier_wanted,
+        "batch/gated": play.batch.gated or None,
         "batch/response_tokens": play.batch.train.response_tokens,
         **{
             f"batch/{role}_samples": play.batch.samples(role)
@@ -59,11 +62,14 @@ def _questioner(episodes: Sequence[Episode]) -> dict[str, float | None]:
         "questioner/format_errors": _mean(e.outcome == rewards.BAD_FORMAT for e in asked),
         "questioner/ungrounded": _mean(e.outcome == rewards.BAD_GROUND for e in asked if e.probe),
         "questioner/cut_tokens": _mean(e.cut_tokens for e in asked),
+        "questioner/novelty": _mean(novelties(episodes)),
+        "questioner/distinct": distinct_share(asked),
+        "questioner/unanswerable": _mean(not e.answerability.rule for e in asked if e.answerability),
     }
 
 
 def _responder(episodes: Sequence[Episode]) -> dict[str, float | None]:
-    responses = [(episode.task, response) for episode in episodes for response in episode.responses]
+    responses = [(e.task, response) for e in episodes if e.answered for response in e.responses]
     return {
         "responder/reward": _mean(response.reward for _, response in responses),
         **_by_task("responder/reward", [(task, response.reward) for task, response in responses]),
@@ -89,10 +95,23 @@ def _verifier(episodes: Sequence[Episode]) -> dict[str, float | None]:
     }
 
 
+def _judge(episodes: Sequence[Episode]) -> dict[str, float | None]:
+    """The external judge; nothing of it where none was asked."""
+    responses = [response for episode in episodes for response in episode.responses]
+    judged = [response for response in responses if response.judged is not None]
+    failed = sum(bool(response.unjudged) for response in responses)
+    return {
+        "judge/asked": len(judged) + failed or None,
+        "judge/failed": failed if judged or failed else None,
+        "judge/yes": _mean(response.judged or 0.0 for response in judged),
+        "judge/verifier_agreement": _mean(r.judged == r.verdict for r in judged if r.verdict is not None),
+    }
+
+
 def _outcomes(play: Play) -> dict[str, float | None]:
     """Counts of every outcome, and how many answered questions had variance."""
     named = dict.fromkeys((rewards.KEPT, *rewards.FAILURES), 0) | dict(play.outcomes)
-    answered = [episode for episode in play.episodes if episode.responses]
+    answered = [episode for episode in play.episodes if episode.answered]
     return {
         **{f"outcome/{name.removeprefix('dropped:')}": count for name, count in named.items()},
         "groups/kept_share": _mean(episode.kept for episode in answered),
@@ -103,7 +122,7 @@ def _outcomes(play: Play) -> dict[str, float | None]:
 
 def _difficulty(episodes: Sequence[Episode]) -> dict[str, float | None]:
     """How the mean rewards of the questions are distributed: none, quarters between, all."""
-    means = [episode.mean_reward for episode in episodes if episode.responses]
+    means = [episode.mean_reward for episode in episodes if episode.answered]
     inner = [min(int(mean * 4), 3) for mean in means if 0 < mean < 1]
     return {
         "difficulty/mean": _mean(means),

@@ -20,12 +20,14 @@ from typing import Any, TypeVar
 
 from spell_megatron import config
 from spell_megatron.selfplay import curriculum, rewards, voting
+from spell_megatron.selfplay.answerability import UNANSWERABLE, probed_documents
 from spell_megatron.selfplay.episode import Episode, Judgement, Response
+from spell_megatron.selfplay.evidence import REQUEST, numbered
 from spell_megatron.selfplay.fitting import Fitted, fit
 from spell_megatron.selfplay.grading import extract_answer, is_correct
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.parsing import OVER_LONG, Failure, parse_question, parse_verdict
-from spell_megatron.selfplay.ports import Codec, Generator
+from spell_megatron.selfplay.ports import Codec, Generator, Judge, Opinion
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import Name, random_of, seed_of
 from spell_megatron.types import Cluster, Document, Question, Rollout
@@ -61,10 +63,15 @@ class Pipeline:
         generator: Generator,
         seed: int,
         max_model_len: int,
+        judge: Judge | None = None,
     ) -> None:
         self._settings, self._prompts, self._codec, self._generator = settings, prompts, codec, generator
         self._seed, self._max_model_len = seed, max_model_len
         self._examples = cache(prompts.examples)
+        self._external = judge
+        checks = {self._ground: settings.grounding, self._read: settings.beyond.answerability is not None}
+        self._checks = [check for check, wanted in checks.items() if wanted]
+        """What a question must pass before it is answered."""
 
     async def run(self, job: Job) -> Episode:
         """The whole episode. Raises what the generator raises; cancelling it cancels its requests."""
@@ -80,9 +87,9 @@ class Pipeline:
             question=job.question,
         )
         if job.question is None:
-            episode = await self._ask(job, episode)
-            if not episode.outcome and self._settings.grounding:
-                episode = await self._ground(job, episode)
+            for part in (self._ask, *self._checks):
+                if not episode.outcome:
+                    episode = await part(job, episode)
         if not episode.outcome:
             episode = await self._respond(job, episode)
         if episode.asked is None:
@@ -135,6 +142,21 @@ class Pipeline:
         grounded = probe.rule < self._settings.grounding_threshold
         return replace(episode, probe=probe, outcome="" if grounded else rewards.BAD_GROUND)
 
+    async def _read(self, job: Job, episode: Episode) -> Episode:
+        """The responder with what the questioner read, among distractors: what it misses cannot be answered."""
+        documents = job.cluster.documents
+        chosen = probed_documents(
+            len(documents),
+            episode.documents,
+            self._settings.beyond.answerability or 0,
+            self._random(job, "distractors"),
+        )
+        prompt = self._responder_prompt(episode, [documents[index] for index in chosen])
+        if prompt is None:
+            return replace(episode, outcome=PROMPT_TOO_LONG)
+        probe = await self._answer(episode, prompt, self._name(job, "answerability"))
+        return replace(episode, answerability=probe, outcome="" if probe.rule else UNANSWERABLE)
+
     async def _respond(self, job: Job, episode: Episode) -> Episode:
         """G responses over all documents of the cluster, each judged as soon as it is there."""
         prompt = self._responder_prompt(episode, job.cluster.documents)
@@ -146,19 +168,49 @@ class Pipeline:
         outcome = (
             rewards.KEPT if rewards.has_variance([r.reward for r in responses]) else rewards.ZERO_VARIANCE
         )
+        if not all(map(self._is_settled, responses)):
+            outcome = rewards.UNJUDGED
         return replace(
             episode, responses=tuple(responses), outcome=outcome, cut_tokens=episode.cut_tokens + prompt.cut
         )
 
     async def _judged_answer(self, job: Job, episode: Episode, prompt: Fitted, number: int) -> Response:
-        """One response, its verdicts, and what both make of it."""
+        """One response, its verdicts, and what all make of it."""
         response = await self._answer(episode, prompt, self._name(job, "responder", number))
-        verdict: int | None = None
-        judgements: tuple[Judgement, ...] = ()
-        if self._settings.judge and response.answer is not None:
-            verdict, judgements = await self._judge(job, episode, response.answer, number)
-        reward = rewards.responder_reward(response.rule, verdict, self._settings.combine)
-        return replace(response, judgements=judgements, verdict=verdict, reward=reward)
+        if response.answer is not None:
+            both: list[Coroutine[Any, Any, Any]] = [
+                self._verified(job, episode, response, number),
+                self._opinion(episode, response),
+            ]
+            response, opinion = await together(both)
+            rule = response.rule
+            if opinion.score is not None and self._settings.external_judge.place == "rule":
+                rule = opinion.score
+            response = replace(response, rule=rule, judged=opinion.score, unjudged=opinion.fault)
+        opinions = (response.rule, response.verdict, response.judged)
+        return replace(response, reward=rewards.responder_reward(opinions, self._settings.combine))
+
+    async def _opinion(self, episode: Episode, response: Response) -> Opinion:
+        """The external judge's, where there is one and the reward hangs on it."""
+        question, settings = _asked(episode), self._settings
+        beside = settings.external_judge.place == "beside"
+        settled = beside and rewards.is_settled((response.rule,), settings.combine)
+        if self._external is None or question.options or settled or response.answer is None:
+            return Opinion(None)
+        return await self._external(question, response.answer)
+
+    def _is_settled(self, response: Response) -> bool:
+        """Whether it has its reward, though the external judge may have failed."""
+        beside = self._settings.external_judge.place == "beside"
+        opinions = (response.rule, response.verdict) if beside else (response.verdict,)
+        return not response.unjudged or rewards.is_settled(opinions, self._settings.combine)
+
+    async def _verified(self, job: Job, episode: Episode, response: Response, number: int) -> Response:
+        """The response with the verifier's verdicts on it."""
+        if not self._settings.judge or response.answer is None:
+            return response
+        verdict, judgements = await self._judge(job, episode, response.answer, number)
+        return replace(response, judgements=judgements, verdict=verdict)
 
     async def _answer(self, episode: Episode, prompt: Fitted, name: Sequence[Name]) -> Response:
         """One response and the rule's opinion of it."""
@@ -181,17 +233,19 @@ class Pipeline:
             for judge in range(self._settings.group_size)
         )
         votes = [None if rollout.finish == "length" else parse_verdict(text) for rollout, text in written]
-        verdict = voting.majority(votes)
+        verdict = voting.verdict_of(votes, self._settings)
         return verdict, tuple(
-            Judgement(rollout, text, vote, voting.vote_reward(vote, verdict))
+            Judgement(
+                rollout, text, vote, voting.vote_reward(vote, verdict, self._settings.invalid_vote_reward)
+            )
             for (rollout, text), vote in zip(written, votes, strict=True)
         )
 
     def _responder_prompt(self, episode: Episode, documents: Sequence[Document]) -> Fitted | None:
-        question = _asked(episode)
+        question, evidence = _asked(episode), bool(self._settings.beyond.evidence and documents)
         return fit(
-            lambda shown: self._prompts.responder(question, shown),
-            documents,
+            lambda shown: self._prompts.responder(question, shown) + (REQUEST if evidence else ""),
+            numbered(documents) if evidence else documents,
             self._codec,
             self._limit(self._settings.sampling.responder_tokens),
         )

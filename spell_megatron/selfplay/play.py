@@ -16,15 +16,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from spell_megatron import config
+from spell_megatron.selfplay.baselines import Baselines
 from spell_megatron.selfplay.batch import Batch, compose
 from spell_megatron.selfplay.curriculum import remembered_documents
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.leftovers import Leftover, Tally, cancel
 from spell_megatron.selfplay.memory import Memory
 from spell_megatron.selfplay.pipeline import Job, Pipeline
-from spell_megatron.selfplay.ports import Codec, Generator
+from spell_megatron.selfplay.ports import Codec, Generator, Judge
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import random_of
+from spell_megatron.selfplay.stages import staged, tokens_at
 from spell_megatron.types import Cluster, Question, SpellError
 
 
@@ -87,11 +89,14 @@ class SelfPlay:
         clusters: Clusters,
         seed: int,
         max_model_len: int,
+        judge: Judge | None = None,
         on_episode: Callable[[Episode], None] = lambda episode: None,
     ) -> None:
         _check_lengths(settings.sampling, max_model_len)
         self.memory = Memory(settings.memory, settings.memory_questions, settings.memory_steps)
         self._settings, self._clusters, self._seed, self._on_episode = settings, clusters, seed, on_episode
+        self._baselines = Baselines() if settings.beyond.questioner_baseline == "ema" else None
+        self._count = codec.count
         self._leftovers: dict[int, Leftover] = {}
         self._newest = 0  # weights that a finished rollout was made by: later requests get no older ones
         self._pipeline = Pipeline(
@@ -101,6 +106,7 @@ class SelfPlay:
             generator=generator,
             seed=seed,
             max_model_len=max_model_len,
+            judge=judge,
         )
 
     async def play(self, step: int, finished: Iterable[Episode] = ()) -> Play:
@@ -123,7 +129,8 @@ class SelfPlay:
             wanted -= sum(episode.kept for episode in played)
             self._remember(step, played)
             if wanted == 0:
-                batch = compose(episodes, self._settings, random_of(self._seed, step, "batch"))
+                draw = random_of(self._seed, step, "batch")
+                batch = compose(episodes, self._settings, draw, self._baselines)
                 return Play(
                     step, tuple(episodes), batch, number + 1, len(self.memory), self.memory.rings, tally
                 )
@@ -134,7 +141,8 @@ class SelfPlay:
 
         Leftovers are in it as their places in the corpus: restored, they are asked for again.
         """
-        return {"memory": self.memory.state(), "clusters": self._clusters.state()}
+        state = {"memory": self.memory.state(), "clusters": self._clusters.state()}
+        return state | ({"baselines": self._baselines.state()} if self._baselines else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         try:
@@ -143,6 +151,8 @@ class SelfPlay:
             raise SpellError("this is not a state of self-play; resume from another checkpoint") from None
         self.memory.restore(memory)
         self._clusters.restore(clusters)
+        if self._baselines:
+            self._baselines.restore(state.get("baselines", {}))
         self._leftovers = {}
 
     async def _round(
@@ -237,6 +247,7 @@ class SelfPlay:
         return step - 1 - self._settings.max_staleness
 
     def _job(self, step: int, number: int, index: int, cluster: Cluster, what: str | Question) -> Job:
+        cluster = staged(cluster, tokens_at(step, self._settings.beyond.stages), self._count)
         if isinstance(what, Question):
             return Job(step, number, index, cluster, what.task, question=what)
         return Job(step, number, index, cluster, what, self.memory.recall(what, cluster.id))
@@ -244,7 +255,7 @@ class SelfPlay:
     def _remember(self, step: int, episodes: Iterable[Episode]) -> None:
         """Store the questions that were answered with some reward, in their own order."""
         for episode in episodes:
-            question, answered = episode.question, episode.asked and episode.responses
+            question, answered = episode.question, episode.asked and episode.answered
             if question and answered and self._memorable(episode.mean_reward):
                 documents = remembered_documents(
                     episode.documents, episode.history, self._settings.memory_form
@@ -285,6 +296,8 @@ _REMEDIES = {
     "dropped:long_reference": ["selfplay.max_reference_tokens (higher)", "corpus.sources (tasks)"],
     "dropped:not_a_number": ["corpus.sources (no docmath_qa where texts have no figures)"],
     "dropped:unreachable_reference": ["model.prompts (references in words)", "corpus.sources (tasks)"],
+    "dropped:unanswerable": ["selfplay.beyond.answerability (fewer distractors)"],
+    "dropped:unjudged": ["selfplay.external_judge (does it answer? the log says how it fails)"],
     "dropped:prompt_too_long": ["rollout.max_model_len (higher)", "corpus.cluster_tokens (lower)"],
 }
 _LAST_RESORT = [

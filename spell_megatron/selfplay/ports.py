@@ -6,9 +6,26 @@ The rollout engine and the tokenizer satisfy these protocols without importing t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from spell_megatron.types import Rollout, Tokens
+from spell_megatron.types import Question, Rollout, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What an external judge says of an answer: 1 or 0, or None and the fault that kept it from saying."""
+
+    score: float | None
+    fault: str = ""
+
+
+class Judge(Protocol):
+    """A judge that is no part of the policy."""
+
+    async def __call__(self, question: Question, answer: str) -> Opinion:
+        """Whether an answer means the question's reference."""
+        ...
 
 
 class Generator(Protocol):

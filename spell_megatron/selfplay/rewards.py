@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 from spell_megatron import config
 
 BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE, KEPT = "bad_format", "bad_ground", "zero_variance", "kept"
+UNJUDGED = "dropped:unjudged"
+"""The external judge failed, and the reward of a response hangs on it."""
 FAILURES = (BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE)
 """Outcomes of a question that its questioner is trained on, besides the kept ones."""
 
 
-def responder_reward(rule: float, verdict: int | None, combine: str = "max") -> float:
-    """Rule and verifier together; the rule alone where the verifier has no verdict."""
-    if verdict is None:
-        return rule
-    if combine == "max":
-        return max(rule, float(verdict))
-    if combine == "min":
-        return min(rule, float(verdict))
-    return (rule + verdict) / (2 if combine == "mean" else 1)
+COMBINE: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "max": max,
+    "min": min,
+    "mean": fmean,
+    "sum": math.fsum,
+}
+"""How several opinions of one response make its reward; `max` is the paper's."""
+
+SHAPES: Mapping[str, Callable[[float, float], float]] = {
+    "gaussian": lambda mean, sigma: math.exp(-((mean - 0.5) ** 2) / (2 * sigma**2)),
+    "reverse": lambda mean, sigma: 1 - mean,
+    "linear": lambda mean, sigma: 1 - 2 * abs(mean - 0.5),
+}
+"""The worth of a question whose mean reward lies strictly between 0 and 1; those but `gaussian` are ablations."""
+
+
+def responder_reward(opinions: Sequence[float | None], combine: str = "max") -> float:
+    """What rule, verifier and external judge make together, of those that have an opinion; one has."""
+    return COMBINE[combine]([float(opinion) for opinion in opinions if opinion is not None])
+
+
+def is_settled(opinions: Sequence[float | None], combine: str) -> bool:
+    """Whether no further opinion of 0 or 1 could change the reward."""
+    return combine == "max" and 1.0 in opinions
 
 
 def has_variance(rewards: Sequence[float]) -> bool:
@@ -42,13 +60,4 @@ def questioner_reward(outcome: str, mean: float, settings: config.SelfPlay) -> f
         return None
     if outcome == ZERO_VARIANCE or not 0 < mean < 1:
         return 0.0
-    return frontier_reward(mean, settings.questioner_reward, settings.questioner_sigma)
-
-
-def frontier_reward(mean: float, shape: str, sigma: float = 0.5 / 3) -> float:
-    """The worth of a mean reward strictly between 0 and 1; the shapes but `gaussian` are ablations."""
-    if shape == "reverse":
-        return 1 - mean
-    if shape == "linear":
-        return 1 - 2 * abs(mean - 0.5)
-    return math.exp(-((mean - 0.5) ** 2) / (2 * sigma**2))
+    return SHAPES[settings.questioner_reward](mean, settings.questioner_sigma)

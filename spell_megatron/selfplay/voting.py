@@ -5,22 +5,38 @@ A vote is 1 (YES), 0 (NO) or None (neither, both, cut off).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from spell_megatron import config
 
 Vote = int | None
 
+TIES: Mapping[str, Callable[[Sequence[Vote]], Vote]] = {
+    "absent": lambda votes: None,
+    "no": lambda votes: 0,
+    "first": lambda votes: next(vote for vote in votes if vote is not None),
+}
+"""What a group says in which as many vote YES as NO, and some do."""
 
-def majority(votes: Sequence[Vote]) -> Vote:
-    """The verdict of the group; None where most votes are invalid, or as many say YES as NO."""
+
+def verdict_of(votes: Sequence[Vote], settings: config.SelfPlay) -> Vote:
+    """What the group says of the response, as it is configured."""
+    if settings.verdict == "first":
+        return votes[0] if votes else None
+    return majority(votes, settings.vote_tie)
+
+
+def majority(votes: Sequence[Vote], tie: str = "absent") -> Vote:
+    """The verdict of most; None where most votes are invalid. `tie` names what as many YES as NO are (`TIES`)."""
     yes, no = votes.count(1), votes.count(0)
-    if yes == no or len(votes) - yes - no > max(yes, no):
+    if len(votes) - yes - no > max(yes, no) or not yes + no:
         return None
-    return int(yes > no)
+    return TIES[tie](votes) if yes == no else int(yes > no)
 
 
-def vote_reward(vote: Vote, verdict: Vote) -> float:
-    """1 for a vote with the majority, 0 for a valid one against it, -1 for an invalid one."""
-    return -1.0 if vote is None else float(vote == verdict)
+def vote_reward(vote: Vote, verdict: Vote, invalid: float = -1.0) -> float:
+    """1 for a vote with the verdict, 0 for a valid one against it, `invalid` for an invalid one."""
+    return invalid if vote is None else float(vote == verdict)
 
 
 def agreement(votes: Sequence[Vote], verdict: Vote) -> float:
@@ -29,13 +45,14 @@ def agreement(votes: Sequence[Vote], verdict: Vote) -> float:
     return votes.count(verdict) / valid if verdict is not None and valid else 0.0
 
 
-def is_usable(votes: Sequence[Vote], rule: float, *, bounds: tuple[float, float], consistent: bool) -> bool:
+def is_usable(
+    votes: Sequence[Vote], verdict: Vote, rule: float, *, bounds: tuple[float, float], consistent: bool
+) -> bool:
     """Whether a group teaches the verifier something that can be trusted.
 
-    Its valid votes must disagree (their agreement lies within `bounds`), and, with `consistent`, its
-    majority must say of the response what the rule says.
+    Its valid votes must disagree (their agreement with the verdict lies within `bounds`), and, with `consistent`, its
+    verdict must say of the response what the rule says.
     """
-    verdict = majority(votes)
     if verdict is None or (consistent and verdict != rule):
         return False
     return bounds[0] <= agreement(votes, verdict) <= bounds[1]

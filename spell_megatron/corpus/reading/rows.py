@@ -4,6 +4,7 @@ text_field [, cluster_field] [, title]   the general layout
 content                                  Ultra-FineWeb (openbmb/Ultra-FineWeb)
 paragraphs, question_id                  DocMath-Eval (yale-nlp/DocMath-Eval): a row is one long
                                          text of its own cluster; its questions are not read
+any, with text_field "*"                 every text of a row, and every list of texts as one
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from spell_megatron.config import Source
+from spell_megatron.config import EVERY_TEXT, Source
 from spell_megatron.corpus.reading.text import Skipped, Text
 
 Row = Mapping[str, Any]
@@ -25,6 +26,10 @@ def texts(rows: Iterable[Row], name: str, source: Source, skipped: Skipped) -> I
         where = f"{name}#{number}"
         if column is None and (column := text_column(row, source)) is None:
             return missing_column(row, name, source, skipped)
+        if column == EVERY_TEXT:
+            for place, part in _every(row):
+                yield from Text(f"{where}{place}", part, name).parts()
+            continue
         value = row.get(column)
         if column == "paragraphs" and isinstance(value, list):
             value = "\n\n".join(paragraph for paragraph in value if isinstance(paragraph, str))
@@ -44,6 +49,8 @@ def texts(rows: Iterable[Row], name: str, source: Source, skipped: Skipped) -> I
 
 def text_column(columns: Iterable[str], source: Source) -> str | None:
     """The column that holds the text; None where there is none."""
+    if source.text_field == EVERY_TEXT:
+        return EVERY_TEXT
     names = set(columns)
     default = source.text_field == Source().text_field
     known = [source.text_field, *(("content", "paragraphs") if default else ())]
@@ -52,8 +59,25 @@ def text_column(columns: Iterable[str], source: Source) -> str | None:
 
 def wanted_columns(columns: Iterable[str], source: Source) -> list[str]:
     """Those of `columns` that `texts` looks at."""
+    if source.text_field == EVERY_TEXT:
+        return list(columns)
     wanted = {source.text_field, source.cluster_field, "content", "paragraphs", "question_id", "title"}
     return [column for column in columns if column in wanted]
+
+
+def _every(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a value, with where it stands; several in one list are one text, too."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _every(part, f"{place}.{name}")
+    elif isinstance(value, list | tuple):
+        texts = [part for part in value if isinstance(part, str)]
+        if len(texts) > 1:
+            yield place, "\n\n".join(texts)
+        for number, part in enumerate(value):
+            yield from _every(part, f"{place}.{number}")
 
 
 def missing_column(columns: Iterable[str], name: str, source: Source, skipped: Skipped) -> None:

@@ -1,0 +1,118 @@
+"""Documents of a corpus that a benchmark asks about are left out, or its figures would measure memory.
+
+As in the paper (arXiv 2509.23863): a document that repeats one of a benchmark is found by MinHash, 128 permutations,
+at a Jaccard similarity of 0.8 of five-word sequences (Broder 1997). A question is too short for that: a document is
+left out that holds it word by word. Of a benchmark's files every text of every row counts, whatever it is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rensa import RMinHash, RMinHashLSH
+
+from spell_megatron.config import EVERY_TEXT, Source
+from spell_megatron.corpus.cleaning import MIN_SHINGLES, SHINGLE
+from spell_megatron.corpus.reading import Skipped, read
+from spell_megatron.types import SpellError
+
+SIMILARITY, PERMUTATIONS = 0.8, 128
+BANDS = 32
+"""Bands of four: a pair at the threshold is compared with probability 1 - (1 - 0.8^4)^32, above 0.9999."""
+SHORTEST = MIN_SHINGLES + SHINGLE - 1
+"""Words of the shortest text that is a document; shorter ones are questions."""
+QUESTION = 8
+"""Words of the shortest question: fewer stand in texts that have nothing to do with it."""
+_WORD = re.compile(r"\w+")
+_PASSAGE = re.compile(r"^\s*(?:Passage|Document) \d+:?\s*$", re.MULTILINE)
+"""What stands between the passages of one text in LongBench."""
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a text has in common with a benchmark: `place` is the text there, `similarity` 1 for a question it holds."""
+
+    kind: str
+    place: str
+    similarity: float = 1.0
+
+    @property
+    def benchmark(self) -> str:
+        """The benchmark's file."""
+        return self.place.partition("#")[0]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.place}, similarity {self.similarity:.2f}"
+
+
+class Benchmarks:
+    """An index of everything that some benchmarks' files hold. Raises SpellError for a path without a text."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._documents: list[tuple[str, RMinHash]] = []
+        self._similar = RMinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS, num_bands=BANDS)
+        self._starts: set[Words] = set()
+        self._questions: defaultdict[Words, dict[Words, str]] = defaultdict(dict)
+        for path in paths:
+            skipped, empty = Skipped(), True
+            for text in read(Source(path=path, text_field=EVERY_TEXT), skipped):
+                empty = False
+                for piece in _pieces(text.text):
+                    self._add(text.name, piece)
+            if empty:
+                why = str(skipped) if skipped.counts else "it has no files"
+                raise SpellError(f"corpus.benchmarks: {path} holds no text to compare with ({why})")
+
+    def match(self, text: str) -> Match | None:
+        """The benchmark's text that this one repeats or holds."""
+        words = _words(text)
+        if (found := self._repeated(words)) is not None:
+            return found
+        for start, pair in enumerate(pairwise(words)):
+            if pair in self._starts:
+                for question, place in self._questions.get(words[start : start + QUESTION], {}).items():
+                    if words[start : start + len(question)] == question:
+                        return Match("question", place)
+        return None
+
+    def _repeated(self, words: Words) -> Match | None:
+        if len(words) < SHORTEST:
+            return None
+        sketch = _sketch(words)
+        near = (self._documents[number] for number in self._similar.query(sketch))
+        similarity, place = max(((sketch.jaccard(other), place) for place, other in near), default=(0.0, ""))
+        return Match("document", place, similarity) if similarity >= SIMILARITY else None
+
+    def _add(self, place: str, text: str) -> None:
+        words = _words(text)
+        if len(words) >= SHORTEST:
+            sketch = _sketch(words)
+            self._similar.insert(len(self._documents), sketch)
+            self._documents.append((place, sketch))
+        elif len(words) >= QUESTION:
+            self._starts.add(words[:2])
+            self._questions[words[:QUESTION]].setdefault(words, place)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text, and each of its passages where it is several."""
+    yield text
+    passages = _PASSAGE.split(text)
+    if len(passages) > 1:
+        yield from passages
+
+
+def _words(text: str) -> Words:
+    return tuple(_WORD.findall(text.casefold()))
+
+
+def _sketch(words: Words) -> RMinHash:
+    sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)
+    sketch.update([" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)])
+    return sketch

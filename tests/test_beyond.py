@@ -1,0 +1,257 @@
+"""What goes beyond the paper: each option by hand, and in whole steps of self-play; off where not asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import statistics
+from dataclasses import replace
+
+import pytest
+from selfplay_stage import Corpus, Engine, act, cluster, episode, response, selfplay, settings
+
+from spell_megatron.config import Beyond, ConfigError, Stage, load_config
+from spell_megatron.selfplay import Play, step_metrics
+from spell_megatron.selfplay.advantages import standardise_by
+from spell_megatron.selfplay.answerability import UNANSWERABLE, probed_documents
+from spell_megatron.selfplay.baselines import DECAY, Baselines
+from spell_megatron.selfplay.batch import compose
+from spell_megatron.selfplay.episode import Episode
+from spell_megatron.selfplay.evidence import evidence_score, named, numbered
+from spell_megatron.selfplay.gating import sampled_entropy, without_negatives
+from spell_megatron.selfplay.memory import Remembered
+from spell_megatron.selfplay.novelty import distinct_share, novelties, novelty
+from spell_megatron.selfplay.stages import staged, tokens_at
+from spell_megatron.types import Group, Question, Sample, TrainBatch
+
+pytestmark = pytest.mark.unit
+STD = math.sqrt(1 / 3)  # of two ones and two zeros, with n - 1
+
+
+def play(generator: Engine | None = None, corpus: Corpus | None = None, changes=None, **beyond) -> Play:
+    chosen = settings(beyond=Beyond(**beyond), **(changes or {}))
+    room = selfplay(chosen, generator=generator or Engine(), clusters=corpus or Corpus())
+    return asyncio.run(room.play(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("The correct answer is (x).\nEvidence: [1, 3]", 1.0),
+        ("**Evidence:** [1,2, 3, 4]", 2 * 2 / (4 + 2)),
+        ("Evidence: [2]. No, evidence: [1]", 2 / 3),
+        ("Evidence: [9, 99999]", 0.0),
+        ("Evidence: []", 0.0),
+        ("The answer is in document 1.", 0.0),
+        ("Evidence: [" + "1," * 5000 + "]", 0.0),
+    ],
+)
+def test_evidence_is_graded_by_what_the_questioner_read(text: str, score: float):
+    assert evidence_score(text, (0, 2)) == pytest.approx(score)
+
+
+def test_documents_bear_the_numbers_that_are_named():
+    shown = numbered(cluster(0, 3).documents)
+    assert [document.text.splitlines()[0] for document in shown] == [f"[Document {n}]" for n in (1, 2, 3)]
+    assert named("Evidence: [1, 3]") == {0, 2}
+
+
+def test_evidence_counts_in_advantages_alone():
+    """Two right and two wrong answers; of each pair one names the evidence. By hand: 1.5, 1, 0.5, 0."""
+    answers = [
+        replace(response(rule), text=text) for rule in (1.0, 0.0) for text in ("Evidence: [1, 2]", "-")
+    ]
+    made = [episode(0, responses=answers)]
+    weights = {}
+    for weight in (0.0, 0.5):
+        chosen = settings(
+            questions=1, failure_ratio=0.0, train_questioner=False, beyond=Beyond(evidence=weight)
+        )
+        [group] = compose(made, chosen, random.Random(0)).train.groups
+        weights[weight] = [sample.weights[0] for sample in group.samples]
+    assert weights[0.0] == pytest.approx([0.5 / STD, 0.5 / STD, -0.5 / STD, -0.5 / STD], abs=1e-5)
+    worth = [1.5, 1.0, 0.5, 0.0]
+    std = statistics.stdev(worth)
+    assert weights[0.5] == pytest.approx([(w - 0.75) / std for w in worth], abs=1e-5)
+
+
+def test_evidence_is_asked_for_only_where_it_counts():
+    prompts: list[str] = []
+
+    def actor(role, prompt, draw):
+        if role == "responder":
+            prompts.append(prompt)
+        return act(role, prompt, draw)
+
+    play(Engine(actor), evidence=0.3)
+    with_documents = [prompt for prompt in prompts if "\nEmpty\n" not in prompt]
+    assert all("[Document 8]" in prompt and prompt.endswith("[1, 4]") for prompt in with_documents)
+    assert all("Evidence" not in prompt for prompt in prompts if "\nEmpty\n" in prompt)
+    prompts.clear()
+    play(Engine(actor))
+    assert not any("Evidence" in prompt or "[Document" in prompt for prompt in prompts)
+
+
+def test_a_question_that_its_own_documents_do_not_answer_is_dropped():
+    def actor(role, prompt, draw):
+        # Short of documents (three read, two distractors of eight) nobody finds out of some clusters.
+        few = role == "responder" and "\nEmpty\n" not in prompt and prompt.count("Fact ") < 8
+        if few and "of cluster 1" in prompt:
+            return "No idea."
+        return "The correct answer is (orange)." if few else act(role, prompt, draw)
+
+    result = play(Engine(actor), Corpus(4, tasks=["doc_general_qa"]), answerability=2)
+    read = {e.outcome == UNANSWERABLE: e for e in result.episodes if e.answerability}
+    assert set(read) == {True, False}
+    for one in result.episodes:
+        assert (one.outcome == UNANSWERABLE) == (one.answerability is not None and one.cluster == "c1")
+        if one.answerability:
+            assert "".join(map(chr, one.answerability.rollout.prompt)).count("Fact ") == 5
+            assert one.probe
+    assert read[True].reward is None
+    assert not read[True].responses
+    assert tuple(Episode.from_dict(e.to_dict()) for e in result.episodes) == result.episodes
+    assert 0 < step_metrics(result)["questioner/unanswerable"] < 1
+    assert all(e.answerability is None for e in play().episodes)
+
+
+def test_the_probe_reads_what_was_read_and_some_others():
+    for seed in range(20):
+        chosen = probed_documents(10, (2, 7), 4, random.Random(seed))
+        assert len(chosen) == 6
+        assert {2, 7} < set(chosen) <= set(range(10))
+        assert list(chosen) == sorted(chosen)
+    assert probed_documents(3, (0, 2), 4, random.Random(0)) == (0, 1, 2)
+
+
+def group(*values: tuple[float, float]) -> Group:
+    return Group(
+        [1], tuple(Sample([5, 6], [weight, weight], [logprob, logprob]) for weight, logprob in values)
+    )
+
+
+def test_negative_advantages_wait_for_a_policy_that_is_sure():
+    batch = TrainBatch((group((1.0, -0.5), (-1.0, -1.5)), group((-2.0, -4.0))))
+    assert sampled_entropy(batch) == pytest.approx((0.5 + 1.5 + 4.0) / 3)
+    assert sampled_entropy(TrainBatch(())) == 0.0
+    masked = without_negatives(batch)
+    assert [[s.weights for s in g.samples] for g in masked.groups] == [[[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0]]]
+    assert masked.response_tokens == batch.response_tokens
+    weights = {
+        bound: [
+            w for g in play(negatives_below=bound).batch.train.groups for s in g.samples for w in s.weights
+        ]
+        for bound in (None, 0.49, 0.51)  # the stage's engine samples at half a nat
+    }
+    assert min(weights[0.49]) == 0.0 > min(weights[None])
+    assert weights[0.51] == weights[None]
+    assert weights[0.49] == [max(weight, 0.0) for weight in weights[None]]
+    assert step_metrics(play(negatives_below=0.49))["batch/gated"] == 1.0
+
+
+def test_whose_standard_deviation_divides():
+    """Two groups of one task and one of another, worked by hand."""
+    keys, tasks = [0, 0, 1, 1, 2, 2], ["qa"] * 4 + ["math"] * 2
+    rewards = [1.0, 0.0, 1.0, 1.0, 0.0, 0.5]
+    by_group = standardise_by(keys, rewards)
+    assert by_group == pytest.approx([0.70711, -0.70711, 0, 0, -0.70711, 0.70711], abs=1e-4)
+    by_task = standardise_by(keys, rewards, tasks)  # std of 1 0 1 1 is 0.5, of 0 0.5 is 0.35355
+    assert by_task == pytest.approx([1.0, -1.0, 0, 0, -0.70711, 0.70711], abs=1e-4)
+    by_batch = standardise_by(keys, rewards, [None] * 6)  # of all six 0.49160
+    assert by_batch == pytest.approx([1.01709, -1.01709, 0, 0, -0.50854, 0.50854], abs=1e-4)
+
+
+@pytest.mark.parametrize("std", ["task", "batch"])
+def test_steps_are_scaled_as_configured(std: str):
+    plain, scaled = play(), play(std=std)
+    for one, other in zip(plain.batch.train.groups, scaled.batch.train.groups, strict=True):
+        ratios = {
+            round(b.weights[0] / a.weights[0], 6)
+            for a, b in zip(one.samples, other.samples, strict=True)
+            if a.weights[0]
+        }
+        assert len(ratios) <= 1  # a group keeps its shape
+    assert plain.batch.train != scaled.batch.train
+
+
+def test_questions_are_compared_with_those_about_as_many_documents():
+    made = [
+        replace(
+            episode(i, reward=reward, responses=[response(1.0), response(0.0)]), documents=tuple(range(count))
+        )
+        for i, (reward, count) in enumerate([(1.0, 2), (0.0, 2), (0.5, 5), (0.1, 5), (0.9, 7)])
+    ]
+    chosen = settings(questions=5, failure_ratio=0.0, beyond=Beyond(questioner_peers="task_documents"))
+    batch = compose(made, chosen, random.Random(0))
+    weights = [
+        g.samples[0].weights[0]
+        for g, r in zip(batch.train.groups, batch.roles, strict=True)
+        if r == "questioner"
+    ]
+    assert weights == pytest.approx([0.70711, -0.70711, 0.70711, -0.70711, 0.0], abs=1e-4)
+
+
+def test_a_running_mean_outlives_the_batch_and_the_run():
+    baselines = Baselines()
+    assert baselines.advantages(["qa", "qa", "math"], [1.0, 0.0, 0.3]) == pytest.approx([0.5, -0.5, 0.0])
+    assert baselines.advantages(["qa"], [1.0]) == pytest.approx([0.5])
+    moved = DECAY * 0.5 + (1 - DECAY) * 1.0
+    assert baselines.state() == pytest.approx({"qa": moved, "math": 0.3})
+    again = Baselines()
+    again.restore(json.loads(json.dumps(baselines.state())))
+    assert again.advantages(["qa", "new"], [0.0, 1.0]) == pytest.approx([-moved, 0.0])
+
+
+def test_a_restored_room_has_its_baselines():
+    chosen = settings(beyond=Beyond(questioner_baseline="ema"))
+
+    async def two(room) -> Play:
+        await room.play(0)
+        return await room.play(1)
+
+    whole = asyncio.run(two(selfplay(chosen)))
+    first = selfplay(chosen)
+    asyncio.run(first.play(0))
+    state = json.loads(json.dumps(first.state()))
+    second = selfplay(chosen)
+    second.restore(state)
+    assert asyncio.run(second.play(1)).batch.train == whole.batch.train
+    forgetful = selfplay(chosen)
+    forgetful.restore({**state, "baselines": {}})
+    assert asyncio.run(forgetful.play(1)).batch.train != whole.batch.train
+
+
+def test_stages_of_length():
+    stages = (Stage(10, 60), Stage(0, 25), Stage(20, 1000))
+    assert [tokens_at(step, stages) for step in (0, 9, 10, 19, 25)] == [25, 25, 60, 60, 1000]
+    assert tokens_at(5, (Stage(10, 60),)) is None
+    whole = cluster(0, 8)  # texts of 20 characters
+    assert len(whole.documents[0].text) == 20
+    kept = [len(staged(whole, tokens, len).documents) for tokens in (None, 1000, 100, 65, 5)]
+    assert kept == [8, 8, 5, 3, 2]
+    assert staged(whole, 65, len).documents == whole.documents[:3]
+    result = play(stages=(Stage(0, 100),))
+    assert {e.cluster_documents for e in result.episodes} == {5}
+
+
+def test_novelty_against_what_is_remembered():
+    assert novelty("Who built the bridge?", []) == 1.0
+    assert novelty("Who built THE bridge", ["When did it open?", "the bridge: who built?"]) == 0.0
+    assert novelty("Who built it?", ["Who built the bridge?"]) == pytest.approx(1 - 2 / 5)
+    history = (Remembered((0,), Question("doc_general_qa", "Question 1?", "x")),)
+    made = [replace(episode(i), history=history if i else ()) for i in (0, 1, 2)]
+    assert novelties(made) == pytest.approx([0.0, 1 - 1 / 3])
+    assert distinct_share([*made, episode(1)]) == 0.75
+    assert distinct_share([]) is None
+
+
+def test_options_that_contradict():
+    with pytest.raises(ConfigError, match="questioner_peers"):
+        load_config(
+            "toy",
+            ["selfplay.beyond.questioner_baseline=ema", "selfplay.beyond.questioner_peers=task_documents"],
+        )
+    with pytest.raises(ConfigError, match="cluster_tokens"):
+        load_config("paper-16k", ["selfplay.beyond.stages=[{step: 0, tokens: 60000}]"])

@@ -1,0 +1,132 @@
+"""Documents of a corpus that a benchmark asks about: left out, counted, listed; others stay."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from typer.testing import CliRunner
+
+from spell_megatron.cli import app
+from spell_megatron.config import ConfigError, Corpus, Source, load_config
+from spell_megatron.corpus import ClusterSampler
+from spell_megatron.corpus.decontamination import SHINGLE, Benchmarks
+from spell_megatron.types import SpellError
+
+pytestmark = pytest.mark.unit
+QUESTION = "In which year did the older of the two bridges over the Nile open?"
+
+
+def prose(seed: int, words: int = 400) -> list[str]:
+    draw = random.Random(seed)
+    return [f"word{draw.randrange(5000)}" for _ in range(words)]
+
+
+def with_changes(words: list[str], every: int) -> list[str]:
+    return [f"changed{i}" if i % every == every - 1 else word for i, word in enumerate(words)]
+
+
+def jaccard(one: list[str], other: list[str]) -> float:
+    first, second = ({tuple(t[i : i + SHINGLE]) for i in range(len(t) - SHINGLE + 1)} for t in (one, other))
+    return len(first & second) / len(first | second)
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory) -> Path:
+    """FRAMES' layout in JSON lines, LongBench's in Parquet, one folder for both."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    (root / "frames").mkdir()
+    pages = [{"title": f"Page {i}", "text": " ".join(prose(i))} for i in range(3)]
+    row = {"Prompt": QUESTION, "Answer": "1907", "wiki_items": pages}
+    (root / "frames" / "test.jsonl").write_text(json.dumps(row) + "\n")
+    context = "\n".join(f"Passage {i}:\n{' '.join(prose(100 + i))}" for i in range(4))
+    table = pyarrow.Table.from_pylist([{"input": "Who?", "context": context, "answers": ["A short one"]}])
+    pyarrow.parquet.write_table(table, root / "musique.parquet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def index(benchmarks: Path) -> Benchmarks:
+    return Benchmarks([str(benchmarks)])
+
+
+def test_a_document_of_a_benchmark_is_found_however_it_is_set(index: Benchmarks):
+    page = prose(1)
+    found = index.match("\n".join(page).upper().replace("WORD1", "  word1"))
+    assert (found.kind, found.place) == ("document", "frames/test.jsonl#1.wiki_items.1.text")
+    assert found.similarity == pytest.approx(1.0)
+    assert index.match(" ".join(prose(102))).place == "musique.parquet#1.context"
+    assert index.match(" ".join(prose(7))) is None
+
+
+def test_the_threshold_is_eight_tenths(index: Benchmarks):
+    """Every n-th word changed; similarities by their definition, well on either side of the threshold."""
+    page = prose(2)
+    for every, expected in ((100, True), (70, True), (30, False), (12, False)):
+        changed = with_changes(page, every)
+        assert (jaccard(page, changed) > 0.8) is expected
+        assert (index.match(" ".join(changed)) is not None) is expected, jaccard(page, changed)
+
+
+def test_a_question_is_found_where_a_text_holds_it(index: Benchmarks):
+    around = " ".join(prose(8, 60))
+    asked = index.match(
+        f"{around}\n**In which year** did the older of the two bridges\nover the NILE open? {around}"
+    )
+    assert (asked.kind, asked.place) == ("question", "frames/test.jsonl#1.Prompt")
+    assert index.match(f"{around} In which year did the older of the two bridges open? {around}") is None
+    assert index.match("A short one") is None  # an answer of three words stands in texts of every kind
+
+
+def test_a_corpus_without_what_the_benchmarks_ask_about(benchmarks: Path, tmp_path: Path):
+    source = tmp_path / "web.jsonl"
+    texts = [
+        *(" ".join(prose(seed)) for seed in (50, 0, 51, 101, 52)),
+        f"{' '.join(prose(53, 50))} {QUESTION}",
+    ]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = Corpus(sources=(Source(path=str(source), domain="web"),), benchmarks=(str(benchmarks),))
+    sampler = ClusterSampler(corpus, lambda text: len(text.split()), 0, tmp_path / "prepared")
+    [(cluster, _)] = sampler.draw(1)
+    assert [document.id for document in cluster.documents] == ["web.jsonl#1", "web.jsonl#3", "web.jsonl#5"]
+    skipped = {"in the benchmark frames/test.jsonl": 2, "in the benchmark musique.parquet": 1}
+    assert sampler.facts["web"]["skipped"] == skipped
+    [dropped] = (tmp_path / "prepared").glob("web-*.dropped.jsonl")
+    rows = [json.loads(line) for line in dropped.read_text().splitlines()]
+    assert [(row["text"], row["kind"]) for row in rows] == [
+        ("web.jsonl#2", "document"),
+        ("web.jsonl#4", "document"),
+        ("web.jsonl#6", "question"),
+    ]
+    again = ClusterSampler(corpus, lambda text: len(text.split()), 0, tmp_path / "prepared")
+    assert again.draw(1)[0][0] == cluster
+    without = Corpus(sources=corpus.sources)
+    assert (
+        ClusterSampler(without, lambda text: len(text.split()), 0, tmp_path / "prepared").facts["web"][
+            "documents"
+        ]
+        == 6
+    )
+
+
+def test_the_command_reports_what_it_would_leave_out(benchmarks: Path, tmp_path: Path):
+    source = tmp_path / "web.jsonl"
+    texts = [" ".join(prose(seed)) for seed in (50, 0, 51)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    keys = ["domain=web", f"corpus.benchmarks=[{benchmarks}]"]
+    shown = CliRunner().invoke(app, ["corpus", str(source), *keys, "--json"])
+    facts = json.loads(shown.stdout.splitlines()[-1])["sources"]["web"]
+    assert facts["skipped"] == {"in the benchmark frames/test.jsonl": 1}
+    assert "frames/test.jsonl#1.wiki_items.0.text" in facts["examples"]["in the benchmark frames/test.jsonl"]
+    assert "in the benchmark" in " ".join(shown.output.split())
+
+
+def test_benchmarks_that_hold_nothing_are_an_error(tmp_path: Path):
+    with pytest.raises(SpellError, match=r"corpus\.benchmarks"):
+        Benchmarks([str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"did you mean 'corpus\.benchmarks'"):
+        load_config("paper-16k", ["corpus.benchmark=x"])
