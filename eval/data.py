@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import sys
 import zipfile
 from collections import Counter
@@ -29,6 +30,8 @@ T = TypeVar("T")
 MANIFEST = "manifest.json"
 KINDS = (".json", ".jsonl", ".parquet", ".tsv", ".csv")
 ARCHIVES = (".zip",)
+_BROKEN = re.compile("[\ud800-\udfff]")
+"""Half characters: bytes that are not UTF-8 are read as such."""
 
 
 class BadRow(Exception):
@@ -105,14 +108,19 @@ class Data:
             yield from _parquet(path)
             return
         with zipfile.ZipFile(path).open(member) if member else path.open("rb") as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace")
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
             if kind == ".jsonl":
-                yield from self._lines(text)
+                rows = self._lines(text)
             elif kind in (".tsv", ".csv"):
                 csv.field_size_limit(sys.maxsize)
-                yield from csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
+                rows = csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
             else:
-                yield from self._json(text, path)
+                rows = self._json(text, path)
+            for row in rows:
+                if _BROKEN.search(json.dumps(row, ensure_ascii=False)):
+                    self.bad["not UTF-8"] += 1  # no answer could be equal to it
+                else:
+                    yield row
 
     def _lines(self, stream: IO[str]) -> Iterator[Row]:
         for line in stream:
@@ -120,7 +128,7 @@ class Data:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 self.bad["not JSON"] += 1
                 continue
             if isinstance(row, dict):
@@ -131,9 +139,11 @@ class Data:
     def _json(self, stream: IO[str], path: Path) -> Iterator[Row]:
         try:
             rows = json.load(stream)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SpellError(f"{path} is not valid JSON: {error}") from None
         rows = rows.get("data", [rows]) if isinstance(rows, dict) else rows
+        if not isinstance(rows, list):
+            raise SpellError(f"{path} holds no list of rows: download it again")
         for row in rows:
             if isinstance(row, dict):
                 yield row

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from eval.plot import plot
 from eval.report import Report
 from eval.runner import Settings
 from spell_megatron.config import Rollout
+from spell_megatron.record import working
 from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
@@ -109,7 +110,9 @@ def evaluate(
     paper = None if beside_paper is None else [find_model(beside_paper or name) for name in names]
     if paper and settings.protocol != "paper":
         raise SpellError("--compare paper needs --protocol paper: the paper's figures are measured so")
-    work = _Work(load(find(benchmarks), data, console), max_input, settings, judge, out, console)
+    with working("reading the data of the benchmarks", console):
+        loaded = load(find(benchmarks), data, console)
+    work = _Work(loaded, max_input, settings, judge, out, console)
     if endpoint:
         source = Endpoint(endpoint, model=endpoint_model, api_key=api_key, limits=limits)
         return _finished([asyncio.run(work.report(source, tokenizer, endpoint_model))], paper, out)
@@ -119,7 +122,10 @@ def evaluate(
     for folder in folders:
         home = out / _safe(str(folder))
         say(console, f"starting a vLLM server for {folder} (log: {home / 'server.log'})")
-        with serve(folder, serving or work.serving(folder), home / "vllm", log=home / "server.log") as served:
+        server = serve(folder, serving or work.serving(folder), home / "vllm", log=home / "server.log")
+        with ExitStack() as stack:
+            with working("starting the server", console):
+                served = stack.enter_context(server)
             source = Endpoint(served, model=SERVED_NAME, limits=limits, identity=_fingerprint(folder))
             reports.append(asyncio.run(work.report(source, tokenizer or folder, str(folder))))
     return _finished(reports, paper, out)

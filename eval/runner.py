@@ -11,22 +11,26 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from eval.benchmark import Benchmark, Item, Mode, ProtocolName, Terms
 from eval.endpoint import EndpointDied, Refused, Source, Unanswered
 from eval.journal import Journal, Record, key_of
 from eval.prompting import Codec, build
+from spell_megatron.record.pulse import Pulse, clock
 from spell_megatron.terminal import Terminal
 
 PATIENCE = 20
@@ -226,9 +230,10 @@ def _reason(error: Exception) -> str:
     return status + colon + re.sub(r"\d{2,}", "…", rest)[:120]
 
 
-def progress_bar(console: Terminal) -> Progress:
-    """Count, elapsed time, and the time that is left. Tasks have a field `failed`."""
-    return Progress(
+@contextmanager
+def progress_bar(console: Terminal) -> Iterator[Progress]:
+    """Count, elapsed time, and the time that is left. Tasks have a field `failed`. No terminal: a line a minute."""
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -238,3 +243,11 @@ def progress_bar(console: Terminal) -> Progress:
         console=console,
         transient=True,
     )
+    with bar, Pulse(lambda: Text("; ".join(map(_standing, bar.tasks))), console):
+        yield bar
+
+
+def _standing(task: Task) -> str:
+    left = "" if task.time_remaining is None else f", {clock(task.time_remaining)} left"
+    failed = f", {task.fields['failed']}" if task.fields["failed"] else ""
+    return f"{task.description} {task.completed:.0f}/{task.total or 0:.0f} {clock(task.elapsed or 0)}{left}{failed}"

@@ -56,6 +56,9 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         log_to_stderr(logging.WARNING)
         if not debug:
             warnings.filterwarnings("ignore")  # megatron-core announces at length what is not installed
+            logging.getLogger("torch._library.triton").setLevel(
+                logging.ERROR
+            )  # "Triton not available", on every CPU
         try:
             function(*args, **kwargs)
         except typer.Exit:
@@ -143,24 +146,30 @@ def _show(summary: Any, as_json: bool) -> None:
 def import_hf(folder: Path, out: Path, debug: Debug = False) -> None:
     """Turn a Hugging Face model folder into a Megatron checkpoint."""
     from spell_megatron.convert import import_hf as convert
+    from spell_megatron.record import working
 
-    convert(folder, out)
+    with working(f"importing {folder}"):
+        convert(folder, out)
 
 
 @command
 def export_hf(source: Path, out: Path, debug: Debug = False) -> None:
     """Write the policy of a run (or of one checkpoint) as a Hugging Face model folder."""
     from spell_megatron.convert import export_hf as convert
+    from spell_megatron.record import working
 
-    convert(source, out)
+    with working(f"exporting {source}"):
+        convert(source, out)
 
 
 @command
 def parity(model: Path, tokens: int = 256, json: Json = False, debug: Debug = False) -> None:
     """Compare the log-probs of Hugging Face, Megatron and vLLM on the same tokens."""
     from spell_megatron.parity import compare
+    from spell_megatron.record import working
 
-    result = compare(model, tokens)
+    with working(f"comparing the log-probs of {model}"):
+        result = compare(model, tokens)
     _err.print(result.table())
     if json:
         _print_json(asdict(result))
@@ -182,10 +191,12 @@ def corpus(
     """Show what a run would read: clusters, lengths, duplicates, what is left out and why, samples."""
     from spell_megatron.corpus import survey
     from spell_megatron.corpus.survey import meant
+    from spell_megatron.record import working
 
     config = meant(source, overrides or [])
     count, how = _counter(config.model.path)
-    found = survey(config.corpus, count, config.seed, samples)
+    with working(f"reading {source}"):
+        found = survey(config.corpus, count, config.seed, samples)
     _err.print(found.shown())
     _err.note(how, "dim")
     if json:
@@ -255,9 +266,11 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 @command
 def seed_model(out: Path, seed: int = 0, debug: Debug = False) -> None:
     """Make the toy world's seed model from nothing: tokenizer, random weights, supervised warm-up."""
+    from spell_megatron.record import working
     from spell_megatron.warmup import make_seed_model
 
-    make_seed_model(out, seed, report=_err.print)
+    with working("making the seed model"):
+        make_seed_model(out, seed, report=_err.print)
 
 
 @command

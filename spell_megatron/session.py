@@ -25,7 +25,7 @@ from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, agreed, start_world, stop_world
 from spell_megatron.preemption import Preempted, Stop, attempt, listen, preempted
-from spell_megatron.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes
+from spell_megatron.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes, working
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.address import read_secret
 from spell_megatron.rollout.engine import Engine, WeightsWanted
@@ -82,9 +82,10 @@ class Session:
         self._stop: Stop = listen()
         sampling = config.selfplay.sampling
         model = model_folder(config.model.path)
-        self.learner = Learner(
-            config.policy, model, world, sampled=Sampled(sampling.temperature, sampling.top_p)
-        )
+        with working("loading the model") if world.is_main else nullcontext():
+            self.learner = Learner(
+                config.policy, model, world, sampled=Sampled(sampling.temperature, sampling.top_p)
+            )
         self._found = backend.here(config, ranks_of_a_node(world, config))
         self._placement = Placement(self._together)
         if self._found.colocated:
@@ -309,20 +310,24 @@ class Session:
         """The state after the last step is on disk when this returns."""
         if self._checkpoints.saved != self.step:
             self.commit(self.step)
+        self._say("saving")
         self._checkpoints.wait()
 
     def finish(self) -> None:
         """The last checkpoint, the exported model and the report."""
         self._save()
         self._placement.enter(Phase.SAVE)
+        self._say("exporting the model")
         if self.driver:
             make_room(self.run.hf, "model")
         self.learner.save_hf(self.run.hf)
+        self._say("writing the report")
         self._report()
 
     def _resume(self, origin: int | None) -> int:
         """Take over the newest whole checkpoint, or that of a step; the step, 0 at the very beginning."""
         self._placement.enter(Phase.SAVE)
+        self._say("looking for a checkpoint")
         found = self._checkpoints.restore(self.learner, origin, self._main)
         if found is not None and self.driver:
             self.driver.selfplay.restore(found.run["selfplay"])
@@ -338,6 +343,11 @@ class Session:
 
     def _shared(self, value: Value) -> Value:
         return share(value, self.world)
+
+    def _say(self, phase: str) -> None:
+        """Show what goes on outside the steps."""
+        if self.driver:
+            self.driver.live.phase(phase)
 
     def _phase(self, name: str) -> Any:
         return self.driver.phase(name) if self.driver else nullcontext()
@@ -365,9 +375,10 @@ def open_session(
     check_replay(config)
     Prompts.of(config)  # a template that cannot be used is named before anything is loaded
     policy = config.policy
-    world = start_world(
-        policy.layout, seed=config.seed, timeout_seconds=policy.timeout_seconds, secret=_secret(run)
-    )
+    with working("waiting for the other ranks") if os.environ.get("RANK", "0") == "0" else nullcontext():
+        world = start_world(
+            policy.layout, seed=config.seed, timeout_seconds=policy.timeout_seconds, secret=_secret(run)
+        )
     with ExitStack() as stack:
         stack.callback(stop_world)
         main = MainRank(world)

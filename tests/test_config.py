@@ -233,7 +233,7 @@ def load_text(text: str) -> Config:
     [("no", "no"), ("012", 12), ("true", True), ("1e3", 1000.0), ("'1'", "1"), ("~", None), ("1:30", "1:30")],
 )
 def test_where_no_type_says_what_it_is_a_value_is_of_yaml_1_2(text: str, value: object) -> None:
-    assert of([f"rollout.engine.key={text}"]).rollout.engine == {"key": value}
+    assert of([f"rollout.engine.depth={text}"]).rollout.engine == {"depth": value}
 
 
 def keys(section: type, prefix: str = "") -> Iterator[str]:
@@ -284,7 +284,7 @@ def test_the_home_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     ("files", "said"),
     [
         ({"a": "inherit: b", "b": "inherit: a"}, "in a circle"),
-        ({"a": "inherit: [b]"}, "name or path of one recipe"),
+        ({"a": "inherit: {b: c}"}, "a recipe's name, or a list of names"),
         ({"a": "inherit: nowhere"}, "no recipe 'nowhere'"),
         ({"a": "steps: 3\nsteps: 4"}, "twice"),
         ({"a": "policy.optimizer.lr: 1"}, "policy: {optimizer: {lr: …}}"),

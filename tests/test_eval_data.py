@@ -236,3 +236,33 @@ def test_rare_entities_alone_are_asked_about(samples):
         "Which river is number 1?",
         "Which river is number 2?",
     ]
+
+
+ROW = {"wiki_items": [{"title": "T", "text": "body"}], "Prompt": "Q?", "Answer": "Café"}
+LINE = json.dumps(ROW, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "items", "bad"),
+    [
+        ("test.jsonl", f"\ufeff{LINE}\n{LINE}".encode(), 2, {}),
+        ("a.json", f"\ufeff[{LINE}, {LINE}]".encode(), 2, {}),
+        ("test.jsonl", LINE.encode("cp1252") + b"\n" + LINE.encode(), 1, {"not UTF-8": 1}),
+        ("a.json", b'{"data": [' + LINE.encode("cp1252") + b"]}", 0, {"not UTF-8": 1}),
+        ("test.jsonl", LINE.replace("Q?", "\\ud800").encode(), 0, {"not UTF-8": 1}),
+        ("test.jsonl", b"[" * 200_000 + b"\n" + LINE.encode(), 1, {"not JSON": 1}),
+    ],
+)
+def test_odd_bytes_never_become_a_wrong_question(tmp_path, name, data, items, bad):
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / name).write_bytes(data)
+    _, loaded, counted = load("frames", tmp_path)
+    assert (len(loaded), counted) == (items, bad)
+
+
+@pytest.mark.parametrize("data", [b"null", b'{"data": null}', b'"text"', b"[" * 200_000])
+def test_a_file_without_rows_is_named(tmp_path, data):
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "a.json").write_bytes(data)
+    with pytest.raises(SpellError, match=r"a\.json"):
+        load("frames", tmp_path)

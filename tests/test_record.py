@@ -30,12 +30,13 @@ from spell_megatron.record import (
     Journal,
     Metrics,
     RunFolder,
-    console,
     forget_episodes,
     logging_to,
+    pulse,
     read_metrics,
     same_episodes,
     step_line,
+    working,
     write_report,
 )
 from spell_megatron.record.folder import JsonLines, read_lines
@@ -385,7 +386,7 @@ def test_without_a_terminal_there_are_plain_lines_only() -> None:
 
 
 def test_without_a_terminal_a_long_phase_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 0.05)
     output = io.StringIO()
     with Console(3, Terminal(file=output, force_terminal=False, width=60)) as live:
         live.phase("starting engines")
@@ -393,9 +394,25 @@ def test_without_a_terminal_a_long_phase_is_no_silence(monkeypatch: pytest.Monke
         live.begin(2, 24)
         live.progress(kept=7, asked=30, rollouts=412, tokens=90_000)
         _wait_for(lambda: "step 2/3  play 0:00" in output.getvalue() and "7/24 kept" in output.getvalue())
+        assert re.search(
+            r"7/24 kept  0:0\d left of this play  [\d.k]+ tokens/s, 30 asked, 412", output.getvalue()
+        )
     told = output.getvalue()
     time.sleep(0.2)
     assert output.getvalue() == told, "nobody speaks when the run has ended"
+
+
+def test_whatever_lasts_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 0.05)
+    output = io.StringIO()
+    with working("importing [a]", Terminal(file=output, force_terminal=False, width=9)):
+        _wait_for(lambda: output.getvalue().count("importing [a] 0:00\n") > 1)
+    told = output.getvalue()
+    time.sleep(0.2)
+    assert output.getvalue() == told
+    with working("short", Terminal(file=output, force_terminal=False)):
+        pass
+    assert output.getvalue() == told, "what does not last says nothing"
 
 
 def _wait_for(true: Callable[[], bool]) -> None:
@@ -442,6 +459,16 @@ def test_log_messages_go_to_the_folder_and_warnings_to_the_terminal(run: RunFold
         "skipped [bold]a.txt: empty",
     ]
     assert output.getvalue().split() == ["WARNING", "skipped", "[bold]a.txt:", "empty"]
+
+
+def test_a_warning_is_one_line_once(run: RunFolder) -> None:
+    output = io.StringIO()
+    with logging_to(run, Terminal(file=output, width=40, force_terminal=False)):
+        for _ in range(3):
+            logging.getLogger("a.library").warning("%s", "long " * 100)
+        logging.getLogger("a.library").warning("too few %s %s", "arguments")
+    assert output.getvalue().splitlines() == ["WARNING " + "long " * 100]
+    assert run.log.read_text().count("long " * 100) == 3
 
 
 # ---- report

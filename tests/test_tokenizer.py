@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,28 @@ def test_broken_folders_are_refused_with_a_reason(tmp_path: Path, folder: Path) 
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(SpellError, match="no chat template"):
         ChatTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("generation_config.json", "{", "generation_config.json"),
+        ("generation_config.json", "[]", "generation_config.json"),
+        ("generation_config.json", '{"eos_token_id": "5"}', "where token ids belong"),
+        ("generation_config.json", '{"eos_token_id": [true]}', "where token ids belong"),
+        ("chat_template.jinja", "{% if %}", "chat template of .* fails"),
+        ("chat_template.jinja", "{{ raise_exception('no user first') }}", "no user first"),
+        ("chat_template.jinja", "{{ messages[1].content }}", "chat template of .* fails"),
+        ("chat_template.jinja", "hello", "loses a user's message"),
+    ],
+)
+def test_what_would_fail_at_the_first_prompt_is_refused(
+    tmp_path: Path, folder: Path, name: str, text: str, said: str
+) -> None:
+    copied = shutil.copytree(folder, tmp_path / "model")
+    (copied / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SpellError, match=said):
+        ChatTokenizer.load(copied)
 
 
 def test_a_model_without_exact_counterpart_is_refused() -> None:

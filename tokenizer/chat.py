@@ -60,7 +60,14 @@ class ChatTokenizer:
             raise SpellError(
                 f"the chat template in {folder} has {len(template):,} characters: that is no template"
             )
-        return cls(hf, end_tokens(folder, (hf.eos_token_id, *_turn_end(hf))), thinking)
+        made = cls(hf, end_tokens(folder, (hf.eos_token_id, *_turn_end(hf))), thinking)
+        try:
+            shown = made._templated([{"role": "user", "content": _PROBE}])
+        except Exception as error:  # whatever a template raises
+            raise SpellError(f"the chat template of {folder} fails on a user's message: {error}") from error
+        if _PROBE not in shown or not made.encode(_PROBE):
+            raise SpellError(f"the tokenizer of {folder} loses a user's message: copy the model folder again")
+        return made
 
     def prompt(self, message: str) -> list[int]:
         return self.conversation([{"role": "user", "content": message}])

@@ -19,7 +19,10 @@ def end_tokens(folder: Path, own: Iterable[int | None] = ()) -> tuple[int, ...]:
     for file in (folder / "generation_config.json", folder / "config.json"):
         named = read_object(file).get("eos_token_id") if file.is_file() else None
         if named is not None:
-            ids += named if isinstance(named, list) else [named]
+            listed = named if isinstance(named, list) else [named]
+            if not all(type(token) is int for token in listed if token is not None):
+                raise SpellError(f"{file}: eos_token_id is {named!r}, where token ids belong")
+            ids += listed
             break
     found = tuple(dict.fromkeys(token for token in ids if token is not None))
     if not found:

@@ -125,7 +125,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     bases = values.pop("inherit", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: inherit: this is a recipe, or a list of them, as `inherit: toy`")
+        raise ConfigError(f"{path}: inherit is a recipe's name, or a list of names, as `inherit: toy`")
     merged: dict[str, Any] = {}
     for base in filter(None, bases):  # the later ones have the say
         merged = merge(merged, _read(_find(base, path), chain))

@@ -5,7 +5,6 @@ Where the output goes elsewhere, to a file or a job's log, the bar is a line a m
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -14,14 +13,13 @@ from typing import Protocol
 from rich.live import Live as Screen
 from rich.text import Text
 
+from spell_megatron.record.pulse import Pulse, clock
 from spell_megatron.terminal import Terminal
 
 ROLES = ("questioner", "responder", "verifier")
 PHASES = ("play", "update", "resync", "measure", "record")
 _BAR = 20
 """Characters of the bar."""
-SILENCE_SECONDS = 55.0
-"""Without a terminal, a line is due when nothing was printed for so long."""
 
 
 class Live(Protocol):
@@ -57,10 +55,9 @@ class Console:
         self._total = total
         self._step = self._needed = self._kept = self._asked = self._rollouts = self._tokens = 0
         self._phase = ""
-        self._began = self._phase_began = self._printed = time.monotonic()
+        self._began = self._phase_began = time.monotonic()
         self._seconds: list[float] = []
-        self._end = threading.Event()
-        self._speaker = threading.Thread(target=self._speak, name="console", daemon=True)
+        self._pulse = Pulse(self._standing, self.terminal)
         self._screen = Screen(
             console=self.terminal,
             get_renderable=self._bar,
@@ -72,15 +69,14 @@ class Console:
     def __enter__(self) -> Console:
         if self.terminal.is_terminal:
             self._screen.start()
-        else:
-            self._speaker.start()
+        self._pulse.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._screen.stop()
-        self._end.set()
+        self._pulse.__exit__()
 
     def begin(self, step: int, needed: int) -> None:
         self._step, self._needed = step, needed
@@ -97,22 +93,13 @@ class Console:
     def done(self, step: int, metrics: Mapping[str, float]) -> None:
         self._seconds = [*self._seconds[-9:], time.monotonic() - self._began]
         self._phase = ""
-        self._print(step_line(step, self._total, metrics))
+        self._pulse.print(step_line(step, self._total, metrics))
 
     def note(self, text: str) -> None:
-        self._print(Text(text))
+        self._pulse.print(Text(text))
 
-    def _print(self, line: Text) -> None:
-        self._printed = time.monotonic()
-        self.terminal.note(line)
-
-    def _speak(self) -> None:
-        """Say where the run is whenever it has been silent for long. Runs on a thread of its own."""
-        while not self._end.wait(max(0.0, self._printed + SILENCE_SECONDS - time.monotonic())):
-            if time.monotonic() - self._printed >= SILENCE_SECONDS:
-                self._print(
-                    self._bar() or Text(f"{_clock(time.monotonic() - self._began)} since the last step")
-                )
+    def _standing(self) -> Text:
+        return self._bar() or Text(f"{clock(time.monotonic() - self._began)} since the last step")
 
     def _bar(self) -> Text:
         if not self._phase:
@@ -120,19 +107,28 @@ class Console:
         seconds = time.monotonic() - self._phase_began
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"step {self._step}/{self._total}" if self._step else "before step 1", "bold")
-        line.append(f"  {self._phase} {_clock(seconds)}", "cyan")
+        line.append(f"  {self._phase} {clock(seconds)}", "cyan")
         if self._phase == "play":
             full = round(_BAR * min(1.0, self._kept / max(1, self._needed)))
             line.append("  " + "━" * full, "cyan").append("━" * (_BAR - full), "bright_black")
             line.append(f"  {self._kept}/{self._needed} kept")
-        if self._seconds:
-            mean = sum(self._seconds) / len(self._seconds)
-            left = mean * (self._total - self._step + 1) - (time.monotonic() - self._began)
-            line.append(f"  {_clock(max(0.0, left))} left", "dim")
+        if (left := self._left(seconds)) is not None:
+            line.append(f"  {left}", "dim")
         if self._phase == "play":
             speed = _short(self._tokens / max(seconds, 1.0))
             line.append(f"  {speed} tokens/s, {self._asked:,} asked, {self._rollouts:,} rollouts", "dim")
         return line
+
+    def _left(self, seconds: float) -> str | None:
+        """How long the run may last, by its last steps; before there are any, the play by its kept questions."""
+        if self._seconds and self._step:
+            mean = sum(self._seconds) / len(self._seconds)
+            left = mean * (self._total - self._step + 1) - (time.monotonic() - self._began)
+            return f"{clock(max(0.0, left))} left"
+        if self._phase == "play" and self._kept:
+            left = seconds * (self._needed - self._kept) / self._kept
+            return f"{clock(max(0.0, left))} left of this play"
+        return None
 
 
 def step_line(step: int, total: int, metrics: Mapping[str, float]) -> Text:
@@ -164,12 +160,6 @@ def step_line(step: int, total: int, metrics: Mapping[str, float]) -> Text:
     if phases:
         add("seconds", " ".join(phases))
     return line
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _short(value: float) -> str:

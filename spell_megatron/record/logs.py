@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 
-from rich.logging import RichHandler
+from rich.text import Text
 
 from spell_megatron.record.folder import RunFolder, writing
 from spell_megatron.terminal import Lines, Terminal
@@ -23,6 +23,24 @@ class _LogFile(RotatingFileHandler):
         pass
 
 
+class _Warnings(logging.Handler):
+    """Warnings on the terminal: each once, on one line however long it is."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self._terminal, self._said = terminal, set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = self.format(record)
+        except Exception:  # of a library's own message; it is in the file, with what is wrong
+            return
+        if message not in self._said:
+            self._said.add(message)
+            line = Text.assemble((record.levelname, "yellow"), " ", message)
+            self._terminal.note(line)
+
+
 @contextmanager
 def logging_to(run: RunFolder, terminal: Terminal) -> Iterator[None]:
     """Send messages to `run.log` (from INFO on) and to `terminal` (from WARNING on) until the block ends.
@@ -32,9 +50,7 @@ def logging_to(run: RunFolder, terminal: Terminal) -> Iterator[None]:
     with writing(run.log):
         file = _LogFile(run.log, encoding="utf-8", maxBytes=_LOG_BYTES, backupCount=1)
     file.setFormatter(Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    shown = RichHandler(
-        logging.WARNING, terminal, show_time=False, show_path=False, markup=False, highlighter=None
-    )
+    shown = _Warnings(terminal)
     root, ours = logging.getLogger(), logging.getLogger("spell_megatron")
     handlers, level = root.handlers[:], ours.level
     root.handlers = [file, shown]
