@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
@@ -9,12 +10,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from typer.testing import CliRunner
 
-from spell_megatron.cli import app
 from spell_megatron.config import ConfigError, Corpus, Source, load_config
-from spell_megatron.corpus import ClusterSampler
+from spell_megatron.corpus import ClusterSampler, survey
 from spell_megatron.corpus.decontamination import SHINGLE, Benchmarks
+from spell_megatron.corpus.survey import meant
+from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -117,12 +118,14 @@ def test_the_command_reports_what_it_would_leave_out(benchmarks: Path, tmp_path:
     source = tmp_path / "web.jsonl"
     texts = [" ".join(prose(seed)) for seed in (50, 0, 51)]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    keys = ["domain=web", f"corpus.benchmarks=[{benchmarks}]"]
-    shown = CliRunner().invoke(app, ["corpus", str(source), *keys, "--json"])
-    facts = json.loads(shown.stdout.splitlines()[-1])["sources"]["web"]
+    corpus = meant(str(source), ["domain=web", f"corpus.benchmarks=[{benchmarks}]"]).corpus
+    found = survey(corpus, lambda text: len(text.split()))
+    facts = found.to_dict()["sources"]["web"]
     assert facts["skipped"] == {"in the benchmark frames/test.jsonl": 1}
     assert "frames/test.jsonl#1.wiki_items.0.text" in facts["examples"]["in the benchmark frames/test.jsonl"]
-    assert "in the benchmark" in " ".join(shown.output.split())
+    terminal = Terminal(file=io.StringIO(), width=200)
+    terminal.print(found.shown())
+    assert "in the benchmark frames/test.jsonl" in terminal.file.getvalue()
 
 
 def test_benchmarks_that_hold_nothing_are_an_error(tmp_path: Path):
