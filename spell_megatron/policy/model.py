@@ -145,6 +145,11 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
             "moe_permute_fusion": te and policy.fusions.permute,
         }
         if policy.dispatcher != "alltoall":
+            if layout.expert * layout.tensor == 1:
+                raise SpellError(
+                    f"policy.dispatcher={policy.dispatcher} sends tokens to other ranks, of which there are none:"
+                    " leave it alltoall, or give policy.layout.expert more than 1"
+                )
             moe["moe_flex_dispatcher_backend"] = policy.dispatcher
     fp8: dict[str, Any] = {}
     if policy.fp8 != "off":
