@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -25,7 +25,7 @@ from spell_megatron.weights.shape import ModelShape, model_shape
 
 BASE = Policy(recompute="full", optimizer=Optimizer(distributed=True))
 NOT_HERE = "not here"
-_NO_SWITCHES = {"dtype", "freeze_router", "router_dtype", "router_replay"}
+_NO_SWITCHES = {"layout", "loss", "dtype", "freeze_router", "router_dtype", "router_replay"}
 """Keys of the policy that say what is computed, and not how."""
 
 
@@ -37,18 +37,21 @@ def settings(base: Policy = BASE) -> Iterator[tuple[str, Policy, Sampled]]:
     yield "as recipes have it", base, SAMPLED
     yield "top_p=1", base, replace(SAMPLED, top_p=1.0)
     for key, value, changed in _others(base):
-        if key not in _NO_SWITCHES:
-            yield f"{key}={value}", changed, SAMPLED
-    for key, value, optimizer in _others(base.optimizer):
-        yield f"optimizer.{key}={value}", replace(base, optimizer=optimizer), SAMPLED
+        yield f"{key}={value}", changed, SAMPLED
 
 
 def _others(config: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of a dataclass and of those within it, with another value, and the dataclass that has it."""
     hints = get_type_hints(type(config))
-    for key in (field.name for field in fields(config)):
+    for key in (field.name for field in fields(config) if field.name not in _NO_SWITCHES):
         kind, present = hints[key], getattr(config, key)
         values = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
         yield from ((key, value, replace(config, **{key: value})) for value in values if value != present)
+        if is_dataclass(present):
+            yield from (
+                (f"{key}.{name}", value, replace(config, **{key: changed}))
+                for name, value, changed in _others(present)
+            )
 
 
 def step(
@@ -62,6 +65,7 @@ def step(
             torch.cuda.reset_peak_memory_stats()
         seconds = median_seconds(lambda: learner.update(batch), rounds)
     finally:
+        torch.use_deterministic_algorithms(False)  # policy.deterministic turns it on for good
         stop_world()
     shape, shared = model_shape(folder), policy.share_prompts
     computed = len(group.prompt) * (1 if shared else len(group.samples)) + batch.response_tokens

@@ -43,7 +43,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Write `a [n, k] @ b [k, m]`, where `n` varies."""
-    cut = a.shape[0] // _GRAIN * _GRAIN if _is_for_onednn(a, b) else 0
+    # With AVX2 the copy of its result takes longer than oneDNN is faster.
+    wanted = _vectors() == "AVX512" and _is_for_onednn(a, b)
+    cut = a.shape[0] // _GRAIN * _GRAIN if wanted else 0
     if cut:
         out[:cut] = _linear(a[:cut], b.t())
     torch.mm(a[cut:], b, out=out[cut:])

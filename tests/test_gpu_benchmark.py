@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import gpu
 from benchmarks.common import save_model
 from benchmarks.switches import settings
-from spell_megatron.config import Optimizer, SelfPlay
+from spell_megatron.config import Fusions, Optimizer, SelfPlay
 from spell_megatron.policy.world import World
 
 pytestmark = pytest.mark.unit
@@ -55,7 +55,12 @@ def test_every_switch_of_the_policy_has_its_turn() -> None:
     name, base, sampled = next(every := settings())
     assert sampled.top_p == SelfPlay().sampling.top_p < 1
     found = {name: policy for name, policy, _ in every}
-    flags = {f"optimizer.{field.name}" for field in fields(Optimizer) if field.type == "bool"}
+    flags = {
+        f"{part}.{field.name}"
+        for part, kind in (("optimizer", Optimizer), ("fusions", Fusions))
+        for field in fields(kind)
+        if field.type == "bool"
+    }
     assert {name.partition("=")[0] for name in found} >= {
         "top_p",
         "spec",

@@ -135,4 +135,4 @@ def _prepare(leaf: Any, saved: list[Values]) -> None:
 
 
 def _kind(group: Values) -> list[Any]:
-    return [group[key] for key in param_group_identifier_keys]
+    return [group.get(key) for key in param_group_identifier_keys]

@@ -79,7 +79,11 @@ class SpanModel(GPTModel):
 
 def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanModel]:
     """The pipeline chunks of this rank (one, unless the schedule is interleaved), weights not yet filled."""
-    uses_transformer_engine(policy)  # or says why it cannot, before megatron-core does
+    if shape.experts and policy.dispatcher != "alltoall" and policy.layout.expert * policy.layout.tensor == 1:
+        raise SpellError(
+            f"policy.dispatcher={policy.dispatcher} sends tokens to other ranks, of which there are none:"
+            " leave it alltoall, or give policy.layout.expert more than 1"
+        )
     hf = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     rope = Qwen3RotaryEmbedding(hf)
     config = transformer_config(policy, shape, rope_scaling=rope.attention_scaling)
