@@ -62,11 +62,12 @@ class Weeks:
 
 
 def main(steps: int = 10_000, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    process, cases, before = psutil.Process(), [], 0.0
+    process, before = psutil.Process(), 0
+    cases: list[dict[str, float]] = []
     with TemporaryDirectory() as folder:
         weeks = Weeks(Path(folder))
         for end in sorted({100, steps // 100 * 50, steps // 100 * 100}):
-            for step in range(int(before) + 1, end - 99):
+            for step in range(before + 1, end - 99):
                 weeks.step(step)
             began = time.perf_counter()
             for step in range(end - 99, end + 1):
