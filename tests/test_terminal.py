@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from eval.markdown import table
 from spell_megatron.cli import app
 from spell_megatron.record import RunFolder, logging_to
-from spell_megatron.record.report import _environment
+from spell_megatron.record.report import page_environment
 from spell_megatron.terminal import Lines, Terminal, line, say, tidy
 
 pytestmark = pytest.mark.unit
@@ -92,7 +92,7 @@ def test_an_error_of_the_command_line_is_text(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_whatever_a_page_says_is_text() -> None:
-    page = _environment().from_string("{{ a }}|{{ a | bounded }}|{{ b }}|{{ svg | safe }}")
+    page = page_environment().from_string("{{ a }}|{{ a | bounded }}|{{ b }}|{{ svg | safe }}")
     said = page.render(a=HOSTILE + "<script>", b=7, svg="<svg/>")
     assert not ACTING.search(said) and "<script>" not in said
     assert said.endswith("|7|<svg/>")
