@@ -8,7 +8,9 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from models import make_model
 from spell_megatron.config import Rollout, Servers
 from spell_megatron.rollout import door, private_folder
 from spell_megatron.rollout.address import Address, read_secret, write_secret
+from spell_megatron.rollout.client import Client, TurnedAway, Unavailable
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.server import Launch, Server, free_port
 
@@ -103,6 +106,31 @@ def test_a_secret_is_its_users_alone(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(EngineError, match="secret"):
             read_secret(file)
+
+
+@pytest.mark.unit
+def test_another_runs_server_at_our_port_is_told_from_one_that_is_not_there_yet() -> None:
+    class Theirs(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    async def ask(url: str) -> None:
+        client = Client(Address(url, secret="0" * 64), 5.0)
+        try:
+            await client.version(5.0)
+        finally:
+            await client.close()
+
+    with HTTPServer(("127.0.0.1", 0), Theirs) as theirs:
+        threading.Thread(target=theirs.serve_forever, daemon=True).start()
+        with pytest.raises(TurnedAway, match="another run's server may have this port"):
+            asyncio.run(ask(f"http://127.0.0.1:{theirs.server_port}"))
+        theirs.shutdown()
+    with pytest.raises(Unavailable) as absent:
+        asyncio.run(ask(f"http://127.0.0.1:{theirs.server_port}"))
+    assert not isinstance(absent.value, TurnedAway)
 
 
 @pytest.mark.unit

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -13,6 +17,8 @@ from eval.run import JudgeSettings
 from launchers.profile import ProfileError, load_profile
 from spell_megatron.cli import app
 from spell_megatron.config import ConfigError, load_config, names_secret
+from spell_megatron.record import RunFolder, private
+from spell_megatron.rollout.address import write_secret
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -79,3 +85,30 @@ def test_what_is_a_secret_by_its_name() -> None:
         "hf_overrides",
     ]
     assert all(map(names_secret, secret)) and not any(map(names_secret, harmless))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("group", [False, True])
+def test_another_user_reaches_nothing_of_a_run_and_the_group_no_secret(group: bool) -> None:
+    reads = (
+        "import os, sys\n"
+        "os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(65534)\n"
+        "def reached(path):\n"
+        "    try: return bool(os.listdir(path) if os.path.isdir(path) else open(path).read())\n"
+        "    except PermissionError: return False\n"
+        "print([name for name in sys.argv[2:] if reached(name)])"
+    )
+    with TemporaryDirectory() as public:
+        Path(public).chmod(0o755)
+        with private(group):
+            run = RunFolder.create(public, "run")
+            run.save_config("steps: 1\n")
+            write_secret(run.secret)
+        for path in (public, run.path, run.config):
+            os.chown(path, 0, 4321)
+        files = [str(run.path), str(run.config), str(run.secret)]
+        for gid, seen in ((65534, []), (4321, files[:2] if group else [])):
+            done = subprocess.run(
+                [sys.executable, "-c", reads, str(gid), *files], capture_output=True, text=True, check=True
+            )
+            assert done.stdout.strip() == str(seen)

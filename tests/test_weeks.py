@@ -4,65 +4,67 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import psutil
 import pytest
 
-from spell_megatron.config import Corpus, Record, Source
-from spell_megatron.corpus import ClusterSampler
-from spell_megatron.record import Archive, Metrics, RunFolder
+from benchmarks.weeks import KEPT, Weeks
+from spell_megatron.config import Record
+from spell_megatron.record import Archive, RunFolder
 from spell_megatron.record.archive import kept_steps
-from spell_megatron.record.folder import JsonLines, replace_text
 from spell_megatron.selfplay.memory import Memory
 from spell_megatron.types import Question
 
 pytestmark = pytest.mark.unit
 
-STEPS, QUESTIONS, KEPT = 10_000, 2, 20
+STEPS, EARLY = 10_000, 100
 
 
-def test_ten_thousand_steps_are_flat(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path, "weeks")
-    for number in range(400):
-        (texts := tmp_path / "texts").mkdir(exist_ok=True)
-        (texts / f"{number}.txt").write_text(f"{number} " + f"word{number} " * 20)
-    corpus = Corpus(sources=(Source(path=str(texts), group_by="random"),), cluster_tokens=100)
-    sampler = ClusterSampler(corpus, lambda text: len(text) // 4, 0)
-    assert sum(sampler.domains.values()) > 100
-    memory, metrics = Memory(3, limit=100), Metrics(run, after=-1)
-    archive = Archive(run, Record(keep_rollouts=KEPT, old_rollouts="remove"))
-    saved = run.checkpoints / "state.json"
-    work: dict[int, Counter[str]] = {}
-    resident = 0
+def test_ten_thousand_steps_are_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is counted, not timed: calls of functions, and bytes written. `benchmarks.weeks` has the seconds."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # this machine does not lose its power
+    weeks, work, resident = Weeks(tmp_path), {EARLY: Counter[str](), STEPS: Counter[str]()}, 0
     for step in range(1, STEPS + 1):
-        journal = JsonLines(run.rollouts(step))
-        for number, (cluster, task) in enumerate(sampler.draw(QUESTIONS)):
-            question = Question(task, f"question {step} {number} " + "of words " * 20, "12")
-            memory.store(task, cluster.id, (0, 1), question, step)
-            journal.append({"step": step, "question": question.text})
-        journal.close()
-        metrics.log(step, {"responder/reward": 0.5, "policy/loss": 0.1})
-        archive.after(step)
-        if step % 100 == 0:
-            state = {"memory": memory.state(), "clusters": sampler.state()}
-            replace_text(saved, json.dumps(state))
-        if step in (100, STEPS):
-            work[step] = Counter(
-                state=saved.stat().st_size,
-                journal=run.rollouts(step).stat().st_size,
-                row=len(run.metrics.read_bytes().splitlines()[-1]),
-                questions=len(memory),
-            )
-        if step == 100:
+        end = EARLY if step <= EARLY else STEPS
+        if step > end - 10:  # the last of them makes a checkpoint
+            with counted(work[end]):
+                weeks.step(step)
+            work[end]["bytes"] += weeks.run.rollouts(step).stat().st_size
+        else:
+            weeks.step(step)
+        if step in work:
+            work[step]["bytes"] += weeks.saved.stat().st_size
+            work[step]["bytes"] += len(weeks.run.metrics.read_bytes().splitlines()[-1])
+        if step == EARLY:
             resident = psutil.Process().memory_info().rss
     grown = psutil.Process().memory_info().rss - resident
-    metrics.close()
-    archive.close()
+    weeks.close()
     assert grown <= 50 << 20
-    assert sum(work[STEPS].values()) <= 1.2 * sum(work[100].values())
-    assert run.recorded_steps == list(range(STEPS - KEPT + 1, STEPS + 1))
+    for kind in ("calls", "bytes"):
+        assert 0 < work[STEPS][kind] <= 1.2 * work[EARLY][kind], (kind, work)
+    assert weeks.run.recorded_steps == list(range(STEPS - KEPT + 1, STEPS + 1))
+
+
+@contextmanager
+def counted(work: Counter[str]) -> Iterator[None]:
+    """Count the calls that the block makes, in Python and into C."""
+
+    def called(frame: FrameType, event: str, argument: object) -> None:
+        work["calls"] += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 def test_the_oldest_are_forgotten_first_by_count_and_by_age() -> None:

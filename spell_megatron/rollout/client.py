@@ -26,6 +26,10 @@ class Unavailable(EngineError):
     """The server did not answer, or not properly: another one may."""
 
 
+class TurnedAway(Unavailable):
+    """Somebody answers there, and wants another secret."""
+
+
 class Aborted(EngineError):
     """The server dropped the request on purpose, for new weights: ask again."""
 
@@ -112,6 +116,11 @@ class Client:
             RuntimeError,
         ) as error:  # a client that was closed meanwhile raises the latter
             raise Unavailable(f"{self.address}{path}: {str(error) or type(error).__name__}") from None
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise TurnedAway(
+                f"{self.address}{path} wants another secret: another run's server may have this port, or"
+                " rollout.servers.secret_file is not that of its own"
+            )
         if response.status_code == httpx.codes.BAD_REQUEST:
             raise EngineError(f"{self.address}{path} refused: {response.text[:500]}")
         if response.is_error:

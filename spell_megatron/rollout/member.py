@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from spell_megatron.config import Servers
 from spell_megatron.rollout.address import Address
-from spell_megatron.rollout.client import Client, Unavailable
+from spell_megatron.rollout.client import Client, TurnedAway, Unavailable
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.health import (
     Answered,
@@ -147,10 +147,15 @@ class Member:
                     if self.server is not None and not self.server.running():
                         _log.warning("%s ended before it was ready; %s", self.name, self.server.tail())
                         break
-                    with contextlib.suppress(Unavailable):
+                    try:
                         await self.client.version(servers.probe_seconds)
                         self.world_size = await self.client.world_size(servers.probe_seconds)
                         return await self.happened(Ready())
+                    except TurnedAway as error:  # by whatever has the place: ours will not come there
+                        _log.warning("%s: %s", self.name, error)
+                        break
+                    except Unavailable:
+                        pass
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             _log.warning("%s was not ready in %.0f s", self.name, servers.start_seconds)
