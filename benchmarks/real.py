@@ -109,7 +109,7 @@ class Real:
         return {
             "run": os.path.relpath(self._run.path),
             "steps": len(steps),
-            "tokens trained": sum(row["tokens/trained"] for row in steps),
+            "tokens trained": round(sum(row["tokens/trained"] or 0 for row in steps)),
             "gradient norms": ", ".join(f"{row['policy/grad_norm']:.3g}" for row in steps),
             "passages before": before,
             "after": after,
