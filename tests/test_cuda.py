@@ -114,11 +114,12 @@ def test_attention_is_computed_again_where_it_is_not_kept(
 def test_the_nucleus_moves_less_than_twice_what_the_heads_products_take(reports: dict[str, Any]) -> None:
     rows, vocabulary, hidden = 1024, 151_936, 2048
     assumed = Assumptions()
-    products = 3 * 2 * rows * vocabulary * hidden / (assumed.peak_flops * assumed.dense_efficiency)
-    moved = reports["head"]["0.95"] - reports["head"]["1.0"]
-    passes = moved / (4 * rows * vocabulary)
-    assert passes > 8, "seven passes and the cut are counted"
-    assert moved / (assumed.memory_rate * assumed.link_efficiency) <= 2 * products
+    products = 3 * 2 * rows * vocabulary * hidden / assumed.dense_rate
+    whole, cut = reports["head"]["1.0"], reports["head"]["0.95"]
+    assert (cut - whole) / (assumed.memory_rate * assumed.memory_efficiency) <= 2 * products
+    logits = rows * vocabulary  # and the planner counts what is moved
+    assert whole / logits == pytest.approx(assumed.logit_bytes, rel=0.05)
+    assert (cut - whole) / logits == pytest.approx(assumed.nucleus_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("name", PLANTED)

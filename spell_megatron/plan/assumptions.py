@@ -26,10 +26,30 @@ class Assumptions:
     save_seconds: float = 0.3
     """Of a save, besides copying: every rank looks up its parts and they agree to begin (0.2 s seen on a CPU for one of
     32 ranks of Qwen3-30B-A3B)."""
-    dense_efficiency: float = 0.45
-    """Share of peak that training's matrix products and attention reach."""
-    expert_efficiency: float = 0.25
-    """The same for the small matrices of experts."""
+    fa2_forward: float = 350e12
+    """Operations a second of attention, by kernel, head dimension 128 and 16K tokens: arXiv 2407.08608, figures 5 and
+    6 (FlashAttention 2: 370 forward), rounded down."""
+    fa2_backward: float = 300e12
+    fa3_forward: float = 600e12
+    """There 648."""
+    fa3_backward: float = 500e12
+    dense_rate: float = 600e12
+    """Of large products in bfloat16, clocks under load: three fifths of peak; an estimate."""
+    grouped_rate: float = 450e12
+    """Of Transformer Engine's grouped products, thousands of rows an expert; an estimate."""
+    looped_rate: float = 300e12
+    """Of one product after another, an expert each; an estimate."""
+    memory_efficiency: float = 0.8
+    """Share of the GPU's memory rate that passes over large tensors reach; an estimate."""
+    atomics: float = 11.0
+    """What a sum by atomics in bfloat16 costs, as passes over what is summed; 250 GB/s, an estimate."""
+    logit_bytes: float = 229.0
+    """Read and written for every logit, forward and backward: counted in `tests/test_cuda.py`."""
+    nucleus_bytes: float = 67.0
+    """Besides, for the nucleus: counted there."""
+    exchange_efficiency: float = 0.6
+    """Share of what a link reaches otherwise that NCCL's all-to-all of uneven parts reaches; an estimate. DeepEP's
+    kernels are taken to reach it whole (its README has 153 of 160 GB/s on an H800), but to hide behind nothing."""
     prefill_efficiency: float = 0.40
     """The same for an engine that reads prompts."""
     link_efficiency: float = 0.7
@@ -66,8 +86,15 @@ class Assumptions:
             f"GPU: {self.peak_flops / 1e12:.0f} TFLOP/s bf16, memory {self.memory_rate / 1e12:.2f} TB/s, "
             f"NVLink {self.node_rate / 1e9:.0f} GB/s, network {self.network_rate / 1e9:.0f} GB/s, host "
             f"{self.host_rate / 1e9:.0f} GB/s; links and memory reach {self.link_efficiency:.0%} of it",
-            f"share of peak reached: training {self.dense_efficiency:.0%} (experts {self.expert_efficiency:.0%}), "
-            f"reading prompts {self.prefill_efficiency:.0%}; a decoding step takes "
+            f"TFLOP/s: FlashAttention 2 {_tera(self.fa2_forward)} and {_tera(self.fa2_backward)} backward, 3 "
+            f"{_tera(self.fa3_forward)} and {_tera(self.fa3_backward)} (arXiv 2407.08608, rounded down); "
+            f"products {_tera(self.dense_rate)}, grouped {_tera(self.grouped_rate)}, in a loop "
+            f"{_tera(self.looped_rate)} (estimates)",
+            "the image of the Dockerfile: Transformer Engine, and FlashAttention 3 unless policy.attention=fa2",
+            f"passes over memory reach {self.memory_efficiency:.0%} of its rate; a logit takes "
+            f"{self.logit_bytes:.0f} bytes of them, its nucleus {self.nucleus_bytes:.0f}; an all-to-all of experts "
+            f"reaches {self.exchange_efficiency:.0%} of what links do",
+            f"reading prompts reaches {self.prefill_efficiency:.0%} of peak; a decoding step takes "
             f"{self.decode_seconds * 1e3:.0f} ms or more",
             f"a resync takes {self.tensor_seconds * 1e6:.0f} us for a tensor and {self.bucket_seconds * 1e3:.0f} ms for"
             " a bucket of them, besides moving bytes",
@@ -80,3 +107,7 @@ class Assumptions:
             f"{self.asleep_gib:g} GiB asleep, {self.fragmentation:.0%} of activations lost to fragmentation; "
             f"the busiest rank's experts get {self.expert_imbalance:g} × the mean",
         ]
+
+
+def _tera(rate: float) -> str:
+    return f"{rate / 1e12:.0f}"

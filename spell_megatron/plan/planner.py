@@ -26,6 +26,7 @@ from spell_megatron.plan.rehearsal import Rehearsal, rehearse
 from spell_megatron.plan.saving import Saving, saving
 from spell_megatron.plan.timing import Seconds, step_seconds
 from spell_megatron.plan.traffic import Traffic, step_traffic
+from spell_megatron.plan.update import update_costs
 from spell_megatron.plan.workload import (
     Lengths,
     Rollouts,
@@ -83,6 +84,8 @@ class Plan:
     work_unshared: Work
     """The same with every prompt computed anew for each response."""
     traffic: Traffic
+    costs: dict[str, float]
+    """Seconds of an update, by what takes them."""
     seconds: Seconds
     seconds_unshared: Seconds
     saving: Saving
@@ -106,6 +109,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.headroom >= 0 and not self.faults
+
+    @property
+    def mfu(self) -> float:
+        """Share of the GPUs' peak that an update's operations are, recomputation not counted."""
+        return 3 * self.work.total / (self.seconds.update * self.world.size * self.assumed.peak_flops)
 
     def flops(self, *, shared: bool) -> float:
         """Of a step's update: forward and backward over the batch, without recomputation."""
@@ -135,6 +143,8 @@ class Plan:
             "communication_bytes": asdict(self.traffic) | {"total": self.traffic.total},
             "seconds_per_step": self.seconds.total,
             "seconds": asdict(self.seconds),
+            "update_seconds": self.costs,
+            "mfu": self.mfu,
             "seconds_per_step_unshared": self.seconds_unshared.total,
             "checkpoint": asdict(self.saving),
             "microbatches": self.streams,
@@ -222,12 +232,16 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
     unshared = _even(config, shape, world, lengths, shared=False)
     rollouts = Rollouts.of(config, lengths, assumed)
 
-    def seconds(deal: _Deal) -> Seconds:
+    def costs(deal: _Deal) -> dict[str, float]:
         traffic = _traffic(config, shape, world, parts, deal)
-        return step_seconds(
-            config, shape, world, engine, rollouts, deal.busiest, deal.streams, traffic, parts, assumed
+        return update_costs(
+            config, shape, world, deal.busiest, deal.tokens, deal.rows, deal.streams, traffic, parts, assumed
         )
 
+    def seconds(update: dict[str, float]) -> Seconds:
+        return step_seconds(config, shape, engine, rollouts, update, assumed)
+
+    update = costs(dealt)
     stages = _stages(config, shape, world, parts, engine, dealt.streams, assumed, rehearsal)
     return Plan(
         config=config,
@@ -241,8 +255,9 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
         work_shared=batch_work(shape, group_lengths(batch), shared=True),
         work_unshared=batch_work(shape, group_lengths(batch), shared=False),
         traffic=_traffic(config, shape, world, parts, dealt),
-        seconds=seconds(dealt),
-        seconds_unshared=seconds(unshared),
+        costs=update,
+        seconds=seconds(update),
+        seconds_unshared=seconds(costs(unshared)),
         saving=saving(config, world, parts, [stage.static for stage in stages], engine, assumed),
         faults=tuple(faults),
         assumed=assumed,

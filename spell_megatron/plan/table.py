@@ -97,9 +97,8 @@ def _memory(plan: Plan) -> list[str]:
     for stage in plan.stages:
         sizes = (stage.static.weights, stage.static.gradients, stage.static.optimizer, stage.activations.peak)
         phases = (stage.update, stage.rollout, stage.resync)
-        rows.append(
-            (str(stage.stage), str(stage.held.layers), number(stage.held.total), *map(gib, sizes + phases))
-        )
+        words = (str(stage.stage), str(stage.held.layers), number(stage.held.total))
+        rows.append((*words, *map(gib, (*sizes, *phases))))
     engine = plan.engine
     return [
         "GiB on one GPU, by pipeline stage",
@@ -119,10 +118,16 @@ def _costs(plan: Plan) -> list[str]:
         f"sent by a GPU in a step   {kinds or 'nothing'}",
         f"seconds of a step         {s.total:.0f}: rollout {s.rollout:.0f}, update {s.update:.0f}, "
         f"resync {s.resync:.1f} (each response with its own prompt: update {u.update:.0f}, step {u.total:.0f})",
+        f"MFU of the update         {plan.mfu:.0%}; most of its seconds: {_largest(plan.costs, 3)}",
         f"a checkpoint of {number(saved.whole)}B    {gib(saved.staged)} GiB a rank: training waits "
         f"{saved.blocked:.1f} s, written after {saved.written:.0f} s, resumed from in {saved.loaded:.0f} s",
         f"host memory of a node     {gib(saved.host)} GiB at the most",
     ]
+
+
+def _largest(costs: dict[str, float], count: int) -> str:
+    ranked = sorted(costs.items(), key=lambda cost: -cost[1])[:count]
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in ranked)
 
 
 def _verdict(plan: Plan) -> list[str]:

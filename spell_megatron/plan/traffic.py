@@ -48,7 +48,7 @@ def step_traffic(
     return Traffic(
         tensor=_share(tp) * (layers * blocks * per_block * residual + rows / cp * shape.hidden * b * 2),
         context=(cp - 1) * layers * local * kv * ((gathers + 1) * b + 4),
-        expert=_share(ep) * layers * routed * (2 * passes + 2),
+        expert=_share(ep) * layers * routed * _sent(shape, policy) * (2 * passes + 2),
         pipeline=0.0
         if pp == 1
         else 2 * residual * (layout.virtual_pipeline or 1) / (tp if layout.sequence else 1),
@@ -57,10 +57,18 @@ def step_traffic(
     )
 
 
+def _sent(shape: ModelShape, policy: Policy) -> float:
+    """Copies of a token that travel, for each of its experts: DeepEP sends one to a rank, however many it has there."""
+    ranks, chosen = policy.layout.expert, shape.experts_per_token
+    if policy.dispatcher == "alltoall" or not shape.experts:
+        return 1.0
+    return ranks * (1 - (1 - 1 / ranks) ** chosen) / chosen
+
+
 def link_seconds(
     traffic: Traffic, policy: Policy, world: WorldShape, gpus_per_node: int, assumed: Assumptions
-) -> float:
-    """Time that the GPUs wait for links during an update. Reductions of gradients hide behind computation
+) -> dict[str, float]:
+    """Seconds that the GPUs wait for links during an update. Reductions of gradients hide behind computation
     where `overlap` is on, but for a fifth."""
     layout = policy.layout
 
@@ -68,13 +76,15 @@ def link_seconds(
         inside = ranks <= gpus_per_node
         return (assumed.node_rate if inside else assumed.network_rate) * assumed.link_efficiency
 
-    return (
-        traffic.tensor / rate(layout.tensor)
-        + traffic.context / rate(layout.tensor * layout.context)
-        + traffic.expert / rate(layout.expert * layout.expert_tensor)
-        + traffic.pipeline / rate(world.size)
-        + traffic.data / rate(world.size) * (0.2 if policy.optimizer.overlap else 1.0)
-    )
+    return {
+        "tensor parallelism": traffic.tensor / rate(layout.tensor),
+        "context parallelism": traffic.context / rate(layout.tensor * layout.context),
+        "experts' exchange": traffic.expert
+        / rate(layout.expert * layout.expert_tensor)
+        / (assumed.exchange_efficiency if policy.dispatcher == "alltoall" else 1.0),
+        "pipeline's sends": traffic.pipeline / rate(world.size),
+        "gradients' reduction": traffic.data / rate(world.size) * (0.2 if policy.optimizer.overlap else 1.0),
+    }
 
 
 def _share(size: int) -> float:

@@ -112,13 +112,18 @@ class Work:
         return Work(self.dense / parts, self.expert / parts, self.attention / parts)
 
 
+def head_work(shape: ModelShape, rows: float) -> float:
+    """Operations of projecting hidden states to logits."""
+    return 2 * rows * shape.hidden * shape.vocab
+
+
 def forward_work(shape: ModelShape, tokens: float, pairs: float, head_rows: float) -> Work:
     """`tokens` pass the layers, `pairs` of a query and a key meet in each, `head_rows` are projected to logits."""
     projections = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     dense = projections + (shape.hidden * shape.experts if shape.experts else 3 * shape.hidden * shape.ffn)
     expert = 3 * shape.hidden * shape.expert_ffn * shape.experts_per_token
     return Work(
-        dense=2 * tokens * shape.layers * dense + 2 * head_rows * shape.hidden * shape.vocab,
+        dense=2 * tokens * shape.layers * dense + head_work(shape, head_rows),
         expert=2 * tokens * shape.layers * expert,
         attention=4 * pairs * shape.layers * shape.heads * shape.head_dim,
     )
