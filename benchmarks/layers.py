@@ -84,12 +84,11 @@ def _works(shape: ModelShape, group: Group) -> tuple[Work, Work, Work]:
 def _measured(forward: Callable[[], Tensor], work: Work, rounds: int, peak: float) -> dict[str, Any]:
     seconds = median_seconds(lambda: forward().sum().backward(), rounds)
     done = 3 * work.total / seconds
-    expected = (
-        work.dense + work.attention
-    ) / ASSUMED.dense_efficiency + work.expert / ASSUMED.expert_efficiency
+    products = 3 * (work.dense / ASSUMED.dense_rate + work.expert / ASSUMED.grouped_rate)
+    attention = work.attention * (1 / ASSUMED.fa3_forward + 2.5 / ASSUMED.fa3_backward)
     return {
         "ms": seconds * 1e3,
-        "H100 ms, predicted": 3 * expected / ASSUMED.peak_flops * 1e3,
+        "H100 ms of products, predicted": (products + attention) * 1e3,
         "TFLOP/s": done / 1e12,
         "MFU": done / peak,
     }

@@ -13,8 +13,8 @@ from benchmarks.common import median_seconds
 from benchmarks.device import ASSUMED, SAMPLED
 from spell_megatron.config import Cluster, Config, Layout, Optimizer, Policy
 from spell_megatron.plan.parameters import held
-from spell_megatron.plan.timing import update_seconds
 from spell_megatron.plan.traffic import step_traffic
+from spell_megatron.plan.update import update_costs
 from spell_megatron.plan.workload import batch_work, group_lengths
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.layout import check_layout
@@ -100,4 +100,5 @@ def predicted(policy: Policy, shape: ModelShape, batch: TrainBatch) -> float:
     tokens = sum(prompt * (1 if shared else len(replies)) + sum(replies) for prompt, replies in lengths)
     traffic = step_traffic(shape, policy, world, parts, tokens, batch.response_tokens)
     work = batch_work(shape, lengths, shared=shared)
-    return update_seconds(config, world, work, 1, traffic, parts, ASSUMED)
+    rows = batch.response_tokens
+    return sum(update_costs(config, shape, world, work, tokens, rows, 1, traffic, parts, ASSUMED).values())
