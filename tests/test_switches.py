@@ -93,6 +93,9 @@ def test_fused_kernels_are_transformer_engines(
     shape = model_shape(make_model("moe", tmp_path))
     monkeypatch.setattr(model, "uses_transformer_engine", lambda _: there)
     monkeypatch.setattr(model, "TransformerConfig", SimpleNamespace)
+    with pytest.raises(SpellError, match="not installed"):
+        model.transformer_config(Policy(dispatcher="deepep"), shape)
+    monkeypatch.setattr(model.fused_a2a, "HAVE_DEEP_EP", True)
     for on in (True, False):
         fusions = Fusions(permute=on, rope=on, weight_gradients=on)
         made = model.transformer_config(Policy(fusions=fusions, dispatcher="deepep"), shape)

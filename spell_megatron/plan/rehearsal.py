@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,11 @@ class Rehearsal:
 
 def rehearse(jobs: Sequence[tuple[Policy, Path, int]]) -> list[Rehearsal]:
     """Build each `(policy, folder with config.json, world size)`. SpellError where weights are not covered."""
-    request = [[_POLICY.dump_python(policy, mode="json"), str(folder), size] for policy, folder, size in jobs]
+    # Who sends tokens to experts changes no parameter, and need not be installed here.
+    plain = [(replace(policy, dispatcher="alltoall"), folder, size) for policy, folder, size in jobs]
+    request = [
+        [_POLICY.dump_python(policy, mode="json"), str(folder), size] for policy, folder, size in plain
+    ]
     command = [sys.executable, "-W", "ignore", "-m", "spell_megatron.plan.rehearsal"]
     try:
         done = subprocess.run(

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe import fused_a2a
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -149,7 +150,7 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
             "moe_permute_fusion": te and policy.fusions.permute,
         }
         if policy.dispatcher != "alltoall":
-            moe["moe_flex_dispatcher_backend"] = policy.dispatcher
+            moe["moe_flex_dispatcher_backend"] = _installed(policy.dispatcher)
     fp8: dict[str, Any] = {}
     if policy.fp8 != "off":
         by_blocks = policy.fp8 in ("blockwise", "mxfp8")  # fine enough for gradients without a wider exponent
@@ -202,6 +203,16 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         **moe,
         **fp8,
         **recompute,
+    )
+
+
+def _installed(dispatcher: str) -> str:
+    """A dispatcher's name. Raises SpellError where it is not installed."""
+    if {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}[dispatcher]:
+        return dispatcher
+    raise SpellError(
+        f"policy.dispatcher={dispatcher} needs DeepEP, which is not installed: build it from"
+        " github.com/deepseek-ai/DeepEP (its branch hybrid-ep for hybridep), or leave policy.dispatcher=alltoall"
     )
 
 
