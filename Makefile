@@ -8,6 +8,8 @@ TORCH  := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/*.lock | cksum | cut -d' ' -f1)
 PYTEST := $(BIN)/python -m pytest
+# Whole files side by side. Ranks and SLURM's nodes have the machine for themselves.
+TOGETHER := -n 2 --dist loadfile
 PYTHON312 ?= python3.12
 NEWEST := .venv-newest
 CONTRACT := build/contract
@@ -19,8 +21,8 @@ demo: setup
 	$(BIN)/spell-megatron train toy
 
 test: setup lint
-	$(PYTEST) -m unit
-	$(PYTEST) -m engine
+	$(PYTEST) -m unit $(TOGETHER)
+	$(PYTEST) -m engine $(TOGETHER)
 	$(PYTEST) -m distributed
 	$(PYTEST) -m slurm
 
