@@ -9,7 +9,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/*.lock | cksum | cut -d' ' -f1)
 PYTEST := $(BIN)/python -m pytest
 # Whole files side by side. Ranks and SLURM's nodes have the machine for themselves.
-TOGETHER := -n 2 --dist loadfile
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 PYTHON312 ?= python3.12
 NEWEST := .venv-newest
 CONTRACT := build/contract
