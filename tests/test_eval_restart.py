@@ -28,8 +28,8 @@ from eval.runner import Settings
 
 async def main(url, home):
     async with Endpoint(url) as source:
-        plans = plan([(Unjudged(), Unjudged().load(Data(None)), {{}})], [1000], WordCodec())
         settings = Settings(samples=8, concurrency={CONCURRENCY})
+        plans = plan([(Unjudged(), Unjudged().load(Data(None)), {{}})], [1000], WordCodec(), settings)
         await measure(source, WordCodec(), plans, settings, Path(home), "m", console=Terminal(stderr=True))
 
 asyncio.run(main(*sys.argv[1:]))
