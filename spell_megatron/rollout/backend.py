@@ -1,4 +1,4 @@
-"""What vLLM needs from a process, on a CPU and on CUDA. The only module that sets environment variables.
+"""What vLLM needs from a process, on a CPU and on CUDA, its environment variables among it.
 
 vLLM assumes that it owns the process: it seeds the global generators, replaces torch functions, writes
 into the temporary folder and edits the environment. `prepare` says what vLLM must know before it is
