@@ -8,7 +8,7 @@ TORCH  := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/*.lock | cksum | cut -d' ' -f1)
 PYTEST := $(BIN)/python -m pytest
-# Whole files side by side. Ranks and SLURM's nodes have the machine for themselves.
+# Whole files side by side: engines that start and a cluster's clock leave half of the machine idle.
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 PYTHON312 ?= python3.12
 NEWEST := .venv-newest
@@ -23,8 +23,7 @@ demo: setup
 test: setup lint
 	$(PYTEST) -m unit $(TOGETHER)
 	$(PYTEST) -m engine $(TOGETHER)
-	$(PYTEST) -m distributed
-	$(PYTEST) -m slurm
+	$(PYTEST) -m "distributed or slurm" $(TOGETHER)
 
 # The layout matrix and checkpoints on the newest megatron-core, apart from CI: it wants Python 3.12, and PyPI's torch
 # for that is the CUDA build, which runs on a CPU too (about 3 GB to download).
