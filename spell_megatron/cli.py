@@ -227,7 +227,7 @@ def prompts(
     from spell_megatron.selfplay.prompts import write_prompts
 
     write_prompts(out, style)
-    sys.stdout.write(f"{out}\n")
+    say(str(out))
 
 
 @command

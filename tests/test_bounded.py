@@ -70,6 +70,18 @@ def test_a_template_makes_what_transformers_makes(family: str) -> None:
         assert codec._templated(messages) == here
 
 
+def test_a_template_that_hangs_over_an_answer_does_not_hold_up_the_loading_of_its_folder(
+    tmp_path: Path, render: Bounded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_renderer", lambda: render)
+    FAMILIES["like_qwen"]()._hf.save_pretrained(tmp_path)
+    hanging = "{{ messages[0].content }}{% if messages|length > 1 %}" + HOSTILE["loops"] + "{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(hanging)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    codec = chat.ChatTokenizer.load(tmp_path)
+    assert codec.decode(codec.conversation(MESSAGES)) == "Which year?"
+
+
 def test_an_absurdly_long_template_is_not_even_tried(tmp_path: Path) -> None:
     FAMILIES["like_qwen"]()._hf.save_pretrained(tmp_path)
     assert chat.ChatTokenizer.load(tmp_path).prompt("a")

@@ -103,14 +103,22 @@ class ChatTokenizer:
         return len(self.encode(text))
 
     def _templated(self, messages: Sequence[Mapping[str, str]]) -> str:
-        variables = {**self._hf.special_tokens_map, "enable_thinking": self._thinking}
-        plain = [dict(message) for message in messages]
-        try:
-            return str(_renderer()(self._hf.get_chat_template(), plain, variables))
-        except (TooMuch, Failed, ValueError) as error:
-            raise SpellError(
-                f"the chat template of the tokenizer in {self._hf.name_or_path} cannot be used: {error}"
-            ) from None
+        return _rendered(self._hf, messages, goes_on=True, enable_thinking=self._thinking)
+
+
+def _rendered(
+    hf: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, goes_on: bool, **variables: bool
+) -> str:
+    """What the template makes of a conversation. Raises SpellError where it fails, or takes too much."""
+    plain = [dict(message) for message in messages]
+    try:
+        return str(
+            _renderer()(hf.get_chat_template(), plain, {**hf.special_tokens_map, **variables}, goes_on)
+        )
+    except (TooMuch, Failed, ValueError) as error:
+        raise SpellError(
+            f"the chat template of the tokenizer in {hf.name_or_path} cannot be used: {error}"
+        ) from None
 
 
 @cache
@@ -145,8 +153,8 @@ def _turn_end(hf: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """
     exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = str(hf.apply_chat_template(exchange, tokenize=False))
-    except Exception:  # templates raise what they like; one for single messages has no such token
+        text = _rendered(hf, exchange, goes_on=False)
+    except SpellError:  # one for single messages has no such token
         return ()
     _, written, behind = text.rpartition(_PROBE)
     ids = hf.encode(behind.lstrip(), add_special_tokens=False) if written else []

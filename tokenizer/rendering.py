@@ -14,10 +14,13 @@ _SPARE, _TIMES = 1 << 20, 4
 """A prompt is no longer than its contents, so many times, and these characters."""
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> str:
-    """A conversation up to where the model starts to write. Raises ValueError where it is absurdly long."""
+def render(
+    template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any], goes_on: bool
+) -> str:
+    """A conversation; up to where the model starts to write, where it `goes_on`. Raises ValueError where that is
+    absurdly long."""
     rendered, _ = render_jinja_template(
-        [messages], chat_template=template, add_generation_prompt=True, **variables
+        [messages], chat_template=template, add_generation_prompt=goes_on, **variables
     )
     text = str(rendered[0])
     if len(text) > (longest := _SPARE + _TIMES * sum(len(message["content"]) for message in messages)):
