@@ -15,7 +15,7 @@ NEWEST := .venv-newest
 CONTRACT := build/contract
 GPU_VLLM := vllm>=0.32,<0.33
 
-.PHONY: demo test test-newest test-contract real gpu-check setup lint clean
+.PHONY: demo test explore test-newest test-contract real gpu-check setup lint clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -24,6 +24,10 @@ test: setup lint
 	$(PYTEST) -m unit $(TOGETHER)
 	$(PYTEST) -m engine $(TOGETHER)
 	$(PYTEST) -m "distributed or slurm" $(TOGETHER)
+
+# Property tests on examples that no run has drawn before.
+explore: setup
+	$(PYTEST) -m unit $(TOGETHER) --hypothesis-profile=explore
 
 # The layout matrix and checkpoints on the newest megatron-core, apart from CI: it wants Python 3.12, and PyPI's torch
 # for that is the CUDA build, which runs on a CPU too (about 3 GB to download).

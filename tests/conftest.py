@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from spell_megatron.policy.world import World
+
+# The same examples in every run, so that a red one is of the change that it is seen on; `make explore` draws others.
+settings.register_profile("explore", settings.default, derandomize=False)
+settings.register_profile("repeated", settings.default, derandomize=True)
+settings.load_profile("repeated")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
