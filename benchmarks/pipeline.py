@@ -39,7 +39,7 @@ from benchmarks.generators import Barriers, LongTailed
 from spell_megatron.config import Config, load_config
 from spell_megatron.corpus import ClusterSampler, StaticQuestions
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.selfplay import Prompts, SelfPlay, StarvedError
+from spell_megatron.selfplay import SelfPlay, StarvedError, prompts_of
 from spell_megatron.selfplay.play import Clusters
 from spell_megatron.types import Cluster, Group, Question
 from spell_megatron.weights.locate import model_folder
@@ -123,7 +123,7 @@ class Stage:
                 concurrency=asked if barriers else IN_FLIGHT * kept,
                 judge=not responders,
             ),
-            prompts=Prompts.of(self.config),
+            prompts=prompts_of(self.config),
             codec=self._codec,
             generator=held if barriers else longtailed,
             clusters=Wide(StaticQuestions(sampler) if responders else sampler),

@@ -14,7 +14,7 @@ from launchers.job import Job, prepare
 from launchers.machines import machines
 from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.config import Cluster, load_config
-from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay import prompts_of
 from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
@@ -44,7 +44,7 @@ def launch(
         raise ProfileError(
             f"{on.allocated} nodes, and this machine is one: --executor slurm, or cluster.nodes=1"
         )
-    Prompts.of(config)
+    prompts_of(config)
     config = check.check_model(config, on, fetch=not dryrun)
     check.check_runs(config.runs)
     if executor == "local":

@@ -37,7 +37,7 @@ from spell_megatron.record.folder import replace_text, writing
 from spell_megatron.rollout.engine import Engine, EngineStats
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.selfplay import Episode, Play, Prompts, SelfPlay, accuracy, step_metrics
+from spell_megatron.selfplay import Episode, Play, SelfPlay, accuracy, prompts_of, step_metrics
 from spell_megatron.selfplay.batch import Batch
 from spell_megatron.selfplay.ports import Judge
 from spell_megatron.topology import Topology
@@ -81,7 +81,7 @@ class Driver:
         self._seconds: Counter[str] = Counter()
         self._beginnings: dict[int, tuple[float, EngineStats]] = {}
         self.codec = ChatTokenizer.load(model, settings.model.thinking)
-        self.prompts = Prompts.of(settings)
+        self.prompts = prompts_of(settings)
         self._questions = load_heldout(settings.heldout)
         console.phase("reading the corpus")
         clusters = ClusterSampler(settings.corpus, self.codec.count, settings.seed, run.corpus)
@@ -221,7 +221,7 @@ class Driver:
             "policy/loss": update.loss,
             "policy/grad_norm": update.grad_norm,
             "policy/lr": update.lr,
-            "policy/clipped": update.clipped,
+            **{f"policy/{name}": value for name, value in update.said.items()},
             **update.router_metrics(),
             **update.scores.mean_entropy(batch.roles),
             "tokens/trained": update.tokens,

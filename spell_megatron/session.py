@@ -32,8 +32,8 @@ from spell_megatron.rollout.engine import Engine, WeightsWanted
 from spell_megatron.rollout.experts import check_replay
 from spell_megatron.rollout.follower import Follower
 from spell_megatron.rollout.residence import EngineResidence
+from spell_megatron.selfplay import prompts_of
 from spell_megatron.selfplay.ports import Judge
-from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.locate import model_folder
 
@@ -373,7 +373,7 @@ def open_session(
     if config.heldout.benchmarks and benchmarks is None:
         raise SpellError("heldout.benchmarks: pass eval.live_benchmarks, or train by the command line")
     check_replay(config)
-    Prompts.of(config)  # a template that cannot be used is named before anything is loaded
+    prompts_of(config)  # a template that cannot be used is named before anything is loaded
     policy = config.policy
     with working("waiting for the other ranks") if os.environ.get("RANK", "0") == "0" else nullcontext():
         world = start_world(

@@ -55,7 +55,7 @@ def updated(folder: Path, world: World, layout: Layout, loss: Loss) -> tuple[flo
         layout=layout, loss=loss, optimizer=OPTIMIZER, dtype="float32", stream_tokens=192, head_chunk=16, minibatches=2
     )  # fmt: skip
     learner = Learner(policy, folder, world)
-    clipped = learner.update(batch_with_engine()).clipped
+    clipped = learner.update(batch_with_engine()).said["clipped"]
     return clipped, {name: tensor.clone() for name, tensor in learner.weights()}
 
 

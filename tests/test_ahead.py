@@ -30,7 +30,7 @@ def opened(play, ahead: int, last: int) -> Iterator[Ahead]:
         plays.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ahead=st.integers(0, 3),
     speeds=st.lists(st.tuples(st.sampled_from([0, 0.001, 0.003]), st.sampled_from([0, 0.001, 0.003])), min_size=6),

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.selfplay.grading import cover_exact_match, extract_answer, math_equal, rule_reward
+from spell_megatron.selfplay.grading import extract_answer, rule_reward
 from spell_megatron.selfplay.numbers import parse_number
 from spell_megatron.selfplay.reading.latex import plain
 from spell_megatron.selfplay.reading.texts import normalise
+from spell_megatron.selfplay.tasks.general import cover_exact_match
+from spell_megatron.selfplay.tasks.number import math_equal
 from spell_megatron.types import Question
 
 pytestmark = pytest.mark.unit
@@ -259,7 +261,7 @@ def grouped(number: int, separator: str, indian: bool = False) -> str:
     return separator.join([digits, *groups])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.integers(1, 10**9),
     st.sampled_from(SEPARATORS),
@@ -273,7 +275,7 @@ def test_separators_of_every_spelling(number: int, separator: str, wrapper: str,
     assert parse_number(answer) == number + float(decimals or 0), written
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 10**9))
 def test_groups_of_two_and_points_of_thousands(number: int) -> None:
     assert parse_number(grouped(number, ",", indian=True)) == number
@@ -283,7 +285,7 @@ def test_groups_of_two_and_points_of_thousands(number: int) -> None:
 RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 999), st.integers(-9, 9), st.sampled_from(WRAPPERS))
 def test_powers_of_ten(digits: int, power: int, wrapper: str) -> None:
     mantissa, value = digits / 100, digits / 100 * 10.0**power
@@ -298,7 +300,7 @@ def test_powers_of_ten(digits: int, power: int, wrapper: str) -> None:
         assert parse_number(answer) == pytest.approx(value), form
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 50), st.integers(1, 8), st.integers(2, 9), st.sampled_from(WRAPPERS[:9]))
 def test_fractions(whole: int, above: int, below: int, wrapper: str) -> None:
     above = above % below or 1
@@ -336,7 +338,7 @@ REMARKS = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.integers(10, 10**6),
     st.lists(st.sampled_from(REMARKS), max_size=4),
@@ -356,7 +358,7 @@ def test_a_remark_about_the_answer_is_not_the_answer(
 MARKS = "’‘“”„«»–—‐‑…·。、！？：；（）【】「」¿¡′″‚‹›\u200b\u00ad\u2060ʼ"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.text(st.characters(categories=("Lu", "Ll", "Lo", "Nd")), min_size=1, max_size=20),
     st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]),
@@ -403,7 +405,7 @@ def test_texts_match_across_scripts_and_compositions(one: str, other: str) -> No
     assert cover_exact_match(other, one)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="\\{}$^frac textbdxe123 <sup>/", max_size=120))
 def test_undressing_takes_anything_and_adds_little(text: str) -> None:
     assert len(plain(text)) <= 3 * len(text) + 16

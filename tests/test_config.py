@@ -179,7 +179,7 @@ LOOKALIKES = st.sampled_from([
 """What YAML makes something else of, or nothing."""
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(value=(TEXTS | LOOKALIKES).filter(lambda text: text[:1] not in ("'", '"', "~", "")))
 def test_a_text_is_what_was_written(value: str) -> None:
     listed = yaml.safe_dump(value, default_style='"', width=10_000)
@@ -188,7 +188,7 @@ def test_a_text_is_what_was_written(value: str) -> None:
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(value=LOOKALIKES.filter(lambda text: re.fullmatch(r"[\w.:-]*\w", text)))
 def test_a_text_in_a_file_needs_no_quotes(tmp_path_factory: pytest.TempPathFactory, value: str) -> None:
     path = tmp_path_factory.mktemp("recipe") / "mine.yaml"
@@ -197,14 +197,14 @@ def test_a_text_in_a_file_needs_no_quotes(tmp_path_factory: pytest.TempPathFacto
     assert config.record.wandb == config.name == value
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(value=st.integers(1, 10**12), zeros=st.integers(0, 3))
 def test_an_integer_is_decimal(value: int, zeros: int) -> None:
     for text in ("0" * zeros + str(value), f"{value:_}", f"+{value}"):
         assert of([f"corpus.toy_clusters={text}"]).corpus.toy_clusters == value
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(value=LOOKALIKES | st.from_regex(r"[0-9]{1,2}(:[0-5][0-9]){1,2}|0[xob][0-9a-f]{1,4}", fullmatch=True))
 def test_nothing_else_is_an_integer(value: str) -> None:
     try:
@@ -217,7 +217,7 @@ def test_nothing_else_is_an_integer(value: str) -> None:
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e9, 1e9) | TEXTS | LOOKALIKES
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     engine=st.dictionaries(
         TEXTS.filter(lambda name: not names_secret(name)),

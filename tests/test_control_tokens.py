@@ -18,8 +18,8 @@ from tokenizers import AddedToken
 from tokenizers_built import BARE, FAMILIES, _byte_level, chat, like_qwen
 
 from spell_megatron.selfplay.fitting import fit
-from spell_megatron.selfplay.pipeline import written
 from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.writer import written
 from spell_megatron.types import Document, Question, Rollout
 from tokenizer.chat import ChatTokenizer
 
@@ -83,7 +83,7 @@ def hostile(draw: st.DrawFn, names: list[str]) -> str:
     return "".join(parts)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_no_text_adds_a_command(codec: ChatTokenizer, data: st.DataObject) -> None:
     own = commands(codec, codec.prompt("x"))
@@ -117,7 +117,7 @@ def test_a_text_without_commands_is_left_alone(codec: ChatTokenizer) -> None:
     assert codec.prompt(text) == codec.encode(templated)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_breaking_adds_blanks_and_nothing_else(data: st.DataObject) -> None:
     codec = QWEN

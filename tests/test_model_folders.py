@@ -191,7 +191,7 @@ def test_a_folder_holds_what_transformers_makes_of_its_config(models: dict[Kind,
     assert contents.sizes == {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(KINDS),
     groups=st.integers(1, 3),

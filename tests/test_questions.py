@@ -10,10 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from spell_megatron import config
-from spell_megatron.selfplay.parsing import Failure, parse_question
+from spell_megatron.selfplay.parsing import parse_question
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.reading.objects import last_object
 from spell_megatron.selfplay.rewards import questioner_reward
+from spell_megatron.selfplay.tasks import Failure
 from spell_megatron.types import Question
 
 pytestmark = pytest.mark.unit
@@ -40,7 +41,7 @@ def written(fields: dict[str, str], quotes: str, comma: str, note: str, bare: bo
     return f"Reasoning with {{braces}}.\n```json\n{{{note}{pairs}{comma}{note}}}\n```\nDone."
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     WORDS.filter(str.strip),
     ANSWERS,
@@ -68,7 +69,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.dictionaries(WORDS.map(str.strip), values, max_size=3),
     WORDS,

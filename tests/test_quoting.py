@@ -110,7 +110,7 @@ def test_a_boxed_forgery_is_one_line() -> None:
     assert message.count("\nRules:") == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="[]<>/text \n\u200bYESNOＴ［]", max_size=60))
 def test_a_quotation_has_no_line_no_tag_and_no_mark(text: str) -> None:
     shown = quoted(text)

@@ -134,7 +134,7 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> No
 Row = st.dictionaries(st.text(max_size=5), st.text() | st.integers() | st.floats(allow_nan=False), max_size=4)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(st.lists(Row, min_size=1, max_size=5), st.data())
 def test_a_file_cut_anywhere_keeps_its_whole_lines_and_goes_on(
     tmp_path: Path, rows: list[dict[str, object]], data: st.DataObject

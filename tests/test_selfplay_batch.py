@@ -16,8 +16,10 @@ from selfplay_stage import TASKS, episode, response
 from selfplay_stage import settings as play_settings
 
 from spell_megatron.config import SelfPlay
-from spell_megatron.selfplay.batch import choose_failures, compose, verifier_groups
+from spell_megatron.selfplay.batch import compose
 from spell_megatron.selfplay.episode import Episode
+from spell_megatron.selfplay.roles.questioner import choose_failures
+from spell_megatron.selfplay.roles.verifier import verifier_groups
 from spell_megatron.types import Rollout
 
 pytestmark = pytest.mark.unit
@@ -42,7 +44,7 @@ def test_the_reference_scale():
     batch = compose(episodes, SelfPlay(), Random(0))
     assert batch.samples("responder") == 1024
     assert batch.samples("questioner") == 256
-    assert batch.failures == 128
+    assert batch.facts["batch/failures"] == 128
     assert batch.samples("verifier") == 128
     assert batch.roles.count("verifier") == 16
     assert len(batch.train.groups) == len(batch.roles) == len(batch.tasks) == 128 + 256 + 16
@@ -69,7 +71,11 @@ def test_number_of_verifier_groups(questions: int, group: int, share: float | No
 def test_too_few_verifier_groups_are_none():
     chosen = play_settings(questions=8, group_size=4)
     one = compose([kept(i, votes=SPLIT if i == 0 else (), group=4) for i in range(8)], chosen, Random(0))
-    assert (one.verifier_pool, one.verifier_wanted, one.samples("verifier")) == (1, 2, 0)
+    assert (
+        one.facts["batch/verifier_pool"],
+        one.facts["batch/verifier_wanted"],
+        one.samples("verifier"),
+    ) == (1, 2, 0)
     two = compose([kept(i, votes=SPLIT if i < 2 else (), group=4) for i in range(8)], chosen, Random(0))
     assert two.roles.count("verifier") == 2
     assert two.samples("verifier") == 16
@@ -77,16 +83,19 @@ def test_too_few_verifier_groups_are_none():
 
 def test_verdicts_against_the_rule_are_used_without_consistency_only():
     wrong = [episode(i, "kept", responses=[response(0.0, SPLIT), response(0.0)]) for i in range(8)]
-    assert compose(wrong, play_settings(questions=8), Random(0)).verifier_pool == 0
+    assert compose(wrong, play_settings(questions=8), Random(0)).facts["batch/verifier_pool"] == 0
     assert (
-        compose(wrong, play_settings(questions=8, verifier_consistency="maj"), Random(0)).verifier_pool == 8
+        compose(wrong, play_settings(questions=8, verifier_consistency="maj"), Random(0)).facts[
+            "batch/verifier_pool"
+        ]
+        == 8
     )
 
 
 def test_the_pool_takes_groups_of_questions_without_variance_too():
     episodes = [kept(i, group=4) for i in range(4)]
     episodes.append(episode(9, "zero_variance", reward=0.0, responses=[response(1.0, SPLIT)] * 4))
-    assert compose(episodes, play_settings(questions=4), Random(0)).verifier_pool == 4
+    assert compose(episodes, play_settings(questions=4), Random(0)).facts["batch/verifier_pool"] == 4
 
 
 def test_failures_are_matched_per_task_and_a_shortfall_passes_on():
@@ -151,7 +160,7 @@ def test_a_role_that_is_not_trained_is_not_in_the_batch(key: str, role: str):
 outcomes = st.sampled_from(["kept", "bad_format", "bad_ground", "zero_variance", "dropped:over_long"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(outcomes, st.sampled_from(TASKS), st.booleans()), min_size=1, max_size=40),
     st.integers(1, 20),
@@ -172,20 +181,20 @@ def test_counts_and_weights_of_any_step(
     batch = compose(episodes, chosen, Random(seed))
     good = min(questions, sum(e.kept for e in episodes))
     assert batch.samples("responder") == 4 * good
-    assert batch.samples("questioner") == good + batch.failures
-    assert batch.failures <= ratio * good
+    assert batch.samples("questioner") == good + batch.facts["batch/failures"]
+    assert batch.facts["batch/failures"] <= ratio * good
     pool = sum(e.kept and bool(e.responses[0].votes) for e in episodes)
     wanted = math.floor(good * (0.25 if share is None else share) + 1e-9)
-    assert (batch.verifier_pool, batch.verifier_wanted) == (pool, wanted)
+    assert (batch.facts["batch/verifier_pool"], batch.facts["batch/verifier_wanted"]) == (pool, wanted)
     assert batch.roles.count("verifier") == (wanted if wanted <= pool else 0)
     weights = [w for g in batch.train.groups for s in g.samples for w in s.weights]
     assert all(map(math.isfinite, weights))
     assert batch.train.response_tokens == len(weights)
     available = sum(e.outcome in ("bad_format", "bad_ground", "zero_variance") for e in episodes)
     if good == 0 or ratio == 0:
-        assert batch.failures == 0
+        assert batch.facts["batch/failures"] == 0
     elif len({e.task for e in episodes}) == 1:
-        assert batch.failures == min(available, math.floor(ratio * good))
+        assert batch.facts["batch/failures"] == min(available, math.floor(ratio * good))
 
 
 def test_experts_go_along_to_the_learner_and_not_into_the_journal():

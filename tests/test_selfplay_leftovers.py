@@ -88,7 +88,7 @@ def check_ages(plays: Sequence[Play], bound: int) -> None:
 
 
 @pytest.mark.parametrize("leftovers", ["abort", "carry"])
-@examples(max_examples=12, deadline=None)
+@examples(max_examples=12)
 @given(changes=st.lists(st.one_of(st.none(), st.integers(0, 200)), min_size=4, max_size=4))
 def test_counts_add_up_and_nothing_is_too_old(leftovers: str, changes: list[int | None]) -> None:
     engine = Trained()

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.selfplay.curriculum import choose_documents, choose_key, remembered_documents
+from spell_megatron.selfplay.curriculum import choose_documents, remembered_documents
 from spell_megatron.selfplay.memory import Memory, Remembered
 from spell_megatron.selfplay.seeds import random_of, seed_of
+from spell_megatron.selfplay.tasks import TASKS
 from spell_megatron.types import Question, SpellError
 
 pytestmark = pytest.mark.unit
@@ -61,7 +62,7 @@ entries = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 4), st.lists(entries, max_size=40))
 def test_no_ring_is_ever_too_long_and_the_state_is_all_of_it(size: int, stored: list):
     memory, again = Memory(size), Memory(size)
@@ -123,7 +124,7 @@ def test_what_is_remembered_makes_the_context_grow_for_good_or_as_far_as_the_rin
     assert (entries, contexts) == (kept, sizes)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 30),
     st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=3),
@@ -141,7 +142,7 @@ def test_the_curriculum(available: int, history: list[list[int]], fresh: int, se
 
 
 def test_keys_are_balanced():
-    counts = Counter(choose_key(random_of(1, "step", number)) for number in range(4000))
+    counts = Counter(TASKS["doc_mc"].key(random_of(1, "step", number)) for number in range(4000))
     assert set(counts) == set("ABCD")
     assert min(counts.values()) > 880
 

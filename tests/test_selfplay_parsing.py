@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.selfplay.grading import extract_answer, math_equal
-from spell_megatron.selfplay.parsing import Failure, parse_question, parse_verdict
+from spell_megatron.selfplay.grading import extract_answer
+from spell_megatron.selfplay.parsing import parse_question, parse_verdict
 from spell_megatron.selfplay.reading.thoughts import strip_thinking
+from spell_megatron.selfplay.tasks import Failure
+from spell_megatron.selfplay.tasks.number import math_equal
 from spell_megatron.types import Question
 
 pytestmark = pytest.mark.unit
@@ -274,7 +276,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.dictionaries(st.sampled_from(["question", "answer", "options", " answer", "A"]), json_values),
     st.sampled_from(TASKS),

@@ -256,11 +256,17 @@ def test_memory_is_read_as_the_round_began():
         ),
         ({"train_verifier": False}, lambda p: p.batch.samples("verifier") == 0 and judged(p)),
         ({"train_questioner": False}, lambda p: p.batch.samples("questioner") == 0),
-        ({"judge": False}, lambda p: not judged(p) and rule_only(p) and not p.batch.verifier_wanted),
+        (
+            {"judge": False},
+            lambda p: not judged(p) and rule_only(p) and not p.batch.facts["batch/verifier_wanted"],
+        ),
         ({"verdict": "first"}, lambda p: all(r.verdict == r.votes[0] for r in judged_responses(p))),
         ({"vote_tie": "no"}, lambda p: all(r.verdict == 0 for r in tied(p)) and tied(p)),
         ({"invalid_vote_reward": 0.0}, lambda p: all(j.reward >= 0 for j in invalid(p)) and invalid(p)),
-        ({"verifier_consistency": "maj"}, lambda p: p.batch.verifier_pool >= play().batch.verifier_pool),
+        (
+            {"verifier_consistency": "maj"},
+            lambda p: p.batch.facts["batch/verifier_pool"] >= play().batch.facts["batch/verifier_pool"],
+        ),
         ({"combine": "min"}, lambda p: all(r.reward == min(r.rule, r.verdict) for r in decided(p))),
         ({"combine": "mean"}, lambda p: all(r.reward == (r.rule + r.verdict) / 2 for r in decided(p))),
         ({"questioner_reward": "reverse"}, lambda p: rewarded(p, lambda mean: 1 - mean)),
@@ -297,6 +303,10 @@ def decided(result: Play) -> list:
 
 def rule_only(result: Play) -> bool:
     return all(r.reward == r.rule for e in result.episodes for r in e.responses)
+
+
+def pool(p):
+    return p.batch.facts["batch/verifier_pool"]
 
 
 def rewarded(result: Play, shape) -> bool:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from selfplay_stage import TASKS, Characters
 
 from spell_megatron.config import load_config
+from spell_megatron.selfplay import prompts_of
 from spell_megatron.selfplay.fitting import fit, water_level
 from spell_megatron.selfplay.grading import rule_reward
 from spell_megatron.selfplay.prompts import STYLES, Prompts, write_prompts
@@ -144,7 +145,7 @@ def test_a_template_that_cannot_be_used_is_named_at_the_start(
     else:
         (mine / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SpellError) as error:
-        Prompts(str(mine))
+        prompts_of(load_config("toy", [f"model.prompts={mine}"]))
     assert said in str(error.value)
 
 
@@ -152,16 +153,16 @@ def test_a_task_that_no_source_has_needs_no_template(mine: Path):
     for path in mine.glob("*docmath*"):
         path.unlink()
     overrides = [f"model.prompts={mine}", "corpus.sources=[{tasks: [doc_mc]}]"]
-    assert Prompts.of(load_config("toy", overrides)).responder(CHOICES, DOCUMENTS)
+    assert prompts_of(load_config("toy", overrides)).responder(CHOICES, DOCUMENTS)
     with pytest.raises(SpellError, match="docmath_qa"):
-        Prompts.of(load_config("toy", overrides[:1]))
+        prompts_of(load_config("toy", overrides[:1]))
 
 
 @pytest.mark.parametrize("form", ["sentence", "box", "tag"])
 @pytest.mark.parametrize("task", TASKS)
 def test_an_answer_in_the_form_that_was_asked_for_is_read(form: str, task: str):
     config = load_config("toy", ["model.prompts=full", f"model.answer_form={form}"])
-    last = Prompts.of(config).responder(question(task), DOCUMENTS).splitlines()[-1]
+    last = prompts_of(config).responder(question(task), DOCUMENTS).splitlines()[-1]
     given = re.search(r"(?:Therefore, the|The correct) answer is.*(?=\")|\\boxed.*|<answer>.*", last)
     assert given
     stated = given[0].replace("insert answer here", question(task).answer)
@@ -174,10 +175,10 @@ def test_an_answer_in_the_form_that_was_asked_for_is_read(form: str, task: str):
 )
 def test_the_language_is_asked_for(language: str, said: str):
     config = load_config("toy", ["model.prompts=full", f"model.language={language}"])
-    assert said in Prompts.of(config).questioner("docmath_qa", DOCUMENTS)
+    assert said in prompts_of(config).questioner("docmath_qa", DOCUMENTS)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 200), max_size=8), st.integers(-50, 1500))
 def test_water_level(lengths: list[int], budget: int):
     level = water_level(lengths, budget)

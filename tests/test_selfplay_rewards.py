@@ -163,7 +163,7 @@ def test_usable_groups(group: list, rule: float, consistent: bool, usable: bool)
     assert is_usable(group, majority(group), rule, bounds=(0.51, 0.99), consistent=consistent) is usable
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(votes)
 def test_any_votes(group: list):
     verdict = majority(group)

@@ -39,7 +39,7 @@ def batch_of(sizes: list[Shape]) -> TrainBatch:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes, st.integers(1, 4), st.integers(1, 3), st.booleans())
 def test_every_sample_is_in_one_stream_within_the_budget(
     sizes: list[Shape], data_size: int, multiple: int, share: bool
@@ -100,7 +100,7 @@ def visible(plans: list[SpanPlan]) -> dict[int, set[int]]:
     return seen
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 16]))
 def test_pieces_are_causal_attention_over_prompt_and_own_response(
     sizes: list[Shape], cp: int, multiple: int
@@ -124,7 +124,7 @@ def test_pieces_are_causal_attention_over_prompt_and_own_response(
             assert not token or positions[token] == position
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes, st.sampled_from([1, 2, 4]))
 def test_pieces_that_go_together_share_no_query_and_no_key(sizes: list[Shape], cp: int) -> None:
     groups = [(g.prompt, [s.tokens for s in g.samples]) for g in batch_of(sizes).groups]
@@ -139,7 +139,7 @@ def test_pieces_that_go_together_share_no_query_and_no_key(sizes: list[Shape], c
                 assert len(set(rows)) == len(rows)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes, st.sampled_from([1, 2, 4]))
 def test_every_response_token_is_predicted_once_from_its_predecessor(sizes: list[Shape], cp: int) -> None:
     batch = batch_of(sizes)

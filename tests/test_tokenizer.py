@@ -54,14 +54,14 @@ def same(codec: ChatTokenizer, reference: sentencepiece.SentencePieceProcessor, 
     assert codec.decode(ids) == reference.decode(ids) == text.replace("\u2581", " ")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=60))
 def test_any_text_round_trips_as_in_sentencepiece(codec, reference, text: str) -> None:
     assume(not any(token in text for token in SPECIAL))
     same(codec, reference, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.sampled_from([*pieces(), " ", "  ", "\n", "<0x41>", "<0x0A>", "é", "漢", "🙂", "13", "7.5", "Rom"])

@@ -13,8 +13,9 @@ from eval import extract
 from eval.benchmark import Grade, Item, Mode
 from eval.benchmarks.reading import Reading, prompt
 from eval.data import BadRow, Data, Row, Source, identity, text, texts
-from spell_megatron.selfplay.grading import TOLERANCE, extract_answer, math_equal
+from spell_megatron.selfplay.grading import extract_answer
 from spell_megatron.selfplay.numbers import parse_number
+from spell_megatron.selfplay.tasks.number import TOLERANCE, math_equal
 
 SUBSETS = ("complong", "compshort", "simplong", "simpshort")
 SHOWN = 300

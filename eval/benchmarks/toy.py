@@ -6,6 +6,7 @@ from eval.benchmark import Benchmark, Grade, Item, Mode, Terms
 from eval.data import Data
 from spell_megatron.config import load_config
 from spell_megatron.corpus.heldout import load_heldout
+from spell_megatron.selfplay import prompts_of
 from spell_megatron.selfplay.grading import extract_answer, rule_reward
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import seed_of
@@ -24,7 +25,7 @@ class Toy(Benchmark):
 
     def load(self, data: Data) -> list[Item]:
         questions = load_heldout(self._config.heldout)
-        prompts = Prompts.of(self._config)
+        prompts = prompts_of(self._config)
         return [self._item(prompts, place, *entry) for place, entry in enumerate(questions)]
 
     @staticmethod

@@ -60,6 +60,11 @@ def check_contradictions(config: Config, where: str) -> None:
             "selfplay.beyond.questioner_baseline=ema compares with the past of a task, not with peers: leave"
             " selfplay.beyond.questioner_peers=task"
         )
+    if play.beyond.std != "group" and play.advantage in ("centred", "leave_one_out"):
+        faults.append(
+            f"selfplay.beyond.std={play.beyond.std} says whose standard deviation divides, and"
+            f" selfplay.advantage={play.advantage} divides by none: leave selfplay.beyond.std=group"
+        )
     longer = [stage.tokens for stage in play.beyond.stages if stage.tokens > config.corpus.cluster_tokens]
     if longer:
         faults.append(

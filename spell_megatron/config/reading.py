@@ -7,15 +7,16 @@ cluster profiles alike, which are pydantic dataclasses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
-from spell_megatron.config.explaining import explain, how, inside
+from spell_megatron.config.explaining import explain, how, inside, nearest
 from spell_megatron.config.yamltext import NOTHING, ConfigError, Plain, anything, load_yaml
 
 T = TypeVar("T")
@@ -38,6 +39,28 @@ def _written_out(path: str) -> str:
 
 Location = Annotated[str, AfterValidator(_written_out)]
 """A path, a hub id or an image; `~` is the user's home."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Validates the name of a record: a shipped one, or the import path of the user's own. For `Annotated[str, …]`.
+
+    The records are upstairs; a test compares their names with these.
+    """
+
+    kind: str
+    shipped: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._known, handler(source))
+
+    def _known(self, name: str) -> str:
+        if name in self.shipped or ":" in name:
+            return name
+        raise ValueError(
+            f"no {self.kind} {name!r}{nearest(name, self.shipped)}; there are {', '.join(self.shipped)}, and your own"
+            " by its import path, package.module:Name"
+        )
 
 
 adapter: Callable[[type], TypeAdapter[Any]] = cache(TypeAdapter)

@@ -11,14 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from spell_megatron.config.reading import Location
+from spell_megatron.config.reading import Entry, Location
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 EVERY_TEXT = "*"
 """As `text_field`: every text of a row, wherever in it, is a text of its own."""
 
 Dtype = Literal["float32", "bfloat16"]
-Task = Literal["doc_general_qa", "docmath_qa", "doc_mc"]
+Task = Annotated[str, Entry("task", ("doc_general_qa", "docmath_qa", "doc_mc"))]
+Role = Annotated[str, Entry("role", ("questioner", "responder", "verifier"))]
+Scheme = Annotated[str, Entry("scheme of advantages", ("standardised", "centred", "leave_one_out"))]
+Surrogate = Annotated[str, Entry("loss", ("clipped",))]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -44,7 +47,7 @@ class Source:
     domain: str = ""
     """Name of the domain in metrics; the path's last part where empty."""
     tasks: tuple[Task, ...] = ("doc_general_qa", "docmath_qa", "doc_mc")
-    """Tasks that make sense on these documents."""
+    """Tasks that make sense on these documents; one of your own by its import path, `my_package.tasks:Table`."""
     clusters: int | None = Field(default=None, gt=0)
     """At most so many clusters, drawn by the run's seed: memory acts where they come again. All where not given."""
     weight: float = Field(default=1.0, gt=0)
@@ -137,6 +140,11 @@ class Beyond:
 @dataclass(frozen=True, config=_STRICT)
 class SelfPlay:
     sampling: Sampling = Sampling()
+    roles: tuple[Role, ...] = ("questioner", "responder", "verifier")
+    """Who takes part in an episode, in the order of play; one of your own by its import path."""
+    advantage: Scheme = "standardised"
+    """How rewards of comparable samples become advantages: `standardised` (GRPO), `centred` (Dr. GRPO, undivided),
+    `leave_one_out` (RLOO), or your own by its import path."""
     questions: int = Field(default=128, gt=0)
     """N: kept questions that make one batch."""
     round_questions: int = Field(default=480, gt=0)
@@ -296,6 +304,8 @@ class Optimizer:
 
 @dataclass(frozen=True, config=_STRICT)
 class Loss:
+    surrogate: Surrogate = "clipped"
+    """What of the policy is differentiated: `clipped` (PPO/GRPO; GSPO by `ratio`), or your own by its import path."""
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.2, gt=0)
     ratio: Literal["token", "sequence"] = "token"

@@ -7,7 +7,7 @@ divided by their number, exactly, whatever the split over ranks, streams and pip
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -27,7 +27,7 @@ from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.kernels import flash
 from spell_megatron.policy.layout import check_layout
-from spell_megatron.policy.loss import TokenTerms, token_losses
+from spell_megatron.policy.loss import SURROGATES, TokenTerms, token_losses
 from spell_megatron.policy.model import SpanModel, build_chunks, token_grain
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.replay import Choices, Replay, replayed
@@ -77,8 +77,8 @@ class Update:
     loss: float
     grad_norm: float
     lr: float
-    clipped: float
-    """Share of tokens whose ratio was clipped."""
+    said: Mapping[str, float]
+    """What the loss says of itself, by names: means over the batch's tokens."""
     tokens: int
     """Tokens computed on this rank, prompts included."""
     scores: Scores
@@ -111,6 +111,7 @@ class Learner:
 
     def __init__(self, policy: Policy, folder: Path, world: World, *, sampled: Sampled | None = None) -> None:
         self.policy, self.folder, self.world = policy, folder, world
+        self.surrogate = SURROGATES.find(policy.loss.surrogate, "policy.loss.surrogate")
         self._contents = read_contents(folder)
         self.shape = self._contents.shape
         check_layout(policy.layout, self.shape, world.size)
@@ -152,10 +153,11 @@ class Learner:
         self.expert_load.clear()
         if self.replay:
             self.replay.clear()
-        total, clipped, tokens, lengths, scores = 0.0, 0.0, 0, list[float](), list[Scores]()
+        total, tokens, lengths, scores = 0.0, 0, list[float](), list[Scores]()
+        said = np.zeros(len(self.surrogate.metrics))
         for part, offset in parts:
             self._zero_grad()
-            run = _Run(part, self.world.device, _part(old, offset, part), _part(reference, offset, part))
+            run = self._begin(part, _part(old, offset, part), _part(reference, offset, part))
             self._run(run, run_loss=partial(self._loss, run), train=True)
             scores.append(self._collect(run))
             values = self._reduce(run)
@@ -164,7 +166,7 @@ class Learner:
             self.schedule.step(1)
             lengths.append(float(grad_norm))
             total += values[0] / max(values[1], 1.0) / len(parts)
-            clipped += values[2]
+            said += values[2:]
             tokens += run.tokens
         self._check_weights(size)
         merged = Scores(
@@ -175,7 +177,7 @@ class Learner:
             loss=total,
             grad_norm=float(np.mean(lengths)),
             lr=self.optimizer.param_groups[0]["lr"],
-            clipped=clipped / max(batch.response_tokens, 1),
+            said=dict(zip(self.surrogate.metrics, said / max(batch.response_tokens, 1), strict=True)),
             tokens=tokens,
             scores=Scores(old, merged.entropy) if old is not None else merged,
             expert_load=self.expert_load.per_layer(),
@@ -237,7 +239,7 @@ class Learner:
     def gradients(self, batch: TrainBatch) -> float:
         """Forward and backward without an update; the gradients stay in `main_grad`. Returns the loss."""
         self._zero_grad()
-        run = _Run(batch, self.world.device)
+        run = self._begin(batch)
         self._run(run, run_loss=partial(self._loss, run), train=True)
         values = self._reduce(run)
         return values[0] / max(values[1], 1.0)
@@ -272,7 +274,7 @@ class Learner:
 
     @torch.no_grad()
     def _score(self, batch: TrainBatch, models: Sequence[Any]) -> Scores:
-        run = _Run(batch, self.world.device)
+        run = self._begin(batch)
         self._run(run, run_loss=partial(self._observe, run), train=False, models=models)
         return self._collect(run)
 
@@ -334,6 +336,11 @@ class Learner:
             plan.choices = Choices.of(batch, stream, plan.sources, self.shape)
         return plan
 
+    def _begin(
+        self, batch: TrainBatch, old: PerSample | None = None, reference: PerSample | None = None
+    ) -> _Run:
+        return _Run(batch, self.world.device, old, reference, said=len(self.surrogate.metrics))
+
     def _loss(
         self, run: _Run, plan: SpanPlan, stream: Stream, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -358,7 +365,7 @@ class Learner:
         sequence = None
         if config.ratio == "sequence":
             sequence = _response_means(logprobs.detach() - old, plan, len(samples))
-        losses, clipped = token_losses(
+        losses, *said = token_losses(
             TokenTerms(
                 logprobs=logprobs,
                 entropy=entropy,
@@ -369,6 +376,7 @@ class Learner:
                 sequence_log_ratio=sequence,
             ),
             config,
+            self.surrogate,
         )
         count = plan.rows.numel()
         if config.normalisation == "sequence_length":
@@ -377,7 +385,7 @@ class Learner:
             shares = run.batch.group_shares()
             losses = losses * tokens(np.full(len(s.tokens), shares[group]) for group, _, s in samples)
         total = losses.sum()
-        run.sums += torch.stack((total.detach(), clipped.sum()))
+        run.sums += torch.stack((total.detach(), *(value.sum() for value in said)))
         run.denominator += count
         return total, _count(count, logprobs.device), {}
 
@@ -393,10 +401,10 @@ class Learner:
         self.optimizer.zero_grad()
 
     def _reduce(self, run: _Run) -> list[float]:
-        """Loss, denominator and clipped tokens, summed over data- and context-parallel ranks, known on every rank (the
-        last stage has them). The host waits here, once for all streams: whether to step depends on it."""
-        loss, clipped = run.sums
-        summed = torch.stack((loss, torch.full_like(loss, run.denominator), clipped))
+        """Loss, denominator and what the loss says, summed over data- and context-parallel ranks, known on every rank
+        (the last stage has them). The host waits here, once for all streams: whether to step depends on it."""
+        loss, *said = run.sums
+        summed = torch.stack((loss, torch.full_like(loss, run.denominator), *said))
         dist.all_reduce(summed, group=mpu.get_data_parallel_group(with_context_parallel=True))
         pipeline = mpu.get_pipeline_model_parallel_group()
         dist.broadcast(
@@ -427,13 +435,14 @@ class _Run:
         self,
         batch: TrainBatch,
         device: torch.device,
-        old: PerSample | None = None,
-        reference: PerSample | None = None,
+        old: PerSample | None,
+        reference: PerSample | None,
+        said: int,
     ) -> None:
         self.batch, self.old, self.reference = batch, old, reference
         self.kept: list[tuple[SpanPlan, Stream, Tensor]] = []
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        """Loss and clipped tokens of the streams so far; on the device, as long as there are more."""
+        self.sums = torch.zeros(1 + said, dtype=torch.float64, device=device)
+        """Loss and what it says, of the streams so far; on the device, as long as there are more."""
         self.denominator, self.tokens = 0, 0
 
     def keep(self, plan: SpanPlan, stream: Stream, logprobs: Tensor, entropy: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The policy loss, token by token. Pure tensor arithmetic; sums and denominators are the learner's.
 
+A surrogate of the user's own is named by its import path in `policy.loss.surrogate`.
+
 Clipped surrogate of PPO/GRPO (arXiv 2402.03300), optionally with GSPO's sequence ratio (arXiv 2507.18071),
 truncated importance weights (TIS) against the engine, a k3 KL penalty and an entropy bonus. With one
 optimizer update a batch the ratio is 1 and the loss is the plain policy gradient.
@@ -7,12 +9,14 @@ optimizer update a batch the ratio is 1 and the loss is the plain policy gradien
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spell_megatron.config import Loss
+from spell_megatron.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +37,45 @@ class TokenTerms:
     """Mean of `logprobs - old` over the token's whole response, where the ratio is by sequence."""
 
 
-def token_losses(terms: TokenTerms, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Loss of every token, and whether its ratio was clipped, `[n]` each."""
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """What of the policy is differentiated.
+
+    `compute(terms, log_ratio, loss)` gives what is to be maximised, float `[n]`, and of every name in `metrics` a value
+    a token, `[n]`, whose mean over the batch becomes `policy/<name>`. `log_ratio` is `logprobs - old`, by token or by
+    sequence as `policy.loss.ratio` says.
+    """
+
+    name: str
+    compute: Callable[[TokenTerms, Tensor, Loss], tuple[Tensor, ...]]
+    metrics: tuple[str, ...] = ()
+
+
+def clipped(terms: TokenTerms, log_ratio: Tensor, loss: Loss) -> tuple[Tensor, ...]:
+    """PPO's: no gain in moving the ratio beyond the bounds. Says of each token whether it was held back."""
+    ratio = log_ratio.exp()
+    held = ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
+    gain = torch.minimum(ratio * terms.weights, held * terms.weights)
+    return gain, (ratio * terms.weights > held * terms.weights).detach()
+
+
+CLIPPED = Surrogate("clipped", clipped, metrics=("clipped",))
+SURROGATES: Registry[Surrogate] = Registry("loss", Surrogate, (CLIPPED,))
+
+
+def token_losses(terms: TokenTerms, loss: Loss, surrogate: Surrogate = CLIPPED) -> tuple[Tensor, ...]:
+    """Loss of every token, and what the surrogate says of it, `[n]` each."""
     log_ratio = terms.logprobs - terms.old
     if terms.sequence_log_ratio is not None:
         # The value is the sequence's ratio; the gradient reaches every token through its own log-prob.
         log_ratio = terms.sequence_log_ratio.detach() + terms.logprobs - terms.logprobs.detach()
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
-    surrogate = torch.minimum(ratio * terms.weights, clipped * terms.weights)
+    gain, *said = surrogate.compute(terms, log_ratio, loss)
     if terms.engine is not None and loss.importance_cap is not None:
-        surrogate = surrogate * (terms.old - terms.engine).exp().clamp(max=loss.importance_cap).detach()
-    losses = -surrogate
+        gain = gain * (terms.old - terms.engine).exp().clamp(max=loss.importance_cap).detach()
+    losses = -gain
     if terms.reference is not None and loss.kl > 0:
         away = terms.reference - terms.logprobs
         losses = losses + loss.kl * (away.exp() - away - 1.0)
     if loss.entropy > 0:
         losses = losses - loss.entropy * terms.entropy
-    return losses, (ratio * terms.weights > clipped * terms.weights).detach()
+    return losses, *said

@@ -9,6 +9,7 @@ from spell_megatron.selfplay.heldout import HeldOutScore, accuracy
 from spell_megatron.selfplay.metrics import step_metrics
 from spell_megatron.selfplay.play import Play, SelfPlay, StarvedError
 from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.roles import prompts_of
 
 __all__ = [
     "Episode",
@@ -18,5 +19,6 @@ __all__ = [
     "SelfPlay",
     "StarvedError",
     "accuracy",
+    "prompts_of",
     "step_metrics",
 ]

@@ -1,4 +1,4 @@
-"""What a questioner reads, and where a correct choice has to stand.
+"""What a questioner reads.
 
 With a history the questioner reads every document that a remembered question brings, and `m` fresh ones. What a
 question brings is one of two things. In the authors' code it is all that its questioner read: the newest one then
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from spell_megatron.selfplay.memory import Remembered
-from spell_megatron.selfplay.parsing import LETTERS
 
 
 def choose_documents(
@@ -51,8 +50,3 @@ def widened(
         left = [index for index in left if index not in brought]
         steps.append((entry, brought))
     return steps
-
-
-def choose_key(random: random.Random) -> str:
-    """The letter of the correct choice, uniform, so that the keys stay balanced."""
-    return random.choice(LETTERS)

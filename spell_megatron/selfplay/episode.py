@@ -51,6 +51,16 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """What another role than these wrote, and what it earned (None: nothing, neither rewarded nor penalised)."""
+
+    role: str
+    rollout: Rollout
+    text: str
+    reward: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Episode:
     """One question. `outcome` is `kept`, `zero_variance`, `bad_format`, `bad_ground` or `dropped:<why>`.
 
@@ -59,7 +69,7 @@ class Episode:
     is neither rewarded nor penalised). `probe` is the response without documents, `answerability` that with the
     questioner's own among a few others. `cut_tokens` counts
     document tokens that did not fit into the prompts of questioner and responder. `begun` is the step that
-    began it, where that was not `step` (leftovers that are carried over).
+    began it, where that was not `step` (leftovers that are carried over). `turns` are those of further roles.
     """
 
     step: int
@@ -82,6 +92,14 @@ class Episode:
     cut_tokens: int = 0
     begun: int | None = None
     answerability: Response | None = None
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def posed(self) -> Question:
+        """Its question, once there is one."""
+        if self.question is None:
+            raise ValueError("the episode has no question yet")
+        return self.question
 
     @property
     def kept(self) -> bool:
@@ -101,6 +119,8 @@ class Episode:
         """Every rollout with its role; the probes are a responder's."""
         if self.asked:
             yield "questioner", self.asked
+        for turn in self.turns:
+            yield turn.role, turn.rollout
         for response in (*filter(None, (self.probe, self.answerability)), *self.responses):
             yield "responder", response.rollout
             for judgement in response.judgements:
@@ -123,6 +143,15 @@ class Episode:
             "probe": _pack_response(self.probe, table) if self.probe else None,
             "answerability": _pack_response(self.answerability, table) if self.answerability else None,
             "responses": [_pack_response(response, table) for response in self.responses],
+            "turns": [
+                {
+                    "role": turn.role,
+                    "rollout": table.pack(turn.rollout),
+                    "text": turn.text,
+                    "reward": turn.reward,
+                }
+                for turn in self.turns
+            ],
             "prompts": table.prompts,
         }
 
@@ -142,6 +171,10 @@ class Episode:
                 probe=_unpack_probe(record, "probe", prompts),
                 answerability=_unpack_probe(record, "answerability", prompts),
                 responses=tuple(_unpack_response(response, prompts) for response in record["responses"]),
+                turns=tuple(
+                    Turn(**{**turn, "rollout": _unpack(turn["rollout"], prompts)})
+                    for turn in record.get("turns", ())
+                ),
             )
         except (KeyError, TypeError, IndexError) as error:
             raise SpellError(f"this is not the record of an episode: {error!r}") from None

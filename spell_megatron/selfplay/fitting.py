@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from spell_megatron.selfplay.ports import Codec
 from spell_megatron.types import Document
 
+PROMPT_TOO_LONG = "dropped:prompt_too_long"
+"""The outcome of an episode in which a prompt does not fit, however much is cut."""
 _ATTEMPTS = 8
 
 

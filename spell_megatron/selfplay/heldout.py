@@ -14,10 +14,10 @@ from statistics import fmean
 from spell_megatron import config
 from spell_megatron.selfplay.fitting import fit
 from spell_megatron.selfplay.grading import rule_reward
-from spell_megatron.selfplay.pipeline import together, written
 from spell_megatron.selfplay.ports import Codec, Generator
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import seed_of
+from spell_megatron.selfplay.writer import together, written
 from spell_megatron.types import Cluster, Question
 
 

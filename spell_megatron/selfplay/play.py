@@ -22,11 +22,13 @@ from spell_megatron.selfplay.curriculum import remembered_documents
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.leftovers import Leftover, Tally, cancel
 from spell_megatron.selfplay.memory import Memory
-from spell_megatron.selfplay.pipeline import Job, Pipeline
+from spell_megatron.selfplay.pipeline import play_episode
 from spell_megatron.selfplay.ports import Codec, Generator, Judge
 from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.roles import Role, roles_of
 from spell_megatron.selfplay.seeds import random_of
 from spell_megatron.selfplay.stages import staged, tokens_at
+from spell_megatron.selfplay.writer import Job, Writer
 from spell_megatron.types import Cluster, Question, SpellError
 
 
@@ -66,6 +68,7 @@ class Play:
     remembered: int
     rings: int
     tally: Tally
+    roles: tuple[Role, ...]
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -92,15 +95,17 @@ class SelfPlay:
         judge: Judge | None = None,
         on_episode: Callable[[Episode], None] = lambda episode: None,
     ) -> None:
-        _check_lengths(settings.sampling, max_model_len)
+        self.roles = roles_of(settings)
+        _check_lengths(self.roles, settings.sampling, max_model_len)
         self.memory = Memory(settings.memory, settings.memory_questions, settings.memory_steps)
         self._settings, self._clusters, self._seed, self._on_episode = settings, clusters, seed, on_episode
         self._baselines = Baselines() if settings.beyond.questioner_baseline == "ema" else None
         self._count = codec.count
         self._leftovers: dict[int, Leftover] = {}
         self._newest = 0  # weights that a finished rollout was made by: later requests get no older ones
-        self._pipeline = Pipeline(
+        self._writer = Writer(
             settings,
+            roles=self.roles,
             prompts=prompts,
             codec=codec,
             generator=generator,
@@ -130,9 +135,10 @@ class SelfPlay:
             self._remember(step, played)
             if wanted == 0:
                 draw = random_of(self._seed, step, "batch")
-                batch = compose(episodes, self._settings, draw, self._baselines)
+                batch = compose(episodes, self._settings, draw, self._baselines, self.roles)
+                memory = self.memory
                 return Play(
-                    step, tuple(episodes), batch, number + 1, len(self.memory), self.memory.rings, tally
+                    step, tuple(episodes), batch, number + 1, len(memory), memory.rings, tally, self.roles
                 )
         raise StarvedError(_starvation(step, episodes, self._settings), episodes)
 
@@ -183,7 +189,7 @@ class SelfPlay:
                 while (
                     len(running) < self._settings.concurrency and (index := next(waiting, None)) is not None
                 ):
-                    running[asyncio.create_task(self._pipeline.run(jobs[index]))] = index
+                    running[asyncio.create_task(play_episode(self._writer, jobs[index]))] = index
                     since[index] = self._newest
                     tally.begun += 1
                 arrived, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -275,12 +281,12 @@ def _known(job: Job, known: dict[tuple[int, int], Episode]) -> Episode | None:
     return episode if episode.begun is not None or episode.history == job.history else None
 
 
-def _check_lengths(sampling: config.Sampling, max_model_len: int) -> None:
-    for role in ("questioner", "responder", "verifier"):
-        tokens = getattr(sampling, f"{role}_tokens")
+def _check_lengths(roles: Sequence[Role], sampling: config.Sampling, max_model_len: int) -> None:
+    for role in roles:
+        tokens = role.tokens(sampling)
         if tokens >= max_model_len:
             raise SpellError(
-                f"selfplay.sampling.{role}_tokens={tokens} leaves no room for a prompt in"
+                f"selfplay.sampling.{role.tokens_key(sampling)}={tokens} leaves no room for a prompt in"
                 f" rollout.max_model_len={max_model_len}: lower the first or raise the second"
             )
 

@@ -9,24 +9,29 @@ rendered, and made safe for their place before a template sees them (see `quotin
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, get_args
+from typing import Any
 
-from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplatesNotFound, TemplateSyntaxError
+from jinja2 import (
+    ChoiceLoader,
+    DictLoader,
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplatesNotFound,
+    TemplateSyntaxError,
+)
 from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from spell_megatron.config import Config, Task
-from spell_megatron.selfplay.prompts.samples import check_prompts
 from spell_megatron.selfplay.quoting import safe
 from spell_megatron.selfplay.reading.objects import last_object
 from spell_megatron.selfplay.reading.texts import normalise
 from spell_megatron.types import Document, Question, SpellError
 
 STYLES = ("full", "short")
-TASKS: tuple[str, ...] = get_args(Task)
 _FOLDER = Path(__file__).parent
 _KEY = "A"
 """The letter for which an example is shown."""
@@ -35,11 +40,16 @@ _KEY = "A"
 class Prompts:
     """Templates of one style: a shipped one's name, or a folder. `language` and `form` are known to every template.
 
-    Raises SpellError where a template of these tasks is missing or cannot be used, with its name and line.
+    `more` are templates by file name that stand where the folder has none of that name.
     """
 
     def __init__(
-        self, style: str, *, language: str = "English", form: str = "sentence", tasks: Iterable[str] = TASKS
+        self,
+        style: str,
+        *,
+        language: str = "English",
+        form: str = "sentence",
+        more: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = _FOLDER / style if style in STYLES else Path(style)
         if not self.folder.is_dir():
@@ -48,7 +58,7 @@ class Prompts:
                 " (`spell-megatron prompts OUT` writes one to begin with)"
             )
         self._templates = ImmutableSandboxedEnvironment(
-            loader=FileSystemLoader(self.folder),
+            loader=ChoiceLoader([FileSystemLoader(self.folder), DictLoader(more or {})]),
             undefined=StrictUndefined,
             autoescape=False,
             trim_blocks=True,
@@ -56,16 +66,6 @@ class Prompts:
             keep_trailing_newline=True,
         )
         self._templates.globals |= {"language": language, "form": form}
-        if style not in STYLES:
-            for task in tasks:
-                check_prompts(self, task)
-
-    @classmethod
-    def of(cls, config: Config) -> Prompts:
-        """The prompts that a run asks with."""
-        tasks = {task for source in config.corpus.sources for task in source.tasks}
-        model = config.model
-        return cls(model.prompts, language=model.language, form=model.answer_form, tasks=sorted(tasks))
 
     def questioner(
         self,
