@@ -37,7 +37,7 @@ from spell_megatron.record.folder import replace_text, writing
 from spell_megatron.rollout.engine import Engine, EngineStats
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.selfplay import Episode, Play, SelfPlay, accuracy, prompts_of, step_metrics
+from spell_megatron.selfplay import Episode, Play, SelfPlay, accuracy, known, prompts_of, step_metrics
 from spell_megatron.selfplay.batch import Batch
 from spell_megatron.selfplay.ports import Judge
 from spell_megatron.topology import Topology
@@ -82,7 +82,7 @@ class Driver:
         self._beginnings: dict[int, tuple[float, EngineStats]] = {}
         self.codec = ChatTokenizer.load(model, settings.model.thinking)
         self.prompts = prompts_of(settings)
-        self._questions = load_heldout(settings.heldout)
+        self._questions = known(load_heldout(settings.heldout))
         console.phase("reading the corpus")
         clusters = ClusterSampler(settings.corpus, self.codec.count, settings.seed, run.corpus)
         replace_text(run.sources, json.dumps(clusters.facts))

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from spell_megatron.config import Corpus, Source, Task
+from spell_megatron.config import Corpus, Source
 from spell_megatron.corpus.decontamination import Benchmarks
 from spell_megatron.corpus.store import ClusterStore, Count, build
 from spell_megatron.types import Cluster, SpellError
@@ -103,7 +103,7 @@ class ClusterSampler:
         """What each source held and what of it was left out, by domain."""
         return {stream.domain: stream.clusters.facts for stream in self._streams}
 
-    def draw(self, n: int) -> list[tuple[Cluster, Task]]:
+    def draw(self, n: int) -> list[tuple[Cluster, str]]:
         """The next `n` pairs. Every cluster holds the configured token and document limits exactly."""
         return [self._next() for _ in range(n)]
 
@@ -156,7 +156,7 @@ class ClusterSampler:
         """Read once for all sources, and not at all where every source is prepared."""
         return Benchmarks(self._corpus.benchmarks) if self._corpus.benchmarks else None
 
-    def _next(self) -> tuple[Cluster, Task]:
+    def _next(self) -> tuple[Cluster, str]:
         for stream in self._streams:
             stream.credit += stream.share
         stream = max(self._streams, key=lambda s: s.credit)

@@ -14,9 +14,9 @@ from rich.live import Live as Screen
 from rich.text import Text
 
 from spell_megatron.record.pulse import Pulse, clock
+from spell_megatron.selfplay.roles import ROLES
 from spell_megatron.terminal import Terminal
 
-ROLES = ("questioner", "responder", "verifier")
 PHASES = ("play", "update", "resync", "measure", "record")
 _BAR = 20
 """Characters of the bar."""

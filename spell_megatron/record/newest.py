@@ -79,7 +79,9 @@ class Newest:
 
 def _texts(episode: Episode) -> Episode:
     asked = replace(_bare(episode.asked), prompt=episode.asked.prompt) if episode.asked else None
-    return replace(episode, asked=asked, probe=None, responses=tuple(map(_said, episode.responses)))
+    turns = tuple(replace(turn, rollout=_bare(turn.rollout)) for turn in episode.turns)
+    responses = tuple(map(_said, episode.responses))
+    return replace(episode, asked=asked, probe=None, answerability=None, responses=responses, turns=turns)
 
 
 def _said(response: Response) -> Response:

@@ -10,8 +10,6 @@ from spell_megatron.record.plots import (
     PHASES,
     PLUM,
     RED,
-    TASK_NAMES,
-    TASKS,
     TEAL,
     Draw,
     Rows,
@@ -69,7 +67,7 @@ _LEARNT: list[tuple[str, str, Draw]] = [
     (
         "Responder's reward by task",
         "On the questions that it was asked, which differ from step to step.",
-        lines({f"responder/reward/{task}": (TASK_NAMES[task], TASKS[task]) for task in TASKS}, zero=True),
+        each("responder/reward"),
     ),
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -18,6 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from spell_megatron.selfplay.roles import ROLES
+from spell_megatron.selfplay.tasks import TASKS
 
 Rows = Sequence[Mapping[str, float | None]]
 Series = tuple[np.ndarray, np.ndarray]
@@ -32,10 +35,8 @@ _VARIABLES = {
 }  # fmt: skip
 """Each colour stands for a CSS variable of the report's template."""
 
-ROLES = {"questioner": BLUE, "responder": AMBER, "verifier": TEAL}
+PALETTE = (BLUE, AMBER, TEAL, PLUM, RED, MUTED)
 PHASES = {"play": BLUE, "update": AMBER, "resync": TEAL, "measure": PLUM, "record": MUTED}
-TASKS = {"doc_general_qa": BLUE, "docmath_qa": AMBER, "doc_mc": TEAL}
-TASK_NAMES = {"doc_general_qa": "general", "docmath_qa": "math", "doc_mc": "choice", "mean": "mean"}
 
 _LEVELS = {
     "unsolved": "none right",
@@ -283,7 +284,8 @@ def stack(prefix: str, colours: Mapping[str, str], *, share: bool) -> Draw:
 
 def heldout_change(rows: Rows) -> str | None:
     """Before and after, a row a task."""
-    measured = {name: series(rows, f"heldout/{name}") for name in ("mean", *TASKS)}
+    tasks = _coloured(names_under(rows, "heldout"), TASKS)
+    measured = {name: series(rows, f"heldout/{name}") for name in ("mean", *tasks)}
     ends = {
         name: (points[1][0], points[1][-1])
         for name, points in measured.items()
@@ -294,7 +296,7 @@ def heldout_change(rows: Rows) -> str | None:
 
     def draw(axes: Axes) -> None:
         for place, (name, (before, after)) in enumerate(ends.items()):
-            colour = TASKS.get(name, INK)
+            colour = tasks.get(name, INK)
             axes.plot([before, after], [place, place], color=colour, linewidth=3, alpha=0.35)
             axes.plot(
                 before, place, "o", color=colour, markerfacecolor=PAPER, markersize=8, markeredgewidth=1.6
@@ -311,7 +313,7 @@ def heldout_change(rows: Rows) -> str | None:
                     fontsize=8.5,
                     color=MUTED,
                 )
-        axes.set_yticks(range(len(ends)), [TASK_NAMES[name] for name in ends])
+        axes.set_yticks(range(len(ends)), [task_label(name) for name in ends])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(ends) - 0.4, -0.6)
         axes.set_xlim(-0.08, 1.08)
@@ -355,25 +357,44 @@ def one(metric: str, colour: str = BLUE, *, percent: bool = False, zero: bool = 
 
 
 def each(prefix: str) -> Draw:
-    """A line for every metric `prefix/…`."""
-    colours = (BLUE, AMBER, TEAL, PLUM, RED, MUTED)
+    """A line for every metric `prefix/…`, those of tasks first."""
 
     def make(rows: Rows) -> str | None:
-        names = zip(names_under(rows, prefix), cycle(colours), strict=False)
-        return lines({f"{prefix}/{name}": (name, colour) for name, colour in names}, zero=True)(rows)
+        colours = _coloured(names_under(rows, prefix), TASKS)
+        wanted = {f"{prefix}/{name}": (task_label(name), colour) for name, colour in colours.items()}
+        return lines(wanted, zero=True)(rows)
 
     return make
 
 
 def roles(metric: str, *, percent: bool = False, rare: bool = False) -> Draw:
-    """The same metric of the three roles."""
-    wanted = {f"{role}/{metric}": (role, colour) for role, colour in ROLES.items()}
-    return lines(wanted, percent=percent, rare=rare, zero=True)
+    """The same metric of every role that has it."""
+
+    def make(rows: Rows) -> str | None:
+        found = {name.removesuffix(f"/{metric}") for row in rows for name in row if name.count("/") == 1}
+        spoke = [role for role in found if any(f"{role}/length" in row for row in rows)]
+        wanted = {f"{role}/{metric}": (role, colour) for role, colour in _coloured(spoke, ROLES).items()}
+        return lines(wanted, percent=percent, rare=rare, zero=True)(rows)
+
+    return make
+
+
+def task_label(name: str) -> str:
+    """A task in words; one that is not known here by its name."""
+    return TASKS[name].label if name in TASKS else name
+
+
+def _coloured(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """A colour for each name but the mean's: first of those that are known, in their order, then of the others."""
+    order = [*known, *sorted(set(names) - set(known) - {"mean"})]
+    colours = dict(zip(order, cycle(PALETTE), strict=False))
+    return {name: colours[name] for name in order if name in set(names)}
 
 
 def heldout_curve(rows: Rows) -> str | None:
     measured = series(rows, "heldout/mean")
     if measured is None or len(measured[0]) < 3:
         return None
-    wanted = {f"heldout/{task}": (TASK_NAMES[task], colour) for task, colour in TASKS.items()}
+    tasks = _coloured(names_under(rows, "heldout"), TASKS)
+    wanted = {f"heldout/{task}": (task_label(task), colour) for task, colour in tasks.items()}
     return lines(wanted | {"heldout/mean": ("mean", INK)}, percent=True)(rows)

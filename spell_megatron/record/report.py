@@ -16,7 +16,7 @@ from spell_megatron.record.console import PHASES
 from spell_megatron.record.folder import RunFolder, read_lines, replace_text
 from spell_megatron.record.metrics import Row, read_metrics
 from spell_megatron.record.panels import sections
-from spell_megatron.record.plots import TASK_NAMES
+from spell_megatron.record.plots import task_label
 from spell_megatron.selfplay.curriculum import widened
 from spell_megatron.selfplay.episode import Episode, Response
 from spell_megatron.terminal import tidy
@@ -199,6 +199,6 @@ def page_environment() -> Environment:
     environment.filters |= {
         "bounded": _bounded,
         "telling": _telling,
-        "task": lambda name: TASK_NAMES.get(name, name),
+        "task": task_label,
     }
     return environment

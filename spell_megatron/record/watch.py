@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -25,14 +25,15 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from tokenizers import Tokenizer
 
-from spell_megatron.config import Config, Task, load_config
-from spell_megatron.record.console import ROLES
+from spell_megatron.config import Config, load_config
 from spell_megatron.record.folder import RunFolder
 from spell_megatron.record.metrics import Row, read_metrics
 from spell_megatron.record.newest import Newest
 from spell_megatron.record.panels import Section, sections
 from spell_megatron.record.report import page_environment, tiles
 from spell_megatron.selfplay.episode import Episode
+from spell_megatron.selfplay.roles import ROLES
+from spell_megatron.selfplay.tasks import TASKS
 from spell_megatron.types import SpellError
 from spell_megatron.weights.locate import local_folder
 
@@ -68,6 +69,7 @@ class Watched:
             self.newest.read()
             rows = read_metrics(self.folder)
             episodes = [e for e in reversed(self.newest.episodes) if _fits(e, role, task, outcome)]
+            roles = dict.fromkeys((*ROLES, *(turn.role for e in self.newest.episodes for turn in e.turns)))
             outcomes = sorted({episode.outcome for episode in self.newest.episodes} | {outcome} - {""})
             return (
                 page_environment()
@@ -78,11 +80,11 @@ class Watched:
                     sections=self._curves(rows),
                     progress=self._progress(int(rows[-1]["step"] or 0) if rows else 0),
                     episodes=[(episode, self._evidence(episode)) for episode in episodes[:SHOWN]],
-                    roles=[role] if role else ROLES,
+                    roles=[role] if role else roles,
                     chosen={"role": role, "task": task, "outcome": outcome},
                     filters=[
-                        ("Role", "role", ROLES),
-                        ("Task", "task", get_args(Task)),
+                        ("Role", "role", roles),
+                        ("Task", "task", dict.fromkeys((*TASKS, *(e.task for e in self.newest.episodes)))),
                         ("Outcome", "outcome", outcomes),
                     ],
                 )
@@ -163,12 +165,8 @@ def watch(run: Path, host: str, port: int, tell: Callable[[str], None]) -> None:
 
 
 def _fits(episode: Episode, role: str, task: str, outcome: str) -> bool:
-    spoke = {
-        "questioner": bool(episode.asked_text),
-        "responder": bool(episode.responses),
-        "verifier": any(response.judgements for response in episode.responses),
-    }
-    return spoke.get(role, True) and task in ("", episode.task) and outcome in ("", episode.outcome)
+    spoke = {"", *(name for name, _ in episode.rollouts())}
+    return role in spoke and task in ("", episode.task) and outcome in ("", episode.outcome)
 
 
 def _heard(folder: RunFolder) -> str:

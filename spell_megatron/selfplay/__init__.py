@@ -5,7 +5,7 @@ accuracy(...)       -> HeldOutScore   the rule's verdict on questions that nobod
 """
 
 from spell_megatron.selfplay.episode import Episode
-from spell_megatron.selfplay.heldout import HeldOutScore, accuracy
+from spell_megatron.selfplay.heldout import HeldOutScore, accuracy, known
 from spell_megatron.selfplay.metrics import step_metrics
 from spell_megatron.selfplay.play import Play, SelfPlay, StarvedError
 from spell_megatron.selfplay.prompts import Prompts
@@ -19,6 +19,7 @@ __all__ = [
     "SelfPlay",
     "StarvedError",
     "accuracy",
+    "known",
     "prompts_of",
     "step_metrics",
 ]

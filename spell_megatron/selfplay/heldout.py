@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from spell_megatron import config
@@ -17,6 +17,7 @@ from spell_megatron.selfplay.grading import rule_reward
 from spell_megatron.selfplay.ports import Codec, Generator
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import seed_of
+from spell_megatron.selfplay.tasks import TASKS
 from spell_megatron.selfplay.writer import together, written
 from spell_megatron.types import Cluster, Question
 
@@ -28,6 +29,14 @@ class HeldOutScore:
     mean: float
     by_task: dict[str, float]
     per_question: list[float]
+
+
+def known(questions: Sequence[tuple[Cluster, Question]]) -> list[tuple[Cluster, Question]]:
+    """The questions, each with the name of its task. Raises SpellError for a task that there is not."""
+    return [
+        (cluster, replace(question, task=TASKS.find(question.task, f"heldout.path, question {number}").name))
+        for number, (cluster, question) in enumerate(questions, start=1)
+    ]
 
 
 async def accuracy(

@@ -28,6 +28,7 @@ from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.roles import Role, roles_of
 from spell_megatron.selfplay.seeds import random_of
 from spell_megatron.selfplay.stages import staged, tokens_at
+from spell_megatron.selfplay.tasks import TASKS
 from spell_megatron.selfplay.writer import Job, Writer
 from spell_megatron.types import Cluster, Question, SpellError
 
@@ -256,7 +257,8 @@ class SelfPlay:
         cluster = staged(cluster, tokens_at(step, self._settings.beyond.stages), self._count)
         if isinstance(what, Question):
             return Job(step, number, index, cluster, what.task, question=what)
-        return Job(step, number, index, cluster, what, self.memory.recall(what, cluster.id))
+        task = TASKS.find(what, "corpus.sources.tasks").name
+        return Job(step, number, index, cluster, task, self.memory.recall(task, cluster.id))
 
     def _remember(self, step: int, episodes: Iterable[Episode]) -> None:
         """Store the questions that were answered with some reward, in their own order."""

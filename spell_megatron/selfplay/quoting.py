@@ -40,9 +40,9 @@ def quoted(text: str) -> str:
     return _MARK.sub(lambda match: f"{match[0]} ", fenced(one_line(text)))
 
 
-def safe(role: str, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A template's variables with every text in them made safe for the prompt of a role."""
-    kept = quoted if role == "verifier" else fenced
+def safe(variables: Mapping[str, Any], *, judged: bool) -> dict[str, Any]:
+    """A template's variables with every text in them made safe; `judged` are those that a verdict is asked on."""
+    kept = quoted if judged else fenced
     return {name: _safe(value, kept) for name, value in variables.items()}
 
 

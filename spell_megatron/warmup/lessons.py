@@ -156,7 +156,8 @@ class School:
 
 def message(prompts: Prompts, exchange: Transcript) -> str:
     """The user's side of an exchange."""
-    return prompts.render(exchange.role, exchange.task, **exchange.variables)
+    judged = exchange.role == "verifier"
+    return prompts.render(exchange.role, exchange.task, judged=judged, **exchange.variables)
 
 
 def _fenced(documents: Sequence[Document]) -> str:

@@ -84,7 +84,12 @@ class Prompts:
     def verifier(self, question: Question, answer: str) -> str:
         """Ask whether an answer says the same as the reference."""
         return self.render(
-            "verifier", question.task, question=question, answer=answer, reference=question.answer
+            "verifier",
+            question.task,
+            judged=True,
+            question=question,
+            answer=answer,
+            reference=question.answer,
         )
 
     def examples(self, task: str) -> frozenset[str]:
@@ -101,13 +106,17 @@ class Prompts:
             texts.update(str(fields.get(name, "")) for name in ("question", "answer"))
         return frozenset(filter(None, map(normalise, texts - {_KEY})))
 
-    def render(self, role: str, task: str, **variables: Any) -> str:
-        """The message of a role. `task` is known to every template."""
+    def render(self, role: str, task: str, *, judged: bool = False, **variables: Any) -> str:
+        """The message of a role. `task` is known to every template; `judged` asks for a verdict on what is shown."""
         names = [f"{role}_{task}.j2", f"{role}.j2"]
         if variables.get("history"):
             names.insert(0, f"{role}_{task}_history.j2")
         try:
-            return self._templates.select_template(names).render(task=task, **safe(role, variables)).strip()
+            return (
+                self._templates.select_template(names)
+                .render(task=task, **safe(variables, judged=judged))
+                .strip()
+            )
         except TemplatesNotFound as error:
             raise SpellError(f"{self.folder}: there is none of the templates {', '.join(names)}") from error
         except TemplateSyntaxError as error:
