@@ -37,7 +37,6 @@ from benchmarks.device import PEAK, device_name, random_model
 from benchmarks.layers import layer_classes
 from benchmarks.switches import BASE, settings, try_step
 from spell_megatron.config import Dtype, Layout, Optimizer, Policy, Rollout, Servers, load_config
-from spell_megatron.doctor import examine
 from spell_megatron.placement import Phase, Placement
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
@@ -47,7 +46,8 @@ from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.residence import EngineResidence
-from spell_megatron.train import train
+from spell_megatron.run.loop import train
+from spell_megatron.tools.doctor import examine
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch
 
 CUDA = torch.cuda.is_available()

@@ -26,7 +26,7 @@ from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.engine import Engine
 from spell_megatron.rollout.fleet import Fleet
-from spell_megatron.rollout.follower import Follower
+from spell_megatron.rollout.follower import FollowerEngine
 
 RANKS = 2
 LAYOUTS = {"DP2": Layout(), "TP2": Layout(tensor=2, sequence=True)}
@@ -52,7 +52,7 @@ def measure_servers(model: Path, scratch: Path, rounds: int) -> list[dict[str, A
 def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[dict[str, Any]]:
     """Rank 0's rows; the other one's are its own seconds of the same."""
     settings = replace(SETTINGS, servers=replace(SETTINGS.servers, transfer=transfer))
-    engine: Engine | Follower | None = None
+    engine: Engine | FollowerEngine | None = None
     rows = []
     try:
         for version, (name, layout) in enumerate(LAYOUTS.items()):
@@ -62,7 +62,7 @@ def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[d
                 engine = (
                     Fleet(model, settings, scratch=vllm, logs=logs, stop=())
                     if world.is_main
-                    else Follower(model, transfer, scratch=vllm)
+                    else FollowerEngine(model, transfer, scratch=vllm)
                 )
             learner = Learner(Policy(dtype="float32", layout=layout), model, world)
             seconds, written = _measured(learner, engine, version * (rounds + 2), rounds)
@@ -78,7 +78,7 @@ def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[d
 
 
 def _measured(
-    learner: Learner, engine: Engine | Follower, version: int, rounds: int
+    learner: Learner, engine: Engine | FollowerEngine, version: int, rounds: int
 ) -> tuple[dict[str, float], float]:
     """Medians over rounds in which each kind of work has its turn (the first one warms up), and what the rank that
     writes most in one more resync writes, in copies of the model."""

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from spell_megatron.config import load_config
 from spell_megatron.record import read_metrics
-from spell_megatron.session import open_session
+from spell_megatron.run.opening import open_run
 
 SETTINGS = (
     "rollout.servers.count=1",
@@ -48,16 +48,17 @@ def measure(overrides: Sequence[str]) -> dict[str, Any]:
     config, cores = load_config("toy", overrides), sorted(os.sched_getaffinity(0))
     engine, learner = cores[: len(cores) // 2], cores[len(cores) // 2 :]
     _move(engine)
-    with open_session(config, None) as session:
+    with open_run(config, None) as run:
         _move(learner)  # the server stays where it was started
         torch.set_num_threads(len(learner))
-        session.resync(1)
+        run.resync(1)
         began = time.monotonic()
         for step in range(2, config.steps + 1):
-            update = session.update(session.play(step))
-            session.resync(step)
-            session.record(step, update, {})
-        return {"seconds": time.monotonic() - began, "rows": read_metrics(session.run)}
+            collected = run.collect(step)
+            updated = run.update(collected)
+            run.resync(step)
+            run.record(collected, updated, {})
+        return {"seconds": time.monotonic() - began, "rows": read_metrics(run.folder)}
 
 
 def overlapped(rows: Sequence[dict[str, Any]]) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from launchers.job import REQUEUED, Job
-from spell_megatron.preemption import REQUEUE
+from spell_megatron.run.preemption import REQUEUE
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that kernels take short-lived ports from
 _FIRST_ENGINE_PORT, _ENGINE_PORTS, _PORTS_A_JOB = 30_000, 2_752, 16

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from spell_megatron.preemption import listen
+from spell_megatron.run.preemption import listen
 from spell_megatron.terminal import Terminal, log_to_stderr, say
 from spell_megatron.types import SpellError
 
@@ -98,7 +98,7 @@ def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug
 
     config = load_config(recipe, overrides or [])
     from eval import live_benchmarks, reward_judge
-    from spell_megatron.train import train as run
+    from spell_megatron.run.loop import train as run
 
     _show(run(config, live_benchmarks, reward_judge), json)
 
@@ -116,7 +116,7 @@ def resume(
     origin = _origin(from_, restart)
     listen()
     from eval import live_benchmarks, reward_judge
-    from spell_megatron.train import resume as go_on
+    from spell_megatron.run.loop import resume as go_on
 
     _show(go_on(run, overrides or [], live_benchmarks, reward_judge, origin=origin), json)
 
@@ -145,8 +145,8 @@ def _show(summary: Any, as_json: bool) -> None:
 @command
 def import_hf(folder: Path, out: Path, debug: Debug = False) -> None:
     """Turn a Hugging Face model folder into a Megatron checkpoint."""
-    from spell_megatron.convert import import_hf as convert
     from spell_megatron.record import working
+    from spell_megatron.tools.convert import import_hf as convert
 
     with working(f"importing {folder}"):
         convert(folder, out)
@@ -155,8 +155,8 @@ def import_hf(folder: Path, out: Path, debug: Debug = False) -> None:
 @command
 def export_hf(source: Path, out: Path, debug: Debug = False) -> None:
     """Write the policy of a run (or of one checkpoint) as a Hugging Face model folder."""
-    from spell_megatron.convert import export_hf as convert
     from spell_megatron.record import working
+    from spell_megatron.tools.convert import export_hf as convert
 
     with working(f"exporting {source}"):
         convert(source, out)
@@ -165,8 +165,8 @@ def export_hf(source: Path, out: Path, debug: Debug = False) -> None:
 @command
 def parity(model: Path, tokens: int = 256, json: Json = False, debug: Debug = False) -> None:
     """Compare the log-probs of Hugging Face, Megatron and vLLM on the same tokens."""
-    from spell_megatron.parity import compare
     from spell_megatron.record import working
+    from spell_megatron.tools.parity import compare
 
     with working(f"comparing the log-probs of {model}"):
         result = compare(model, tokens)
@@ -254,7 +254,7 @@ def watch(
 @command
 def doctor(json: Json = False, debug: Debug = False) -> None:
     """Say what is installed, what each missing part costs, and how to mend it."""
-    from spell_megatron.doctor import examine
+    from spell_megatron.tools.doctor import examine
 
     findings = examine()
     _err.print(findings.table())

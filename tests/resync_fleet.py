@@ -32,7 +32,7 @@ from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.follower import Follower
 from spell_megatron.rollout.health import State
-from spell_megatron.session import share
+from spell_megatron.run.run import share
 from spell_megatron.types import Group, Sample, TrainBatch
 
 LAYOUTS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from spell_megatron.preemption import Stop, listen, preempted
+from spell_megatron.run.preemption import Stop, listen, preempted
 from spell_megatron.types import SpellError
 
 STEP_SECONDS = 0.5

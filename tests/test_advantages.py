@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.selfplay.advantages import ADVANTAGES, standardised
+from spell_megatron.selfplay.advantages import ADVANTAGES, standardise, standardise_by
 
 pytestmark = pytest.mark.unit
 
@@ -19,24 +19,19 @@ BATCHES = json.loads((Path(__file__).parent / "vectors" / "advantages.json").rea
 rewards = st.floats(min_value=-2, max_value=2, allow_nan=False)
 
 
-def alone(values: list[float], scheme: str = "standardised") -> list[float]:
-    """Advantages of one group."""
-    return ADVANTAGES[scheme].compare(values, [0] * len(values), [0] * len(values)).values
-
-
 @pytest.mark.parametrize("number", range(len(BATCHES)))
 def test_every_vector(number: int):
     """Questioners are compared within their task over the batch, the others within their group."""
     batch = BATCHES[number]
     groups = [s["task"] if s["role"] == "questioner" else f"{s['role']} {s['uid']}" for s in batch]
-    advantages = standardised([sample["reward"] for sample in batch], groups, groups).values
+    advantages = standardise_by(groups, [sample["reward"] for sample in batch])
     assert advantages == pytest.approx([sample["advantage"] for sample in batch], abs=2e-6)
 
 
 def test_a_lone_sample_and_equal_rewards_have_no_advantage():
-    assert alone([]) == []
-    assert alone([0.7]) == [0.0]
-    assert alone([1.0] * 8) == [0.0] * 8
+    assert standardise([]) == []
+    assert standardise([0.7]) == [0.0]
+    assert standardise([1.0] * 8) == [0.0] * 8
 
 
 @settings(max_examples=300)
@@ -44,14 +39,13 @@ def test_a_lone_sample_and_equal_rewards_have_no_advantage():
 def test_the_formula(values: list[float]):
     mean, std = statistics.mean(values), statistics.stdev(values)
     expected = [(value - mean) / (std + 1e-6) for value in values]
-    assert alone(values) == pytest.approx(expected, abs=1e-6)
+    assert standardise(values) == pytest.approx(expected, abs=1e-6)
 
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from("abc"), rewards), max_size=40))
 def test_advantages_are_never_nan_and_sum_to_nothing(pairs: list[tuple[str, float]]):
-    keys = [key for key, _ in pairs]
-    advantages = standardised([reward for _, reward in pairs], keys, keys).values
+    advantages = standardise_by([key for key, _ in pairs], [reward for _, reward in pairs])
     assert all(map(math.isfinite, advantages))
     assert math.fsum(advantages) == pytest.approx(0, abs=1e-6)
 
@@ -60,11 +54,16 @@ def test_advantages_are_never_nan_and_sum_to_nothing(pairs: list[tuple[str, floa
 @given(st.lists(rewards, min_size=2, max_size=16))
 def test_undivided_schemes_are_their_formulas(values: list[float]):
     mean, others = statistics.mean(values), len(values) - 1
-    assert alone(values, "centred") == pytest.approx([value - mean for value in values], abs=1e-9)
-    left_out = [value - (math.fsum(values) - value) / others for value in values]
-    assert alone(values, "leave_one_out") == pytest.approx(left_out, abs=1e-9)
+    peers = [0] * len(values)
+    centred = ADVANTAGES["centred"].compare(values, peers, peers).values
+    assert centred == pytest.approx([value - mean for value in values], abs=1e-9)
+    left_out = ADVANTAGES["leave_one_out"].compare(values, peers, peers).values
+    against = [value - (math.fsum(values) - value) / others for value in values]
+    assert left_out == pytest.approx(against, abs=1e-9)
 
 
-def test_samples_whose_peers_all_earned_the_same_are_counted():
-    found = standardised([1, 1, 0, 1, 0.5], ["a", "a", "b", "b", "c"], ["a", "a", "b", "b", "c"])
+@pytest.mark.parametrize("scheme", ADVANTAGES)
+def test_samples_whose_peers_all_earned_the_same_are_counted(scheme: str):
+    found = ADVANTAGES[scheme].compare([1, 1, 0, 1, 0.5], [*"aabbc"], [*"aabbc"])
     assert found.metrics == {"flat": 3 / 5}
+    assert found.values[:2] == [0.0, 0.0]

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.ahead import Ahead
-from spell_megatron.preemption import Stop
+from spell_megatron.run.ahead import Ahead
+from spell_megatron.run.preemption import Stop
 
 pytestmark = pytest.mark.unit
 

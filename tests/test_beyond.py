@@ -14,7 +14,7 @@ from selfplay_stage import Corpus, Engine, act, cluster, episode, response, self
 
 from spell_megatron.config import Beyond, ConfigError, Stage, load_config
 from spell_megatron.selfplay import Play, step_metrics
-from spell_megatron.selfplay.advantages import standardised
+from spell_megatron.selfplay.advantages import standardise_by
 from spell_megatron.selfplay.baselines import DECAY, Baselines
 from spell_megatron.selfplay.batch import compose
 from spell_megatron.selfplay.episode import Episode
@@ -155,11 +155,11 @@ def test_whose_standard_deviation_divides():
     """Two groups of one task and one of another, worked by hand."""
     keys, tasks = [0, 0, 1, 1, 2, 2], ["qa"] * 4 + ["math"] * 2
     rewards = [1.0, 0.0, 1.0, 1.0, 0.0, 0.5]
-    by_group = standardised(rewards, keys, keys).values
+    by_group = standardise_by(keys, rewards)
     assert by_group == pytest.approx([0.70711, -0.70711, 0, 0, -0.70711, 0.70711], abs=1e-4)
-    by_task = standardised(rewards, keys, tasks).values  # std of 1 0 1 1 is 0.5, of 0 0.5 is 0.35355
+    by_task = standardise_by(keys, rewards, tasks)  # std of 1 0 1 1 is 0.5, of 0 0.5 is 0.35355
     assert by_task == pytest.approx([1.0, -1.0, 0, 0, -0.70711, 0.70711], abs=1e-4)
-    by_batch = standardised(rewards, keys, [None] * 6).values  # of all six 0.49160
+    by_batch = standardise_by(keys, rewards, [None] * 6)  # of all six 0.49160
     assert by_batch == pytest.approx([1.01709, -1.01709, 0, 0, -0.50854, 0.50854], abs=1e-4)
 
 

@@ -31,15 +31,9 @@ FLOORS = (
     {"spell_megatron.weights", "spell_megatron.policy", "spell_megatron.rollout"},
     {"spell_megatron.checkpoint", "spell_megatron.record", "spell_megatron.plan"},
     {
-        "spell_megatron.ahead",
-        "spell_megatron.driver",
-        "spell_megatron.session",
-        "spell_megatron.train",
+        "spell_megatron.run",
         "spell_megatron.warmup",
-        "spell_megatron.convert",
-        "spell_megatron.parity",
-        "spell_megatron.doctor",
-        "spell_megatron.preemption",
+        "spell_megatron.tools",
     },
     {"eval", "launchers"},
     {"spell_megatron.cli"},
@@ -109,7 +103,7 @@ def test_configuration_and_self_play_load_without_torch() -> None:
 
 
 def test_the_loop_is_read_in_one_screen() -> None:
-    assert len((ROOT / "spell_megatron" / "train.py").read_text(encoding="utf-8").splitlines()) <= 120
+    assert len((ROOT / "spell_megatron" / "run" / "loop.py").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_the_package_does_not_print() -> None:

@@ -25,8 +25,8 @@ from launchers.launch import _split
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
-from spell_megatron.preemption import REQUEUE, attempt
 from spell_megatron.record import RunFolder
+from spell_megatron.run.preemption import REQUEUE, attempt
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

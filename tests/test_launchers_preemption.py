@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from spell_megatron.preemption import REQUEUE, Stop, preempted
+from spell_megatron.run.preemption import REQUEUE, Stop, preempted
 
 pytestmark = pytest.mark.unit
 
 _PROGRAM = """
 import os, signal, subprocess, sys, time
-from spell_megatron.preemption import listen
+from spell_megatron.run.preemption import listen
 stop = listen()
 assert listen() is stop and not stop.asked
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3); print('alive', flush=True)"])

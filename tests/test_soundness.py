@@ -18,7 +18,7 @@ from spell_megatron.config import Config, Optimizer, Policy, Record
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.world import World
-from spell_megatron.session import BadStepError, Session
+from spell_megatron.run.run import BadStepError, Collected, Run, Updated
 from spell_megatron.types import TrainBatch
 
 pytestmark = pytest.mark.unit
@@ -129,24 +129,25 @@ def test_a_completion_of_no_tokens_is_trained_on_as_nothing(learner: Learner, em
 
 
 class Steps:
-    """A session whose learner finds faults; what is saved and noted is told."""
+    """A run whose learner finds faults; what is saved and noted is told."""
 
     def __init__(self, *faults: UnsoundError | None, reward: float = 0.5, **record: Any) -> None:
         self.told: list[str] = []
         self._faults = list(faults)
-        session = self.session = Session.__new__(Session)
-        session.config = replace(Config(), record=Record(**record))
-        session._placement = SimpleNamespace(enter=lambda phase: None)  # type: ignore[assignment]
-        session.world = SimpleNamespace(size=1)  # type: ignore[assignment]
-        session.learner = SimpleNamespace(update=self._update)  # type: ignore[assignment]
-        session._checkpoints = SimpleNamespace(wait=lambda: None)  # type: ignore[assignment]
-        session._save = lambda: self.told.append(f"saved {session.step}")  # type: ignore[method-assign]
+        run = self.run = Run.__new__(Run)
+        run.config = replace(Config(), record=Record(**record))
+        run._placement = SimpleNamespace(enter=lambda phase: None)  # type: ignore[assignment]
+        run.world = SimpleNamespace(size=1)  # type: ignore[assignment]
+        run.learner = SimpleNamespace(update=self._update)  # type: ignore[assignment]
+        run._checkpoints = SimpleNamespace(wait=lambda: None)  # type: ignore[assignment]
+        run._save = lambda: self.told.append(f"saved {run.step}")  # type: ignore[method-assign]
         batch = SimpleNamespace(roles=("questioner", "verifier"), tasks=("doc_mc", "docmath_qa"))
         batch.without = lambda dropped: batch
-        session._played = SimpleNamespace(play=SimpleNamespace(batch=batch))  # type: ignore[assignment]
-        session._dropped, session._skipped, session.step = frozenset(), 0, 4
-        session.driver = SimpleNamespace(  # type: ignore[assignment]
-            live=SimpleNamespace(note=self.told.append),
+        played: Any = SimpleNamespace(play=SimpleNamespace(batch=batch))
+        self.collected = Collected(5, BATCH, played)
+        run._skipped, run.step = 0, 4
+        run.lead = SimpleNamespace(  # type: ignore[assignment]
+            note=self.told.append,
             reward=lambda played: reward,
             set_aside=lambda step: self.told.append(f"aside {step}"),
             phase=lambda name: nullcontext(),
@@ -163,7 +164,7 @@ def test_a_bad_step_stops_with_its_group_and_the_state_of_before() -> None:
     with pytest.raises(
         BadStepError, match=r"step 5: .* in group 1 \(verifier, docmath_qa\).*after step 4 is saved"
     ):
-        steps.session.update(BATCH)
+        steps.run.update(steps.collected)
     assert steps.told == ["saved 4", "aside 5"]
 
 
@@ -171,22 +172,24 @@ def test_a_bad_step_stops_with_its_group_and_the_state_of_before() -> None:
 def test_wrecked_weights_are_never_saved_nor_gone_on_with(bad_step: str) -> None:
     steps = Steps(UnsoundError("weights are far too large", touched=True), bad_step=bad_step)
     with pytest.raises(BadStepError, match="not saved; `resume` goes on from the last checkpoint"):
-        steps.session.update(BATCH)
+        steps.run.update(steps.collected)
     assert not steps.told
 
 
 def test_a_bad_step_is_skipped_but_not_three_in_a_row() -> None:
     fault = UnsoundError("gradients are not finite")
     steps = Steps(fault, fault, None, fault, fault, fault, bad_step="skip")
-    assert [steps.session.update(BATCH) for _ in range(5)] == [None, None, "updated", None, None]
+    assert [steps.run.update(steps.collected) for _ in range(5)] == [
+        Updated(made) for made in (None, None, "updated", None, None)
+    ]
     assert len(steps.told) == 4
     with pytest.raises(BadStepError):
-        steps.session.update(BATCH)
+        steps.run.update(steps.collected)
 
 
 @pytest.mark.parametrize("reward", [0.01, NAN])
 def test_a_reward_that_has_collapsed_stops_before_the_update(reward: float) -> None:
     steps = Steps(None, reward=reward, reward_min=0.1)
     with pytest.raises(BadStepError, match=r"below record\.reward_min=0\.1"):
-        steps.session.update(BATCH)
+        steps.run.update(steps.collected)
     assert steps._faults == [None], "nothing was computed"

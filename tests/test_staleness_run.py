@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from spell_megatron.preemption import Preempted
 from spell_megatron.record import RunFolder, read_metrics
+from spell_megatron.run.preemption import Preempted
 
 pytestmark = pytest.mark.engine
 

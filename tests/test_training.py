@@ -25,8 +25,9 @@ from spell_megatron.cli import app
 from spell_megatron.config import load_config
 from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.session import BadStepError, MismatchError, Session, open_session
-from spell_megatron.train import resume, train
+from spell_megatron.run.loop import resume, train
+from spell_megatron.run.opening import open_run
+from spell_megatron.run.run import BadStepError, Collected, MismatchError, Run
 from spell_megatron.types import Group, SpellError, TrainBatch
 
 pytestmark = pytest.mark.engine
@@ -128,14 +129,14 @@ def test_the_export_answers_as_the_engine_did(runs: Path, tmp_path: Path) -> Non
             for p in PROMPTS
         ]
 
-    with open_session(config, None, live_benchmarks) as session:
-        update = session.update(session.play(1))
-        session.resync(1)
-        session.record(1, update, {})
-        session.finish()
-        assert session.driver
-        assert isinstance(session.driver.engine, InProcessEngine)
-        last, hf = asyncio.run(greedy(session.driver.engine)), session.run.hf
+    with open_run(config, None, live_benchmarks) as run:
+        collected = run.collect(1)
+        updated = run.update(collected)
+        run.resync(1)
+        run.record(collected, updated, {})
+        run.finish()
+        assert isinstance(run.lead.engine, InProcessEngine)
+        last, hf = asyncio.run(greedy(run.lead.engine)), run.folder.hf
     engine = InProcessEngine(hf, config.rollout, scratch=tmp_path)
     try:
         assert asyncio.run(greedy(engine)) == last
@@ -159,14 +160,15 @@ def test_groups_on_which_engine_and_learner_differ_are_left_out_of_the_update(ru
         "toy",
         small(runs, "steps=1", "record.mismatch_action=drop", "heldout.questions=0", "heldout.benchmarks=[]"),
     )
-    with open_session(config, None, live_benchmarks) as session:
-        batch = session.play(1)
-        first, *rest = batch.groups
+    with open_run(config, None, live_benchmarks) as opened:
+        collected = opened.collect(1)
+        first, *rest = collected.batch.groups
         with pytest.raises(MismatchError, match="in every group"):
-            session.update(TrainBatch(tuple(map(elsewhere, batch.groups))))
-        update = session.update(TrainBatch((elsewhere(first), *rest)))
-        session.record(1, update, {})
-        run = session.run
+            opened.update(replace(collected, batch=TrainBatch(tuple(map(elsewhere, (first, *rest))))))
+        updated = opened.update(replace(collected, batch=TrainBatch((elsewhere(first), *rest))))
+        opened.record(collected, updated, {})
+        run, update = opened.folder, updated.update
+    assert update
     assert [len(group) for group in update.scores.logprobs] == [len(group.samples) for group in rest]
     weights = [weight for group in rest for sample in group.samples for weight in sample.weights]
     assert update.loss == pytest.approx(-sum(weights) / len(weights), abs=1e-6)
@@ -175,18 +177,20 @@ def test_groups_on_which_engine_and_learner_differ_are_left_out_of_the_update(ru
 
 
 def test_bad_numbers_stop_the_run_and_resume_goes_on(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(self: Session, step: int) -> TrainBatch:
-        first, second, *rest = play(self, step).groups
+    def poisoned(self: Run, step: int) -> Collected:
+        collected = collect(self, step)
+        first, second, *rest = collected.batch.groups
         last = second.samples[-1]
         wrong = replace(last, logprobs=[*last.logprobs[:-1], float("nan")])
-        return TrainBatch((first, replace(second, samples=(*second.samples[:-1], wrong)), *rest))
+        batch = TrainBatch((first, replace(second, samples=(*second.samples[:-1], wrong)), *rest))
+        return replace(collected, batch=batch)
 
     quick = ("heldout.questions=0", "heldout.benchmarks=[]", "record.keep_last=1")
     run = Path(train(load_config("toy", small(runs, "name=bad", "steps=1", *quick))).run_dir)
     saved = RunFolder(run).checkpoints / "step-00001"
-    play = Session.play
+    collect = Run.collect
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "play", poisoned)
+        patch.setattr(Run, "collect", poisoned)
         with pytest.raises(
             BadStepError, match=r"step 2: log-probs of the engine are not finite in group 1 \(\w+, "
         ):

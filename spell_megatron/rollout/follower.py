@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spell_megatron.rollout.transfer.local import LocalSender
 
 
-class Follower:
+class FollowerEngine:
     """Stands where rank 0 has its fleet; `model`, `scratch` and the way of weights are those of the fleet."""
 
     def __init__(self, model: Path, way: Transfer, *, scratch: Path) -> None:

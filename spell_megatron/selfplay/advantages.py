@@ -9,7 +9,7 @@ own is named by its import path in `selfplay.advantage`.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -50,47 +50,70 @@ class Scheme:
     compare: Callable[[Sequence[float], Sequence[Key], Sequence[Key]], Advantages]
 
 
-def standardised(rewards: Sequence[float], peers: Sequence[Key], scales: Sequence[Key]) -> Advantages:
+def standardise(rewards: Sequence[float]) -> list[float]:
     """`(r - mean) / (std + 1e-6)` with the sample standard deviation (n - 1); 0 for a lone reward."""
-    spreads = {key: _std(group) for key, group in _grouped(scales, rewards).items()}
-    centre = centred(rewards, peers, scales)
-    values = [value / (spreads[scale] + EPSILON) for value, scale in zip(centre.values, scales, strict=True)]
-    return Advantages(values, centre.metrics)
+    return standardise_by([None] * len(rewards), rewards)
 
 
-def centred(rewards: Sequence[float], peers: Sequence[Key], scales: Sequence[Key]) -> Advantages:
-    """`r - mean`: Dr. GRPO (arXiv 2503.20783), in which a hard group weighs no more than an even one."""
-    groups = _grouped(peers, rewards)
+def standardise_by(
+    keys: Sequence[Key], rewards: Sequence[float], scales: Sequence[Key] | None = None
+) -> list[float]:
+    """`standardise` within the samples of each key, in the order given.
+
+    With `scales` deviations are divided by the standard deviation of the samples of the same scale instead.
+    """
+    spreads = {key: _std(group) for key, group in _grouped(scales or keys, rewards).items()}
+    return [
+        deviation / (spreads[scale] + EPSILON)
+        for deviation, scale in zip(centre(keys, rewards), scales or keys, strict=True)
+    ]
+
+
+def centre(keys: Sequence[Key], rewards: Sequence[float]) -> list[float]:
+    """`r - mean` within the samples of each key; 0 for a lone reward."""
+    groups = _grouped(keys, rewards)
     means = {key: math.fsum(group) / len(group) for key, group in groups.items()}
-    flat = sum(len(group) for group in groups.values() if max(group) == min(group))
-    values = [
+    return [
         reward - means[key] if len(groups[key]) > 1 else 0.0
-        for key, reward in zip(peers, rewards, strict=True)
+        for key, reward in zip(keys, rewards, strict=True)
     ]
-    return Advantages(values, {"flat": flat / len(rewards)} if rewards else {})
 
 
-def leave_one_out(rewards: Sequence[float], peers: Sequence[Key], scales: Sequence[Key]) -> Advantages:
-    """`r - mean of the others`: RLOO (arXiv 2402.14740); its baseline does not depend on the sample itself."""
-    sizes = {key: len(group) for key, group in _grouped(peers, rewards).items()}
-    centre = centred(rewards, peers, scales)
+def _standardised(rewards: Sequence[float], peers: Sequence[Key], scales: Sequence[Key]) -> Advantages:
+    return Advantages(standardise_by(peers, rewards, scales), _flat(rewards, peers))
+
+
+def _centred(rewards: Sequence[float], peers: Sequence[Key], scales: Sequence[Key]) -> Advantages:
+    """Dr. GRPO (arXiv 2503.20783), in which a hard group weighs no more than an even one."""
+    return Advantages(centre(peers, rewards), _flat(rewards, peers))
+
+
+def _left_out(rewards: Sequence[float], peers: Sequence[Key], scales: Sequence[Key]) -> Advantages:
+    """RLOO (arXiv 2402.14740): compared with the mean of the others, which the sample itself has no part in."""
+    sizes = Counter(peers)
     values = [
-        value * sizes[key] / max(sizes[key] - 1, 1) for value, key in zip(centre.values, peers, strict=True)
+        deviation * sizes[key] / max(sizes[key] - 1, 1)
+        for deviation, key in zip(centre(peers, rewards), peers, strict=True)
     ]
-    return Advantages(values, centre.metrics)
+    return Advantages(values, _flat(rewards, peers))
+
+
+def _flat(rewards: Sequence[float], peers: Sequence[Key]) -> dict[str, float]:
+    """The share of samples whose peers all earned the same: they teach nothing."""
+    flat = sum(len(group) for group in _grouped(peers, rewards).values() if max(group) == min(group))
+    return {"flat": flat / len(rewards)} if rewards else {}
 
 
 ADVANTAGES = Registry(
     "scheme of advantages",
     Scheme,
     (
-        Scheme("standardised", standardised),
-        Scheme("centred", centred),
-        Scheme("leave_one_out", leave_one_out),
+        Scheme("standardised", _standardised),
+        Scheme("centred", _centred),
+        Scheme("leave_one_out", _left_out),
     ),
 )
-"""`standardised` is the paper's. In all of them "flat" is the share of samples whose peers earned the same: they teach
-nothing."""
+"""`standardised` is the paper's."""
 
 
 def compare(

@@ -10,7 +10,11 @@ from __future__ import annotations
 from spell_megatron.selfplay.reading.statements import statements
 from spell_megatron.selfplay.reading.thoughts import strip_thinking
 from spell_megatron.selfplay.tasks import TASKS
+from spell_megatron.selfplay.tasks.general import cover_exact_match
+from spell_megatron.selfplay.tasks.number import math_equal
 from spell_megatron.types import Question
+
+__all__ = ["cover_exact_match", "extract_answer", "is_correct", "math_equal", "rule_reward"]
 
 
 def rule_reward(task: str, response: str, question: Question) -> float:

@@ -1,4 +1,4 @@
-"""What a session does where engines ask for weights that nobody kept. Engines and learner are stood in for."""
+"""What a run does where engines ask for weights that nobody kept. Engines and learner are stood in for."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import pytest
 
 from spell_megatron.config import load_config
 from spell_megatron.corpus import ClusterSampler
-from spell_megatron.driver import _warn_of_rare_visits
 from spell_megatron.placement import Phase
 from spell_megatron.rollout.engine import EngineError, WeightsWanted
-from spell_megatron.session import Session
+from spell_megatron.run.driver import _warn_of_rare_visits
+from spell_megatron.run.run import Run
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
 
 
 class Story:
-    """A session on one rank, and what happens in it, in its order. `failures` are raised one a use of the engines."""
+    """A run on one rank, and what happens in it, in its order. `failures` are raised one a use of the engines."""
 
     def __init__(self, *failures: Exception) -> None:
         self.told: list[Any] = []
         self._failures = list(failures)
-        session = self.session = Session.__new__(Session)
-        session.config = SimpleNamespace(steps=9, heldout=SimpleNamespace(every=1))  # type: ignore[assignment]
-        session._main = SimpleNamespace(work=lambda doing, work: work(), meet=lambda: None)  # type: ignore[assignment]
-        session.step, session._state = 4, {"clusters": 4}
-        session._placement = SimpleNamespace(enter=self.told.append)  # type: ignore[assignment]
-        session.learner = SimpleNamespace(weights=lambda: iter(()))  # type: ignore[assignment]
-        session._engine = SimpleNamespace(update_weights=self._update)  # type: ignore[assignment]
-        session.driver = SimpleNamespace(  # type: ignore[assignment]
+        run = self.run = Run.__new__(Run)
+        run.config = SimpleNamespace(steps=9, heldout=SimpleNamespace(every=1))  # type: ignore[assignment]
+        run._main = SimpleNamespace(work=lambda doing, work: work(), meet=lambda: None)  # type: ignore[assignment]
+        run.step, run._state = 4, {"clusters": 4}
+        run._placement = SimpleNamespace(enter=self.told.append)  # type: ignore[assignment]
+        run.learner = SimpleNamespace(weights=lambda: iter(()))  # type: ignore[assignment]
+        run.lead = SimpleNamespace(  # type: ignore[assignment]
+            engine=SimpleNamespace(update_weights=self._update),
             play=self._play,
             measure=lambda step: self._use({"heldout/mean": 0.5}),
             rewind=lambda state: self.told.append(("rewind", state)),
-            live=SimpleNamespace(note=lambda text: None),
+            note=lambda text: None,
             phase=lambda name: nullcontext(),
         )
 
@@ -57,23 +57,23 @@ class Story:
 
 def test_a_play_that_wants_weights_begins_again_with_them() -> None:
     story = Story(WeightsWanted("none holds them"), WeightsWanted("nor now"))
-    assert story.session.play(5) == "batch of 5"
+    assert story.run.collect(5).batch == "batch of 5"
     again = [("play", 5), ("rewind", {"clusters": 4}), Phase.RESYNC, ("weights", 4), Phase.GENERATE]
     assert story.told == [Phase.GENERATE, *again, *again, ("play", 5)]
 
 
 def test_a_measurement_that_wants_weights_gets_those_that_it_measures() -> None:
     story = Story(WeightsWanted("none holds them"))
-    assert story.session.measure(5) == {"heldout/mean": 0.5}
+    assert story.run.measure(5) == {"heldout/mean": 0.5}
     assert story.told == [Phase.GENERATE, Phase.RESYNC, ("weights", 5), Phase.GENERATE]
 
 
 def test_any_other_fault_of_the_engines_ends_the_play(monkeypatch: pytest.MonkeyPatch) -> None:
     story = Story(EngineError("all engines are lost"))
-    monkeypatch.setattr(story.session, "_save", lambda: story.told.append("saved"))
-    monkeypatch.setattr(story.session.driver, "report", lambda: None, raising=False)
+    monkeypatch.setattr(story.run, "_save", lambda: story.told.append("saved"))
+    monkeypatch.setattr(story.run.lead, "report", lambda: None, raising=False)
     with pytest.raises(SpellError, match="all engines are lost"):
-        story.session.play(5)
+        story.run.collect(5)
     assert story.told == [Phase.GENERATE, ("play", 5), "saved"]
 
 

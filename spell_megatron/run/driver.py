@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron import config
-from spell_megatron.ahead import Ahead
 from spell_megatron.corpus import ClusterSampler, StaticQuestions, load_heldout
 from spell_megatron.policy.learner import Update
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.staleness import importance, staleness
-from spell_megatron.preemption import Stop
 from spell_megatron.record import (
     Archive,
     Console,
@@ -37,6 +35,8 @@ from spell_megatron.record.folder import replace_text, writing
 from spell_megatron.rollout.engine import Engine, EngineStats
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
+from spell_megatron.run.ahead import Ahead
+from spell_megatron.run.preemption import Stop
 from spell_megatron.selfplay import Episode, Play, SelfPlay, accuracy, known, prompts_of, step_metrics
 from spell_megatron.selfplay.batch import Batch
 from spell_megatron.selfplay.ports import Judge
@@ -184,7 +184,7 @@ class Driver:
     def record(
         self,
         step: int,
-        played: Played,
+        played: Played | None,
         dropped: Collection[int],
         update: Update | None,
         scores: Mapping[str, float],
@@ -193,6 +193,7 @@ class Driver:
 
         Returns the mean gap between engine and learner on the samples of the newest weights.
         """
+        assert played is not None, "rank 0 has played"
         with self.phase("record"):
             batch = played.play.batch.without(dropped)
             learned = self._learned(batch, update) if update else {}
@@ -239,6 +240,20 @@ class Driver:
 
     def report(self) -> None:
         write_report(self.run.path)
+
+    def state(self) -> dict[str, Any]:
+        """Where self-play is."""
+        return self.selfplay.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.selfplay.restore(state)
+
+    def say(self, doing: str) -> None:
+        """Show what goes on outside the steps."""
+        self.live.phase(doing)
+
+    def note(self, text: str) -> None:
+        self.live.note(text)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
 
 from spell_megatron.checkpoint import Checkpoints
-from spell_megatron.config import Config, dump_config, load_config
-from spell_megatron.driver import Driver, Measurement, Played
+from spell_megatron.config import Config
 from spell_megatron.outputs import make_room
 from spell_megatron.placement import Phase, Placement
 from spell_megatron.policy.head import Sampled
@@ -23,16 +22,14 @@ from spell_megatron.policy.mismatch import groups_beyond
 from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
-from spell_megatron.policy.world import Value, World, agreed, start_world, stop_world
-from spell_megatron.preemption import Preempted, Stop, attempt, listen, preempted
-from spell_megatron.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes, working
+from spell_megatron.policy.world import Value, World, agreed
+from spell_megatron.record import RunFolder, RunLock, working
 from spell_megatron.rollout import backend
-from spell_megatron.rollout.address import read_secret
-from spell_megatron.rollout.engine import Engine, WeightsWanted
-from spell_megatron.rollout.experts import check_replay
-from spell_megatron.rollout.follower import Follower
+from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.residence import EngineResidence
-from spell_megatron.selfplay import prompts_of
+from spell_megatron.run.driver import Driver, Measurement, Played
+from spell_megatron.run.follower import Follower
+from spell_megatron.run.preemption import Preempted, Stop, attempt, listen, preempted
 from spell_megatron.selfplay.ports import Judge
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.locate import model_folder
@@ -62,13 +59,33 @@ class _Turn:
     """Why the step could not be played."""
 
 
-class Session:
-    """What the training loop works with. `driver` is rank 0's part, None elsewhere. Use `open_session`."""
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a step trains on: the same batch on every rank, and on rank 0 the play that it came from."""
+
+    step: int
+    batch: TrainBatch
+    played: Played | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """What became of a step's batch: its update (None where it was skipped), without the groups that were dropped."""
+
+    update: Update | None
+    dropped: frozenset[int] = frozenset()
+
+
+class Run:
+    """What the training loop works with, on every rank. `lead` is what only rank 0 has to do, and nothing elsewhere.
+
+    Use `open_run`.
+    """
 
     def __init__(
         self,
         config: Config,
-        run: RunFolder,
+        folder: RunFolder,
         world: World,
         main: MainRank,
         stack: ExitStack,
@@ -78,7 +95,7 @@ class Session:
         origin: int | None = None,
         lock: RunLock | None = None,
     ) -> None:
-        self.config, self.run, self.world, self._main = config, run, world, main
+        self.config, self.folder, self.world, self._main = config, folder, world, main
         self._stop: Stop = listen()
         sampling = config.selfplay.sampling
         model = model_folder(config.model.path)
@@ -91,73 +108,73 @@ class Session:
         if self._found.colocated:
             self._placement.admit(LearnerResidence(self.learner))
         self._placement.enter(Phase.BUILD)
-        self.driver: Driver | None = None
+        self.lead: Driver | Follower = Follower(model, self._found.transfer, folder.engine_cache)
+        stack.callback(self.lead.close)
         main.work(
-            "reads the corpus and starts the engines", lambda: self._drive(model, stack, benchmarks, judges)
+            "reads the corpus and starts the engines", lambda: self._lead(model, stack, benchmarks, judges)
         )
-        self._engine: Engine | Follower
-        if self.driver:
-            self._engine = self.driver.engine
-        else:
-            self._engine = Follower(model, self._found.transfer, scratch=run.engine_cache)
-            stack.callback(self._engine.close)
-        if self._found.colocated and self.driver:
-            self._placement.admit(EngineResidence(self.driver.engine))
+        if self._found.colocated and isinstance(self.lead, Driver):
+            self._placement.admit(EngineResidence(self.lead.engine))
         record = config.record
         self._checkpoints = Checkpoints(
-            run.checkpoints,
+            folder.checkpoints,
             record.keep_last,
             keep_every=record.keep_every,
             background=record.async_save,
             lost=lock.lost if lock else str,
         )
         stack.callback(self._checkpoints.close)
-        self._played: Played | None = None
-        self._dropped: frozenset[int] = frozenset()
         self._skipped = 0
         self.step = self._resume(origin)
-        self._state: dict[str, Any] = self.driver.selfplay.state() if self.driver else {}
-        if self.driver:
-            self.driver.begin(self.step)
+        self._state = self.lead.state()
+        self.lead.begin(self.step)
 
-    def _drive(
+    def _lead(
         self, model: Path, stack: ExitStack, benchmarks: Benchmarks | None, judges: Judges | None
     ) -> None:
         """Build rank 0's part. No rank has device memory, so servers on other nodes may start, too."""
         if self._found.colocated and self.config.rollout.servers.urls:
-            self.run.vacated(attempt()).touch()
+            self.folder.vacated(attempt()).touch()
         measurement = benchmarks(self.config) if benchmarks else None
-        self.driver = Driver(
-            *(self.config, self.run, model, stack, self._found),
+        self.lead = Driver(
+            *(self.config, self.folder, model, stack, self._found),
             stop=self._stop,
             benchmarks=measurement,
             judge=judges(self.config) if judges else None,
         )
 
-    def play(self, step: int) -> TrainBatch:
+    def collect(self, step: int) -> Collected:
         """The step's batch, on every rank. Where there is none, the state is saved and the reason raised."""
-        turn = self._with_engines(f"plays step {step}", lambda driver: self._turn(driver, step), step - 1)
+        plays: list[Played] = []
+        turn = self._with_engines(
+            f"plays step {step}", lambda driver: self._turn(driver, step, plays), step - 1
+        )
         if turn.batch is not None:
-            return turn.batch
+            return Collected(step, turn.batch, *plays)
         self._save()
         self._report()
         if turn.fault:
             raise SpellError(turn.fault)
         leaving = (
-            preempted(self.run.path, self.step, self._stop) if self.driver else Preempted("asked to stop")
+            preempted(self.folder.path, self.step, self._stop)
+            if self.world.is_main
+            else Preempted("asked to stop")
         )
         dist.barrier()  # no rank leaves before the run is marked as saved
         raise leaving
 
-    def _turn(self, driver: Driver, step: int) -> _Turn:
+    def _turn(self, driver: Driver, step: int, plays: list[Played]) -> _Turn:
         try:
-            self._played = driver.play(step)
+            played = driver.play(step)
         except WeightsWanted:
             driver.rewind(self._state)
             raise
         except SpellError as error:
             return _Turn(fault=str(error))
-        return _Turn(self._played.play.batch.train if self._played else None)
+        if played is None:
+            return _Turn()
+        plays.append(played)
+        return _Turn(played.play.batch.train)
 
     def _with_engines(self, doing: str, work: Callable[[Driver], Value], step: int) -> Value:
         """What rank 0 does with engines that hold the weights of `step`; its result, on every rank.
@@ -174,60 +191,67 @@ class Session:
 
     def _once(self, work: Callable[[Driver], Value]) -> tuple[Value | None, bool]:
         """Its result and True, or False where the engines have to be given the weights again."""
-        assert self.driver is not None, "work is rank 0's"
         try:
-            return work(self.driver), True
+            return work(self._driver), True
         except WeightsWanted as wanted:
-            self.driver.live.note(str(wanted))
+            self.lead.note(str(wanted))
             return None, False
 
-    def update(self, batch: TrainBatch) -> Update | None:
+    @property
+    def _driver(self) -> Driver:
+        """Rank 0's: for what is done there alone."""
+        assert not isinstance(self.lead, Follower)
+        return self.lead
+
+    def update(self, collected: Collected) -> Updated:
         """One update, of the groups that are within `record.mismatch_bound` where others are to be dropped.
 
-        None where it must not be made and `record.bad_step` says to go on.
+        It is left out where it must not be made and `record.bad_step` says to go on.
         """
         self._placement.enter(Phase.UPDATE)
-        with self._phase("update"):
+        dropped: frozenset[int] = frozenset()
+        with self.lead.phase("update"):
             try:
-                self._check_reward()
+                self._check_reward(collected)
                 if self.config.record.mismatch_action == "drop":
-                    batch = self._within_bound(batch)
-                update = self.learner.update(batch, self._judge)
+                    dropped = self._beyond_bound(collected)
+                update = self.learner.update(collected.batch.without(dropped), self._judge)
             except UnsoundError as fault:
-                self._bad(fault)
-                return None
+                self._bad(fault, collected, dropped)
+                return Updated(None, dropped)
         self._skipped = 0
-        return update
+        return Updated(update, dropped)
 
-    def _check_reward(self) -> None:
+    def _check_reward(self, collected: Collected) -> None:
         """Raise UnsoundError, on every rank, where the step's play has no reward worth learning from."""
-        low = self.config.record.reward_min
-        if low is not None and (mean := self._shared(self._reward())) is not None and not mean >= low:
+        low, played = self.config.record.reward_min, collected.played
+        if low is None:
+            return
+        mean = self._shared(self._driver.reward(played) if played else None)
+        if mean is not None and not mean >= low:
             raise UnsoundError(f"the responder's mean reward is {mean:.3g}, below record.reward_min={low:g}")
-
-    def _reward(self) -> float | None:
-        return self.driver.reward(self._played) if self.driver and self._played else None
 
     def _judge(self, scores: Scores) -> UnsoundError | None:
         record = self.config.record
         return entropy_beyond(scores.entropy, record.entropy_min, record.entropy_max)
 
-    def _bad(self, fault: UnsoundError) -> None:
+    def _bad(self, fault: UnsoundError, collected: Collected, dropped: frozenset[int]) -> None:
         """Go on to the next step or raise: with the state of before on disk, unless the weights are touched."""
         self._skipped += 1
         step = self.step + 1
-        where = "" if fault.group is None else f" in group {fault.group}{self._described(fault.group)}"
+        where = ""
+        if fault.group is not None:
+            where = f" in group {fault.group}{_described(fault.group, collected, dropped)}"
         what = f"step {step}: {fault}{where}"
         if self.config.record.bad_step == "skip" and self._skipped < _SKIPS and not fault.touched:
-            if self.driver:
-                self.driver.live.note(f"{what}; the step is skipped")
+            self.lead.note(f"{what}; the step is skipped")
             return
         if fault.touched:
             kept = "its weights are not saved; `resume` goes on from the last checkpoint"
         else:
             self._save()
-            if fault.group is not None and self.driver:
-                self.driver.set_aside(step)  # or every resume would read it again
+            if fault.group is not None:
+                self.lead.set_aside(step)  # or every resume would read it again
             kept = f"nothing was updated, and the state after step {self.step} is saved; `resume` goes on from it"
         self._checkpoints.wait()
         raise BadStepError(
@@ -235,28 +259,22 @@ class Session:
             " policy.optimizer.lr, or record.bad_step=skip, may help"
         ) from None
 
-    def _described(self, group: int) -> str:
-        """The group's role and task, known to rank 0."""
-        if self._played is None:
-            return ""
-        batch = self._played.play.batch.without(self._dropped)
-        return f" ({batch.roles[group]}, {batch.tasks[group]})"
-
-    def _within_bound(self, batch: TrainBatch) -> TrainBatch:
-        """The groups on which engine and learner agree. Costs a forward pass over the batch."""
+    def _beyond_bound(self, collected: Collected) -> frozenset[int]:
+        """The groups on which engine and learner do not agree. Costs a forward pass over the batch."""
         self.learner.check()
-        scores, bound = self.learner.score(batch), self.config.record.mismatch_bound
-        self._dropped = self._shared(groups_beyond(batch, scores, bound) if self.driver else frozenset())
-        if len(self._dropped) == len(batch.groups):
+        batch, bound = collected.batch, self.config.record.mismatch_bound
+        scores = self.learner.score(batch)
+        dropped = self._shared(groups_beyond(batch, scores, bound) if self.world.is_main else frozenset())
+        if len(dropped) == len(batch.groups):
             self._save()
-            raise self._mismatch(self.step + 1, f"by more than {bound} in every group of the batch")
-        return batch.without(self._dropped)
+            raise self._mismatch(collected.step, f"by more than {bound} in every group of the batch")
+        return dropped
 
     def resync(self, step: int) -> None:
         """Give the engine the weights that `step` made. A collective: every rank takes its part in it."""
         self._placement.enter(Phase.RESYNC)
-        with self._phase("resync"):
-            self._engine.update_weights(self._at_once(self.learner.weights()), step)
+        with self.lead.phase("resync"):
+            self.lead.engine.update_weights(self._at_once(self.learner.weights()), step)
 
     def _at_once(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """A stream that begins on every rank when rank 0 begins it: engines may have to finish requests before."""
@@ -270,11 +288,19 @@ class Session:
         doing = f"measures after step {step}"
         return self._with_engines(doing, lambda driver: driver.measure(step), step) if due else {}
 
-    def record(self, step: int, update: Update | None, scores: Mapping[str, float]) -> None:
+    def record_start(self, scores: Mapping[str, float]) -> None:
+        """Write what was measured before the first step."""
+        self.lead.record_start(scores)
+
+    def record(self, collected: Collected, updated: Updated, scores: Mapping[str, float]) -> None:
         """Write the step's row, then its checkpoint if one is due: a resumed run forgets rows beyond its
         checkpoint, but could not make up for one that is missing."""
-        gap = self._main.work(f"records step {step}", lambda: self._recorded(step, update, scores))
-        self.step = step
+        step, played = collected.step, collected.played
+        gap = self._main.work(
+            f"records step {step}",
+            lambda: self._driver.record(step, played, updated.dropped, updated.update, scores),
+        )
+        self.step, self._state = step, played.state if played else {}
         drifted, every = not gap <= self.config.record.mismatch_bound, self.config.record.checkpoint_every
         if drifted or (every and step % every == 0):
             self.commit(step)
@@ -282,15 +308,8 @@ class Session:
             self._save()
             raise self._mismatch(step, f"by {gap:.3f} on average")
 
-    def _recorded(self, step: int, update: Update | None, scores: Mapping[str, float]) -> float:
-        """Rank 0's part of it: the gap between engine and learner, 0 where the update was skipped."""
-        assert self.driver is not None and self._played is not None, "rank 0 has played"
-        self._state = self._played.state
-        return self.driver.record(step, self._played, self._dropped, update, scores)
-
     def _report(self) -> None:
-        if self.driver:
-            self.driver.report()
+        self.lead.report()
         self._main.meet()
 
     def _mismatch(self, step: int, how: str) -> MismatchError:
@@ -303,34 +322,34 @@ class Session:
     def commit(self, step: int) -> None:
         """Save the state after `step`, on every rank; with `record.async_save` it is on its way to the disk."""
         self._placement.enter(Phase.SAVE)
-        with self._phase("record"):
+        with self.lead.phase("record"):
             self._checkpoints.save(step, self.learner, {"selfplay": self._state})
 
     def _save(self) -> None:
         """The state after the last step is on disk when this returns."""
         if self._checkpoints.saved != self.step:
             self.commit(self.step)
-        self._say("saving")
+        self.lead.say("saving")
         self._checkpoints.wait()
 
     def finish(self) -> None:
         """The last checkpoint, the exported model and the report."""
         self._save()
         self._placement.enter(Phase.SAVE)
-        self._say("exporting the model")
-        if self.driver:
-            make_room(self.run.hf, "model")
-        self.learner.save_hf(self.run.hf)
-        self._say("writing the report")
+        self.lead.say("exporting the model")
+        if self.world.is_main:
+            make_room(self.folder.hf, "model")
+        self.learner.save_hf(self.folder.hf)
+        self.lead.say("writing the report")
         self._report()
 
     def _resume(self, origin: int | None) -> int:
         """Take over the newest whole checkpoint, or that of a step; the step, 0 at the very beginning."""
         self._placement.enter(Phase.SAVE)
-        self._say("looking for a checkpoint")
+        self.lead.say("looking for a checkpoint")
         found = self._checkpoints.restore(self.learner, origin, self._main)
-        if found is not None and self.driver:
-            self.driver.selfplay.restore(found.run["selfplay"])
+        if found is not None:
+            self.lead.restore(found.run["selfplay"])
         step = found.step if found else 0
         if step or self.config.rollout.servers.urls:
             self.resync(step)
@@ -344,89 +363,13 @@ class Session:
     def _shared(self, value: Value) -> Value:
         return share(value, self.world)
 
-    def _say(self, phase: str) -> None:
-        """Show what goes on outside the steps."""
-        if self.driver:
-            self.driver.live.phase(phase)
 
-    def _phase(self, name: str) -> Any:
-        return self.driver.phase(name) if self.driver else nullcontext()
-
-
-@contextmanager
-def open_session(
-    config: Config,
-    run: Path | None,
-    benchmarks: Benchmarks | None = None,
-    judges: Judges | None = None,
-    *,
-    origin: int | None = None,
-) -> Iterator[Session]:
-    """A session in the run folder `run`, resumed from its newest checkpoint; in a new folder where None.
-
-    `origin` is another step to go on from, 0 the very beginning; what is later is set aside.
-    `benchmarks` makes what measures `heldout.benchmarks` (`eval.live_benchmarks`; this room does not know it), and
-    `judges` the judge of `selfplay.external_judge` (`eval.reward_judge`).
-    """
-    if config.selfplay.external_judge.url and judges is None:
-        raise SpellError("selfplay.external_judge: pass eval.reward_judge, or train by the command line")
-    if config.heldout.benchmarks and benchmarks is None:
-        raise SpellError("heldout.benchmarks: pass eval.live_benchmarks, or train by the command line")
-    check_replay(config)
-    prompts_of(config)  # a template that cannot be used is named before anything is loaded
-    policy = config.policy
-    with working("waiting for the other ranks") if os.environ.get("RANK", "0") == "0" else nullcontext():
-        world = start_world(
-            policy.layout, seed=config.seed, timeout_seconds=policy.timeout_seconds, secret=_secret(run)
-        )
-    with ExitStack() as stack:
-        stack.callback(stop_world)
-        main = MainRank(world)
-        stack.callback(main.close)
-        stack.enter_context(private(config.record.group_readable))
-        before = read_run_config(run) if run else config
-        if run is None:
-            run = main.work("makes the run folder", lambda: RunFolder.create(config.runs, config.name).path)
-        folder = RunFolder(run)
-        lock = _locked(folder, main, stack)
-        if world.is_main:
-            folder.close_to_others(config.record.group_readable)
-            folder.save_config(dump_config(before))
-        session = Session(config, folder, world, main, stack, benchmarks, judges, origin=origin, lock=lock)
-        if world.is_main:
-            if origin is not None or not same_episodes(before, config):
-                forget_episodes(folder, after=session.step)
-            folder.save_config(
-                dump_config(config)
-            )  # now that no episode of the one before is left to go on with
-        yield session
-
-
-def _secret(run: Path | None) -> str:
-    """What the ranks of a launched run know each other by; a run without a launcher has none."""
-    file = RunFolder(run).secret if run else None
-    return read_secret(file) if file and file.exists() else ""
-
-
-def _locked(folder: RunFolder, main: MainRank, stack: ExitStack) -> RunLock | None:
-    """Rank 0's lock of the run folder. Raises SpellError, on every rank, where it cannot be had."""
-    held: list[RunLock] = []
-
-    def lock() -> SpellError | None:
-        try:
-            held.append(stack.enter_context(locked(folder.path)))
-        except SpellError as error:
-            return error
-        return None
-
-    if (fault := main.work("locks the run folder", lock)) is not None:
-        raise fault
-    return held[0] if held else None
-
-
-def read_run_config(run: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """The configuration of an existing run."""
-    return load_config(str(RunFolder.open(run).config), overrides)
+def _described(group: int, collected: Collected, dropped: frozenset[int]) -> str:
+    """A group's role and task, known to rank 0."""
+    if collected.played is None:
+        return ""
+    batch = collected.played.play.batch.without(dropped)
+    return f" ({batch.roles[group]}, {batch.tasks[group]})"
 
 
 def ranks_of_a_node(world: World, config: Config) -> int:

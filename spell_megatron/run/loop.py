@@ -1,8 +1,8 @@
-"""THE LOOP: play → advantage → update → resync → record.
+"""THE LOOP: collect → update → resync → measure → record.
 
 Self-play fills a batch (its advantages are token weights by then), the learner makes one update of it, the
 engine gets the new weights, and the step is recorded. The same loop runs on every rank; what only rank 0
-does is behind the session. With `selfplay.max_staleness` above 0 the next plays go on meanwhile, on a
+does is behind the run. With `selfplay.max_staleness` above 0 the next plays go on meanwhile, on a
 thread behind it: the loop is the same.
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 
 from spell_megatron.config import Config
 from spell_megatron.record import RunFolder, read_metrics
-from spell_megatron.session import Benchmarks, Judges, Session, open_session, read_run_config
+from spell_megatron.run.opening import open_run, read_run_config
+from spell_megatron.run.run import Benchmarks, Judges, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +59,26 @@ def resume(
 
 def _run(
     config: Config,
-    run: Path | None,
+    folder: Path | None,
     benchmarks: Benchmarks | None,
     judges: Judges | None,
     origin: int | None = None,
 ) -> Summary:
-    with open_session(config, run, benchmarks, judges, origin=origin) as session:
-        _loop(session)
-        return _summary(session.run, session.step)
+    with open_run(config, folder, benchmarks, judges, origin=origin) as run:
+        _loop(run)
+        return _summary(run.folder, run.step)
 
 
-def _loop(session: Session) -> None:
-    if session.step == 0:
-        scores = session.measure(0)
-        if session.driver:
-            session.driver.record_start(scores)
-    for step in range(session.step + 1, session.config.steps + 1):
-        batch = session.play(step)
-        update = session.update(batch)
-        session.resync(step)
-        scores = session.measure(step)
-        session.record(step, update, scores)
-    session.finish()
+def _loop(run: Run) -> None:
+    if run.step == 0:
+        run.record_start(run.measure(0))
+    for step in range(run.step + 1, run.config.steps + 1):
+        collected = run.collect(step)
+        updated = run.update(collected)
+        run.resync(step)
+        scores = run.measure(step)
+        run.record(collected, updated, scores)
+    run.finish()
 
 
 def _summary(run: RunFolder, steps: int) -> Summary:

@@ -1,0 +1,94 @@
+"""How a run begins on every rank: the world, the folder and its lock, then the parts of the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+from spell_megatron.config import Config, dump_config, load_config
+from spell_megatron.policy.waiting import MainRank
+from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes, working
+from spell_megatron.rollout.address import read_secret
+from spell_megatron.rollout.experts import check_replay
+from spell_megatron.run.run import Benchmarks, Judges, Run
+from spell_megatron.selfplay import prompts_of
+from spell_megatron.types import SpellError
+
+
+@contextmanager
+def open_run(
+    config: Config,
+    run: Path | None,
+    benchmarks: Benchmarks | None = None,
+    judges: Judges | None = None,
+    *,
+    origin: int | None = None,
+) -> Iterator[Run]:
+    """A run in the folder `run`, resumed from its newest checkpoint; in a new folder where None.
+
+    `origin` is another step to go on from, 0 the very beginning; what is later is set aside.
+    `benchmarks` makes what measures `heldout.benchmarks` (`eval.live_benchmarks`; this room does not know it), and
+    `judges` the judge of `selfplay.external_judge` (`eval.reward_judge`).
+    """
+    if config.selfplay.external_judge.url and judges is None:
+        raise SpellError("selfplay.external_judge: pass eval.reward_judge, or train by the command line")
+    if config.heldout.benchmarks and benchmarks is None:
+        raise SpellError("heldout.benchmarks: pass eval.live_benchmarks, or train by the command line")
+    check_replay(config)
+    prompts_of(config)  # a template that cannot be used is named before anything is loaded
+    policy = config.policy
+    with working("waiting for the other ranks") if os.environ.get("RANK", "0") == "0" else nullcontext():
+        world = start_world(
+            policy.layout, seed=config.seed, timeout_seconds=policy.timeout_seconds, secret=_secret(run)
+        )
+    with ExitStack() as stack:
+        stack.callback(stop_world)
+        main = MainRank(world)
+        stack.callback(main.close)
+        stack.enter_context(private(config.record.group_readable))
+        before = read_run_config(run) if run else config
+        if run is None:
+            run = main.work("makes the run folder", lambda: RunFolder.create(config.runs, config.name).path)
+        folder = RunFolder(run)
+        lock = _locked(folder, main, stack)
+        if world.is_main:
+            folder.close_to_others(config.record.group_readable)
+            folder.save_config(dump_config(before))
+        opened = Run(config, folder, world, main, stack, benchmarks, judges, origin=origin, lock=lock)
+        if world.is_main:
+            if origin is not None or not same_episodes(before, config):
+                forget_episodes(folder, after=opened.step)
+            folder.save_config(
+                dump_config(config)
+            )  # now that no episode of the one before is left to go on with
+        yield opened
+
+
+def _secret(run: Path | None) -> str:
+    """What the ranks of a launched run know each other by; a run without a launcher has none."""
+    file = RunFolder(run).secret if run else None
+    return read_secret(file) if file and file.exists() else ""
+
+
+def _locked(folder: RunFolder, main: MainRank, stack: ExitStack) -> RunLock | None:
+    """Rank 0's lock of the run folder. Raises SpellError, on every rank, where it cannot be had."""
+    held: list[RunLock] = []
+
+    def lock() -> SpellError | None:
+        try:
+            held.append(stack.enter_context(locked(folder.path)))
+        except SpellError as error:
+            return error
+        return None
+
+    if (fault := main.work("locks the run folder", lock)) is not None:
+        raise fault
+    return held[0] if held else None
+
+
+def read_run_config(run: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """The configuration of an existing run."""
+    return load_config(str(RunFolder.open(run).config), overrides)

@@ -1,0 +1,1 @@
+"""Commands beside training: examine an installation, compare engine and learner, convert checkpoints."""
