@@ -57,7 +57,7 @@ gpu-check:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy spell_megatron megatron_patches tokenizer eval launchers benchmarks
+	$(BIN)/mypy spell_megatron megatron_patches tokenizer eval launchers benchmarks examples
 
 setup: $(INSTALLED)
 

@@ -24,7 +24,7 @@ class Registry(Mapping[str, Record]):
     def __init__(self, kind: str, record: type[Record], shipped: Iterable[Record]) -> None:
         self._kind, self._record = kind, record
         self._records = {one.name: one for one in shipped}
-        self._shipped = tuple(self._records)
+        self.shipped = tuple(self._records)
 
     def find(self, reference: str, key: str) -> Record:
         """The record of a name, or of an import path `package.module:Name`, which has its name from then on.
@@ -42,7 +42,7 @@ class Registry(Mapping[str, Record]):
             )
         found = imported(reference, self._record, key)
         known = self._records.get(found.name)
-        if known is not None and (found.name in self._shipped or type(known) is not type(found)):
+        if known is not None and (found.name in self.shipped or type(known) is not type(found)):
             raise SpellError(
                 f"{key}: {reference} calls itself {found.name!r}, and so does another {self._kind}: rename it"
             )
