@@ -9,10 +9,10 @@ read as it stood when the round began and written when the round has ended.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 from spell_megatron import config
@@ -26,6 +26,7 @@ from spell_megatron.selfplay.pipeline import play_episode
 from spell_megatron.selfplay.ports import Codec, Generator, Judge
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.roles import Role, roles_of
+from spell_megatron.selfplay.round import Round
 from spell_megatron.selfplay.seeds import random_of
 from spell_megatron.selfplay.stages import staged, tokens_at
 from spell_megatron.selfplay.tasks import TASKS
@@ -169,47 +170,31 @@ class SelfPlay:
         place = self._clusters.state()
         drawn = self._clusters.draw(self._settings.round_questions)
         jobs = [self._job(step, number, index, *entry) for index, entry in enumerate(drawn)]
-        done: list[Episode | None] = [_known(job, known) for job in jobs]
-        tally.journaled += sum(episode is not None for episode in done)
-        running: dict[asyncio.Task[Episode], int] = {}
-        since: dict[int, int] = {}
-        end, kept = 0, 0
+        played = Round([_known(job, known) for job in jobs], wanted)
+        tally.journaled += sum(episode is not None for episode in played.done)
         try:
-            for i, left in (await self._brought(step, done, tally)).items():
+            for index, left in (await self._brought(step, played.done, tally)).items():
                 if isinstance(left.work, Episode):
-                    done[i] = self._arrived(left.work, jobs[i])
+                    played.done[index] = self._arrived(left.work, jobs[index])
                 else:
-                    running[left.work], since[i] = i, left.oldest
-            busy = set(running.values())
-            waiting = iter([i for i, episode in enumerate(done) if episode is None and i not in busy])
-            while True:
-                while end < len(done) and kept < wanted and (episode := done[end]) is not None:
-                    kept, end = kept + episode.kept, end + 1
-                if kept == wanted or end == len(done):
-                    break
-                while (
-                    len(running) < self._settings.concurrency and (index := next(waiting, None)) is not None
-                ):
-                    running[asyncio.create_task(play_episode(self._writer, jobs[index]))] = index
-                    since[index] = self._newest
+                    played.take(index, left)
+            waiting = played.waiting()
+            while not played.advance():
+                for index in islice(waiting, max(0, self._settings.concurrency - played.running)):
+                    played.begin(index, play_episode(self._writer, jobs[index]), self._newest)
                     tally.begun += 1
-                arrived, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                # A set has no order of its own, and the order decides which requests share a batch.
-                for task in sorted(arrived, key=running.__getitem__):
-                    index = running.pop(task)
-                    done[index] = self._arrived(task.result(), jobs[index])
+                for index, task in await played.arrivals():
+                    played.done[index] = self._arrived(task.result(), jobs[index])
         except BaseException:
-            await cancel(running)
+            await played.cancel()
             raise
-        tally.used += end
-        if kept == wanted:
-            finished = {i: episode for i, episode in enumerate(done[end:]) if episode is not None}
-            under_way = {index - end: Leftover(task, since[index]) for task, index in running.items()}
-            await self._leave(finished, under_way, tally)
-        if end < len(jobs):
+        tally.used += played.end
+        if played.is_full:
+            await self._leave(*played.leftovers(), tally)
+        if played.end < len(jobs):
             self._clusters.restore(place)
-            self._clusters.draw(end)
-        return [episode for episode in done[:end] if episode is not None]
+            self._clusters.draw(played.end)
+        return [episode for episode in played.done[: played.end] if episode is not None]
 
     async def _brought(self, step: int, done: Sequence[Episode | None], tally: Tally) -> dict[int, Leftover]:
         """What the step before left over, by its place in this one; without what is too old for it."""
