@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from spell_megatron.config import Layout
 from spell_megatron.types import SpellError
@@ -74,3 +75,15 @@ def check_layout(layout: Layout, shape: ModelShape, world_size: int) -> WorldSha
     if faults:
         raise LayoutError("this layout cannot work:\n" + "\n".join(f"  {fault}" for fault in faults))
     return WorldShape(world_size, model, world_size // model, world_size // (ep * etp * pp))
+
+
+def megatron_sizes(layout: Layout) -> dict[str, Any]:
+    """The layout by megatron-core's own names, for whatever takes it."""
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+    }

@@ -23,6 +23,7 @@ from spell_megatron.policy.attention import SpanAttention
 from spell_megatron.policy.experts import round_router_logits
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.layers import torch_block_spec
+from spell_megatron.policy.layout import megatron_sizes
 from spell_megatron.policy.spans import SpanPlan
 from spell_megatron.types import SpellError
 from spell_megatron.weights.names import Cut, weights_of
@@ -188,12 +189,7 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=True,
         perform_initialization=False,  # the weights come from the model folder
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        **megatron_sizes(layout),
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # streams differ in length
         # The default refuses variable lengths, dense models too.

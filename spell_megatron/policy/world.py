@@ -18,6 +18,7 @@ from megatron.core import tensor_parallel
 import megatron_patches
 from spell_megatron import rendezvous
 from spell_megatron.config import Layout
+from spell_megatron.policy.layout import megatron_sizes
 from spell_megatron.types import SpellError
 
 Value = TypeVar("Value")
@@ -74,12 +75,7 @@ def start_world(layout: Layout, *, seed: int, timeout_seconds: float, secret: st
         _join(timeout_seconds, secret, "cpu:gloo,cuda:nccl" if cuda else "gloo")
     mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        **megatron_sizes(layout),
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
     )
     torch.manual_seed(seed)  # megatron's own seeding is a no-op without CUDA
