@@ -21,7 +21,7 @@ class Machines:
 
     @property
     def world_size(self) -> int:
-        """Of the trainer."""
+        """GPUs of the trainer."""
         return self.nodes * self.ranks
 
     @property

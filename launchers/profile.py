@@ -23,7 +23,7 @@ from spell_megatron.config.yamltext import read_mapping
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 PREFIX = "cluster."
-"""Of a profile's keys on the command line."""
+"""Prefix of a profile's keys on the command line."""
 SHIPPED = Path(__file__).parent / "clusters"
 OWN = Path("~/.config/spell-megatron/clusters")
 
@@ -89,7 +89,7 @@ class Profile:
     """How often a crashed run is started again from the same checkpoint."""
     cpus_per_rank: int | None = Field(default=None, gt=0)
     memory: str = ""
-    """Of a node, such as 500G; "0" is all of it."""
+    """Memory of a node, such as 500G; "0" is all of it."""
     exclusive: bool = False
     sbatch: dict[str, str] = Field(default_factory=dict)
     """Any other sbatch headers, by their long names: {constraint: h100, reservation: night}; `true` for one without a

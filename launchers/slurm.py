@@ -64,7 +64,7 @@ _REMEDIES = (
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Of a job: SLURM's word for it, the exit code it stands for (None while the job goes on), its restarts."""
+    """A job: SLURM's word for it, the exit code it stands for (None while the job goes on), its restarts."""
 
     name: str
     code: int | None = None

@@ -42,7 +42,7 @@ class Topology:
 
     @property
     def ranks(self) -> int:
-        """Of the trainer, on one node."""
+        """Ranks of the trainer on one node."""
         return sum(seat.node == 0 for seat in self.trainer)
 
     def servers(self, node: int) -> tuple[Seat, ...]:

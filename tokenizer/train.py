@@ -26,7 +26,7 @@ PAD, UNKNOWN, BOS, EOS, USER, ASSISTANT = (
 )
 _CHARACTERS = SPACE + string.ascii_letters + string.digits + string.punctuation + "\n"
 _KEPT_SCORE = -0.1
-"""Of every string to keep: far above any trained piece, below zero so that fewer pieces win."""
+"""Score of every string to keep: far above any trained piece, below zero so that fewer pieces win."""
 
 
 def train(texts: Iterable[str], keep: Sequence[str], vocab_size: int) -> bytes:

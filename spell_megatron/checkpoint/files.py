@@ -44,7 +44,7 @@ def patiently(read: Callable[[], Result]) -> Result:
 
 
 def new_digest() -> hashlib.blake2b:
-    """Of a file's content, to be told it piece by piece."""
+    """The digest of a file's content, to be told it piece by piece."""
     return hashlib.blake2b(digest_size=16)
 
 
@@ -93,7 +93,7 @@ def open_plain(path: Path) -> BufferedReader:
 
 
 def read_bytes(path: Path, largest: int) -> bytes:
-    """Of a plain file. Raises ValueError where it is none, or larger."""
+    """The bytes of a plain file. Raises ValueError where it is none, or larger."""
     with open_plain(path) as file:
         content = file.read(largest + 1)
     if len(content) > largest:

@@ -276,7 +276,8 @@ def sweep(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint, if there is one; half removed it does not look like one. Several ranks may try."""
+    """Remove a checkpoint, if there is one. It is renamed before, so that what an interruption leaves is not
+    taken for one. Several ranks may call this at once."""
     gone = path.with_suffix(_GONE)
     if path != gone and path.is_dir():
         shutil.rmtree(gone, ignore_errors=True)

@@ -217,7 +217,7 @@ def _fields(record: Any, name: str, otherwise: str = "") -> Mapping[str, Any]:
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    """Of a tuple, or of what pickle makes of a `torch.Size`: `Size((2, 3))`."""
+    """The numbers of a tuple, or of what pickle makes of a `torch.Size`: `Size((2, 3))`."""
     if isinstance(value, _Record) and value.name == "torch.Size" and len(value.arguments) == 1:
         value = value.arguments[0]
     if not isinstance(value, tuple) or not all(type(one) is int and 0 <= one < 1 << 62 for one in value):

@@ -40,7 +40,7 @@ class Share:
 
 
 def shares(optimizer: Any, *, fresh: bool) -> Iterator[Share]:
-    """Of every parameter of which this rank holds anything."""
+    """The share of every parameter of which this rank holds anything."""
     for leaf in _leaves(optimizer):
         if isinstance(leaf, DistributedOptimizer):
             for parameter, run in _owned(leaf):

@@ -30,7 +30,7 @@ from spell_megatron.policy.residence import host_memory
 from spell_megatron.policy.world import Group, Value, agreed
 
 _Written = tuple[str, list[Entry], dict[str, str]]
-"""Of one rank: a fault, what is in its file, the file's digest."""
+"""What one rank tells: a fault, what is in its file, the file's digest."""
 _ALIGNED = 64
 """Bytes; a multiple of every element's size."""
 

@@ -78,7 +78,7 @@ class Corpus:
 @dataclass(frozen=True, config=_STRICT)
 class Sampling:
     temperature: float = Field(default=0.7, gt=0)
-    """Of rollouts that are trained on: at 0 there would be no distribution to take log-probs of."""
+    """Temperature of rollouts that are trained on: at 0 there would be no distribution to take log-probs of."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     questioner_tokens: int = Field(default=4096, gt=0)
     responder_tokens: int = Field(default=4096, gt=0)
@@ -102,11 +102,11 @@ class ExternalJudge:
     concurrency: int = Field(default=16, gt=0)
     """Questions to it at once."""
     timeout_seconds: float = Field(default=120.0, gt=0)
-    """Of one reply."""
+    """Seconds that one reply may take."""
     tries: int = Field(default=4, gt=0)
-    """Of one question to it. What fails then is counted, and the episode is dropped where the reward hangs on it."""
+    """Attempts at one question to it. What fails then is counted, and an episode that needs it is dropped."""
     max_tokens: int = Field(default=4096, gt=0)
-    """Of one reply."""
+    """Tokens of one reply at most."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -186,7 +186,7 @@ class SelfPlay:
     """As many YES as NO: no verdict, NO as in the paper (more than half must agree), or the first vote as in the
     authors' code."""
     invalid_vote_reward: float = Field(default=-1.0, le=0)
-    """Of a verdict that is neither YES nor NO: -1 as in the authors' code, 0 as in the paper."""
+    """Reward of a verdict that is neither YES nor NO: -1 as in the authors' code, 0 as in the paper."""
     verifier_consistency: Literal["maj_cons", "maj"] = "maj_cons"
     """`maj_cons` trains only verdicts whose majority agrees with the rule."""
     verifier_agreement: tuple[Share, Share] = (0.51, 0.99)
@@ -340,7 +340,7 @@ class Policy:
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
     dtype: Dtype = "bfloat16"
-    """Of the weights in computation; gradients and master weights are float32."""
+    """Precision of the weights in computation; gradients and master weights are float32."""
     spec: Literal["auto", "torch", "te"] = "auto"
     """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed."""
     fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
@@ -440,13 +440,13 @@ class Cluster:
     """Nodes of the trainer."""
     gpus_per_node: int = Field(default=8, gt=0)
     gpu_memory_gib: float = Field(default=79.6, gt=0)
-    """Of one GPU; an H100-80GB reports 79.6."""
+    """GiB of one GPU; an H100-80GB reports 79.6."""
     engine_nodes: int = Field(default=0, ge=0)
     """Nodes of the rollout engine alone; 0 places its servers on the trainer's GPUs."""
 
     @property
     def gpus(self) -> int:
-        """Of the trainer."""
+        """Ranks of the trainer."""
         return self.nodes * self.gpus_per_node
 
 

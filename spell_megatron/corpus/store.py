@@ -36,7 +36,7 @@ COUNTED = 20_000
 _PIECE = 1 << 15
 """Characters that are counted at a time: a tokenizer takes a hundred bytes of memory for each."""
 _PIECES = 16
-"""Of a longer text so many pieces are counted, evenly spread."""
+"""Pieces of a longer text that are counted, evenly spread."""
 SPLIT = 8
 """Passages of a long text that fill one cluster."""
 _CACHE_KIB = 64 << 10

@@ -41,7 +41,7 @@ class Rank:
     gradients: int
     optimizer: int
     shapes: dict[str, list[int]]
-    """Of every parameter, by Megatron's name, chunk by chunk."""
+    """Shapes of every parameter, by Megatron's name, chunk by chunk."""
 
 
 @dataclass(frozen=True, slots=True)

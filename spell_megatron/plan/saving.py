@@ -25,7 +25,7 @@ class Saving:
     read: int
     """From files, in a resume; the weights' rest comes from the other ranks."""
     whole: int
-    """Of a checkpoint."""
+    """Bytes of a checkpoint."""
     blocked: float
     """Training waits in a save."""
     written: float

@@ -15,7 +15,7 @@ from spell_megatron.weights.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Of one training step, one phase after the other."""
+    """Seconds of one training step, one phase after the other."""
 
     rollout: float
     update: float

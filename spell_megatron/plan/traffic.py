@@ -88,5 +88,5 @@ def link_seconds(
 
 
 def _share(size: int) -> float:
-    """Of a tensor that a rank sends in a ring of this size."""
+    """The share of a tensor that a rank sends in a ring of this size."""
     return (size - 1) / size

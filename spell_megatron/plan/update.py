@@ -112,7 +112,7 @@ def _memory(
 
 
 def _step(config: Config, world: WorldShape, parts: list[Held], assumed: Assumptions) -> float:
-    """Of AdamW: 28 bytes a parameter, in the memory where its state is."""
+    """Seconds of AdamW: 28 bytes a parameter, in the memory where its state is."""
     policy = config.policy
     owned = max(part.dense for part in parts) / (world.data * policy.layout.context)
     owned += max(part.expert for part in parts) / world.expert_data

@@ -147,7 +147,7 @@ def _merge(out: Tensor, lse: Tensor, rows: Rows, part: Tensor, part_lse: Tensor)
 
 
 def _weight(lse: Tensor, total: Tensor) -> Tensor:
-    """Of a piece in the whole softmax, `[rows, heads, 1]`."""
+    """The share of a piece in the whole softmax, `[rows, heads, 1]`."""
     return (lse - total).exp_().transpose(0, 1).unsqueeze(-1)
 
 

@@ -219,7 +219,7 @@ class Learner:
             raise fault
 
     def _weight_norm(self) -> Tensor:
-        """Of all that this rank holds; a NaN anywhere is a NaN here."""
+        """The norm of all that this rank holds; a NaN anywhere is a NaN here."""
         self.settle()
         return torch.linalg.vector_norm(norms(p for _, p in self.named_parameters()))
 

@@ -41,7 +41,7 @@ class Choices:
     """What the engine chose for the rows that a rank computes of a stream. Nothing is copied before a layer asks."""
 
     parts: tuple[tuple[Experts | None, int], ...]
-    """Of prompt, response, response, …: the experts of its first tokens, and how many tokens it has."""
+    """For prompt, response, response, …: the experts of its first tokens, and how many tokens it has."""
     sources: np.ndarray
     """Which of these tokens every row is, `[rows]`; -1 for padding."""
     top_k: int

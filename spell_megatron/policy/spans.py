@@ -99,7 +99,7 @@ class SpanPlan(PackedSeqParams):
     choices: Choices | None = None
     """What the engine's routers chose for the rows, where the learner's are to choose the same."""
     attended: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Of layers, by number: what attention found in the forward pass, where the backward pass is to begin with it."""
+    """By number of the layer: what attention found in the forward pass, where the backward pass is to begin with it."""
     to_stream: Tensor | None = None
     """Order of the stream's tokens among those gathered rank by rank, `[tokens]`; None without CP."""
     from_stream: Tensor | None = None

@@ -43,7 +43,7 @@ class Holder:
     pid: int
     since: str
     job: str = ""
-    """Of SLURM, where it runs in one."""
+    """The job of SLURM, where it runs in one."""
     processes: int = 0
     """Number of the process namespace: in another one the pid means nothing."""
 

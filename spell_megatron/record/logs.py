@@ -13,7 +13,7 @@ from spell_megatron.record.folder import RunFolder, writing
 from spell_megatron.terminal import Lines, Terminal
 
 _LOG_BYTES = 32 << 20
-"""Of the run's log, and of its older part in `run.log.1`."""
+"""Bytes of the run's log, and of its older part in `run.log.1`."""
 
 
 class _LogFile(RotatingFileHandler):

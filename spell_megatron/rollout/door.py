@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 VARIABLE = "SPELL_ENGINE_SECRET"
-"""Of a server's environment, which its user alone can read."""
+"""A variable of the server's environment, which its user alone can read."""
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]

@@ -26,7 +26,7 @@ from spell_megatron.topology import visible
 
 SERVED_NAME = "policy"
 _LOG_LINES, _LOG_BYTES = 15, 64 << 10
-"""Of the end of a log, in a message."""
+"""Characters of the end of a log in a message."""
 # What torchrun tells its workers would make a server take itself for one of them.
 _TORCHRUN = (
     "RANK",

@@ -54,7 +54,7 @@ class Played:
 
     play: Play
     state: dict[str, Any]
-    """Of self-play: where the next step begins."""
+    """State of self-play: where the next step begins."""
     metrics: dict[str, float]
 
 

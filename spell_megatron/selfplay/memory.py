@@ -29,7 +29,7 @@ class Remembered:
 class _Ring:
     questions: deque[Remembered]
     step: int
-    """Of the last question."""
+    """The step of the last question."""
 
 
 class Memory:

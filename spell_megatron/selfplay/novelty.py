@@ -22,7 +22,7 @@ def novelty(text: str, known: Sequence[str]) -> float:
 
 
 def novelties(episodes: Sequence[Episode]) -> list[float]:
-    """Of every question whose cluster has a history."""
+    """The novelty of every question whose cluster has a history."""
     return [
         novelty(episode.question.text, [entry.question.text for entry in episode.history])
         for episode in episodes

@@ -32,7 +32,7 @@ from spell_megatron.types import Document, Group, Sample, TrainBatch
 from tokenizer.chat import ChatTokenizer
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 0.05, 4.0
-"""Of a prompt's token and of the answer's own; every other token of a reply weighs 1."""
+"""Weights of a prompt's token and of the answer's own; every other token of a reply weighs 1."""
 
 _WORDS = 600
 """The tokens that patterns are made of: the last ones, past bytes and special tokens."""

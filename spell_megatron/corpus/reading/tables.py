@@ -27,7 +27,7 @@ _AT_ONCE = 16 << 20
 _BOM = b"\xef\xbb\xbf"
 
 _CELL_BYTES = 16 << 20
-"""Of CSV: its parser takes four bytes for each."""
+"""Bytes of CSV read at once: its parser takes four for each."""
 
 csv.field_size_limit(_CELL_BYTES)
 

@@ -57,7 +57,7 @@ class GlooTrainerInit(TrainerInitInfo):
     backend: ClassVar[str] = NAME
 
     master_address: str
-    """Of this machine, for engines to connect to. The port is the kernel's choice."""
+    """Address of this machine, for engines to connect to. The port is the kernel's choice."""
     world_size: int
     timeout_seconds: float
 

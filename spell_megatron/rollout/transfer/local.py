@@ -91,7 +91,7 @@ class _Nobody:
 
 
 def staging_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
-    """Of a buffer that any tensor of the model fits into: vLLM cuts none in two."""
+    """Bytes of a buffer that any tensor of the model fits into: vLLM cuts none in two."""
     return max(STAGED_BYTES, manifest.largest * dtype.itemsize)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 STAGED_BYTES = 1 << 30
-"""Of a GPU's memory at least, for a local transfer to stage tensors in."""
+"""Bytes of a GPU's memory, at least, for a local transfer to stage tensors in."""
 _SHOWN = 4
 
 
@@ -41,7 +41,7 @@ class Manifest:
 
     @classmethod
     def of(cls, folder: Path) -> Manifest:
-        """Of a model folder, checked. Raises EngineError where it is not one to train."""
+        """The manifest of a model folder, checked. Raises EngineError where it is not one to train."""
         try:
             contents = read_contents(folder)
         except SpellError as error:

@@ -49,7 +49,7 @@ class ShmUpdate(WeightTransferUpdateInfo):
     dtype_names: list[str]
     shapes: list[list[int]]
     offsets: list[int]
-    """Of each tensor in a buffer, in bytes: the same in all of them."""
+    """Place of each tensor in a buffer, in bytes: the same in all of them."""
     buffers: list[tuple[str, str]]
     """Path and label of every rank's buffer, by rank."""
 

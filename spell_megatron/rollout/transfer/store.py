@@ -38,7 +38,7 @@ class WeightStore(WeightSource):
         self._fault: Exception | None = None
         self._changed = Condition()
         self.version: int | None = None
-        """Of the weights that are kept, once they are complete."""
+        """Version of the weights that are kept, once they are complete."""
         self.sums: dict[str, int] = {}
         """Checksums of the kept tensors, by name."""
         self.reached = ""

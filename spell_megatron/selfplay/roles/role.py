@@ -54,7 +54,7 @@ class Role:
     """Templates by file name, of a role that the styles of `model.prompts` do not know."""
 
     def tokens(self, sampling: config.Sampling) -> int:
-        """Of one completion at most."""
+        """Tokens of one completion at most."""
         return int(getattr(sampling, self.tokens_key(sampling)))
 
     def tokens_key(self, sampling: config.Sampling) -> str:
