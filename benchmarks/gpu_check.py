@@ -46,7 +46,7 @@ from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.residence import EngineResidence
-from spell_megatron.run.loop import train
+from spell_megatron.run.train import train
 from spell_megatron.tools.doctor import examine
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch
 

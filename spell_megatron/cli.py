@@ -98,7 +98,7 @@ def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug
 
     config = load_config(recipe, overrides or [])
     from eval import live_benchmarks, reward_judge
-    from spell_megatron.run.loop import train as run
+    from spell_megatron.run.train import train as run
 
     _show(run(config, live_benchmarks, reward_judge), json)
 
@@ -116,7 +116,7 @@ def resume(
     origin = _origin(from_, restart)
     listen()
     from eval import live_benchmarks, reward_judge
-    from spell_megatron.run.loop import resume as go_on
+    from spell_megatron.run.train import resume as go_on
 
     _show(go_on(run, overrides or [], live_benchmarks, reward_judge, origin=origin), json)
 

@@ -103,7 +103,7 @@ def test_configuration_and_self_play_load_without_torch() -> None:
 
 
 def test_the_loop_is_read_in_one_screen() -> None:
-    assert len((ROOT / "spell_megatron" / "run" / "loop.py").read_text(encoding="utf-8").splitlines()) <= 120
+    assert len((ROOT / "spell_megatron" / "run" / "train.py").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_the_package_does_not_print() -> None:

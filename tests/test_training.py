@@ -25,9 +25,9 @@ from spell_megatron.cli import app
 from spell_megatron.config import load_config
 from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.run.loop import resume, train
 from spell_megatron.run.opening import open_run
 from spell_megatron.run.run import BadStepError, Collected, MismatchError, Run
+from spell_megatron.run.train import resume, train
 from spell_megatron.types import Group, SpellError, TrainBatch
 
 pytestmark = pytest.mark.engine
