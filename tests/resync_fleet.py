@@ -30,7 +30,7 @@ from spell_megatron.policy.world import World, start_world, stop_world
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
-from spell_megatron.rollout.follower import Follower
+from spell_megatron.rollout.follower import FollowerEngine
 from spell_megatron.rollout.health import State
 from spell_megatron.run.run import share
 from spell_megatron.types import Group, Sample, TrainBatch
@@ -70,7 +70,7 @@ class Following:
         self.rows: list[dict[str, Any]] = []
         self._scratch = scratch
         self._version, self._draw = 0, random.Random(0)
-        self._engine: Fleet | Follower | None = None
+        self._engine: Fleet | FollowerEngine | None = None
 
     @property
     def fleet(self) -> Fleet | None:
@@ -103,7 +103,7 @@ class Following:
             logs = self._scratch / self.kind
             self._engine = Fleet(self.folder, SETTINGS, scratch=scratch, logs=logs, stop=())
         elif self._engine is None:
-            self._engine = Follower(self.folder, "shm", scratch=scratch)
+            self._engine = FollowerEngine(self.folder, "shm", scratch=scratch)
         self._learner = Learner(replace(POLICY, layout=layout), self.folder, self._world)
 
     def _resync(self, row: dict[str, Any], fault: tuple[int, int] | None = None) -> TrainBatch:

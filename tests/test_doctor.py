@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from packaging.requirements import Requirement
 
-from spell_megatron import doctor
+from spell_megatron.tools import doctor
 
 pytestmark = pytest.mark.unit
 
