@@ -26,6 +26,7 @@ FLOORS = (
         "spell_megatron.rendezvous",
         "spell_megatron.terminal",
         "spell_megatron.files",
+        "spell_megatron.imports",
     },
     {"spell_megatron.selfplay", "spell_megatron.corpus", "megatron_patches", "tokenizer"},
     {"spell_megatron.weights", "spell_megatron.policy", "spell_megatron.rollout"},
@@ -41,6 +42,7 @@ FLOORS = (
 FORBIDDEN = {
     "spell_megatron.types": {"torch", "vllm", "megatron", "transformers"},
     "spell_megatron.config": {"torch", "vllm", "megatron", "transformers"},
+    "spell_megatron.imports": {"torch", "vllm", "megatron", "transformers"},
     "spell_megatron.selfplay": {"torch", "vllm", "megatron", "transformers"},
     "spell_megatron.corpus": {"torch", "vllm", "megatron"},
     "spell_megatron.policy": {"vllm", "spell_megatron.selfplay"},
