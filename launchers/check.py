@@ -29,7 +29,7 @@ def check_model(config: Config, on: Machines, *, fetch: bool) -> Config:
         from spell_megatron.plan.catalogue import architecture  # its room needs torch and megatron-core
 
         folder = architecture(path)
-    shape = shape_of(folder)
+    shape = shape_of(folder, config.model.families)
     try:
         check_layout(config.policy.layout, shape, on.world_size)
     except LayoutError as error:

@@ -25,6 +25,7 @@ from spell_megatron.rollout.address import read_secret
 from spell_megatron.rollout.server import Launch, Server
 from spell_megatron.run.preemption import attempt
 from spell_megatron.terminal import log_to_stderr
+from spell_megatron.weights.known import known_folder
 from spell_megatron.weights.locate import model_folder
 
 _log = logging.getLogger(__name__)
@@ -68,11 +69,13 @@ def launches(run: Path, settings: Config, count: int) -> list[Launch]:
     servers: Servers = replace(rollout.servers, host=host)
     found = backend.here(settings)
     seats = found.servers(found.engines[-1].node)  # every node that is served like this has the same
+    scratch = run / "engine" / host
+    model = known_folder(model_folder(settings.model.path), scratch / "model", settings.model.families)
     return [
         Launch(
-            model_folder(settings.model.path),
+            model,
             replace(rollout, servers=servers),
-            scratch=run / "engine" / host,
+            scratch=scratch,
             log=run / "logs" / f"engine-{host}-{slot}.log",
             transfer=found.transfer,
             devices=seat.gpus,

@@ -44,6 +44,10 @@ Overrides = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
 ]
+Families = Annotated[
+    list[str] | None,
+    typer.Option("--family", help="Your own family of models, by import path: my_package.families:MINE"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a stack trace where something fails.")]
 
 
@@ -143,13 +147,13 @@ def _show(summary: Any, as_json: bool) -> None:
 
 
 @command
-def import_hf(folder: Path, out: Path, debug: Debug = False) -> None:
+def import_hf(folder: Path, out: Path, family: Families = None, debug: Debug = False) -> None:
     """Turn a Hugging Face model folder into a Megatron checkpoint."""
     from spell_megatron.record import working
     from spell_megatron.tools.convert import import_hf as convert
 
     with working(f"importing {folder}"):
-        convert(folder, out)
+        convert(folder, out, family or ())
 
 
 @command
@@ -163,13 +167,15 @@ def export_hf(source: Path, out: Path, debug: Debug = False) -> None:
 
 
 @command
-def parity(model: Path, tokens: int = 256, json: Json = False, debug: Debug = False) -> None:
+def parity(
+    model: Path, tokens: int = 256, family: Families = None, json: Json = False, debug: Debug = False
+) -> None:
     """Compare the log-probs of Hugging Face, Megatron and vLLM on the same tokens."""
     from spell_megatron.record import working
     from spell_megatron.tools.parity import compare
 
     with working(f"comparing the log-probs of {model}"):
-        result = compare(model, tokens)
+        result = compare(model, tokens, family or ())
     _err.print(result.table())
     if json:
         _print_json(asdict(result))

@@ -23,6 +23,16 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def hf_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a model folder. Raises SpellError where there is none, or it cannot be read."""
+    try:
+        return read_object(folder / "config.json")
+    except FileNotFoundError:
+        raise SpellError(
+            f"{folder} is not a model folder: it has no config.json; give the folder of a Hugging Face model"
+        ) from None
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; what stood there stands until the new text is on the disk. Raises OSError."""
     part = path.with_name(path.name + ".part")

@@ -23,12 +23,13 @@ from spell_megatron.plan.search import changed, remedies
 from spell_megatron.plan.workload import batch_work, forward_work
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.types import SpellError
+from spell_megatron.weights.families import FAMILIES
 from spell_megatron.weights.shape import ModelShape, model_shape
 
 pytestmark = pytest.mark.unit
 
 TINY = ModelShape(
-    family="qwen3", vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=32, ffn=96,
+    family=FAMILIES["qwen3"], vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=32, ffn=96,
     tied=False, norm_eps=1e-6, max_positions=4096,
 )  # fmt: skip
 PUBLISHED = {  # parameters, as the hub's pages count them in the models' files

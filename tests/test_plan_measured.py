@@ -20,7 +20,7 @@ from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.catalogue import architecture
 from spell_megatron.plan.parameters import held, static_bytes
 from spell_megatron.plan.planner import ROOM
-from spell_megatron.plan.rehearsal import rehearse
+from spell_megatron.plan.rehearsal import Job, rehearse
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.residence import torch_optimizers
@@ -71,7 +71,7 @@ def test_planned_bytes_are_the_bytes_held(world: int, folders: dict[str, Path], 
         )
         for case in cases
     ]
-    rehearsals = rehearse([(p, Path(c["model"]), world) for p, c in zip(policies, cases, strict=True)])
+    rehearsals = rehearse([Job(p, Path(c["model"]), world) for p, c in zip(policies, cases, strict=True)])
     for case, policy, rehearsal, measured in zip(
         cases, policies, rehearsals, _measure(world, cases, tmp_path), strict=True
     ):

@@ -25,6 +25,7 @@ from spell_megatron.policy.norm import rms_norm
 from spell_megatron.policy.spans import Pieces, SpanPlan, plan_spans
 from spell_megatron.policy.world import World
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch
+from spell_megatron.weights.families import FAMILIES
 from spell_megatron.weights.shape import ModelShape
 
 pytestmark = pytest.mark.unit
@@ -273,7 +274,9 @@ def test_sequence_ratio_has_the_sequences_value_and_every_tokens_gradient() -> N
 def shape(**over: int) -> ModelShape:
     sizes = {"vocab": 256, "hidden": 64, "layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 96}
     family = "qwen3_moe" if over.get("experts") else "qwen3"
-    return ModelShape(family=family, tied=False, norm_eps=1e-6, max_positions=4096, **{**sizes, **over})  # type: ignore[arg-type]
+    return ModelShape(
+        family=FAMILIES[family], tied=False, norm_eps=1e-6, max_positions=4096, **{**sizes, **over}
+    )  # type: ignore[arg-type]
 
 
 MOE = {"experts": 8, "experts_per_token": 2, "expert_ffn": 48}

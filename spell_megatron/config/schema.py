@@ -30,6 +30,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class Model:
     path: Location = ""
     """A Hugging Face model folder, a hub id, or `toy-seed`, the model that is shipped."""
+    families: tuple[str, ...] = ()
+    """Your own families of models, by import path: `[my_package.families:MINE]` (docs/models.md)."""
     prompts: Location = "full"
     """Prompt templates: `full` for real models, `short` for the toy model, or your own folder (docs/prompts.md)."""
     language: str = "English"

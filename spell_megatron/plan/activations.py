@@ -104,7 +104,7 @@ def _attention(shape: ModelShape, policy: Policy, stream: Stream) -> float:
     heads, kv = _heads(shape, layout)
     projected = heads + 2 * kv
     values = 4.0  # sines and cosines, of queries and of keys; the rest in units of a head
-    if shape.qk_norm:  # the merged projection, since the key is a view of it, and the query's copy
+    if shape.family.qk_norm:  # the merged projection, since the key is a view of it, and the query's copy
         values += projected + heads
     values += heads + 2 * kv
     kept = stream.local * values * d * b

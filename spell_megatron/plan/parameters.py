@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from spell_megatron.config import Layout, Policy
 from spell_megatron.policy.layout import WorldShape
 from spell_megatron.weights.shape import ModelShape
+from spell_megatron.weights.table import EMBEDDING, Row, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +45,33 @@ class Static:
 
 def held(shape: ModelShape, layout: Layout) -> list[Held]:
     """What a rank of each pipeline stage holds."""
-    tp, h, d = layout.tensor, shape.hidden, shape.head_dim
-    qkv = (shape.heads + 2 * shape.kv_heads) * d
-    layer = (qkv * h + h * shape.heads * d) // tp + 2 * h
-    layer += (qkv // tp if shape.qkv_bias else 0) + (2 * d if shape.qk_norm else 0)
-    expert = 0
-    if shape.experts:
-        layer += shape.experts * h
-        expert = shape.experts * 3 * h * shape.expert_ffn // (layout.expert * layout.expert_tensor)
-    else:
-        layer += 3 * h * shape.ffn // tp
-    layers, table = shape.layers // layout.pipeline, shape.vocab * h // tp
-    stages = []
+    layer = expert = before = after = 0
+    for row in shape.rows():
+        part = _part(shape, row, layout)
+        if row.expert:
+            expert += part * shape.experts // layout.expert
+        elif row.layered:
+            layer += part
+        elif row.megatron == EMBEDDING:
+            before = part
+        else:
+            after += part
+    layers, stages = shape.layers // layout.pipeline, []
     for stage in range(layout.pipeline):
         first, last = stage == 0, stage == layout.pipeline - 1
-        tables = first + (last and not (shape.tied and first))
-        stages.append(Held(layers, layers * layer + tables * table + last * h, layers * expert))
+        copied = (
+            before if last and not first and shape.tied else 0
+        )  # the head's, of the embedding on another stage
+        outer = first * before + last * after + copied
+        stages.append(Held(layers, layers * layer + outer, layers * expert))
     return stages
+
+
+def _part(shape: ModelShape, row: Row, layout: Layout) -> int:
+    """Elements of a row's parameter on one rank."""
+    if row.split is Split.REPLICATED:
+        return shape.elements(row)
+    return shape.elements(row) // (layout.expert_tensor if row.expert else layout.tensor)
 
 
 def total_parameters(shape: ModelShape) -> int:

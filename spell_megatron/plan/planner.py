@@ -22,7 +22,7 @@ from spell_megatron.plan.parameters import (
     total_parameters,
     width,
 )
-from spell_megatron.plan.rehearsal import Rehearsal, rehearse
+from spell_megatron.plan.rehearsal import Job, Rehearsal, rehearse
 from spell_megatron.plan.saving import Saving, saving
 from spell_megatron.plan.timing import Seconds, step_seconds
 from spell_megatron.plan.traffic import Traffic, step_traffic
@@ -189,7 +189,7 @@ def plan_all(configs: Sequence[Config], assumed: Assumptions | None = None) -> l
 
     assumed = assumed or Assumptions()
     drafts = [estimate(config, assumed) for config in configs]
-    jobs = [(c.policy, architecture(c.model.path), c.cluster.gpus) for c in configs]
+    jobs = [Job(c.policy, architecture(c.model.path), c.cluster.gpus, c.model.families) for c in configs]
     plans = []
     for draft, rehearsal in zip(drafts, rehearse(jobs), strict=True):
         built = estimate(draft.config, assumed, rehearsal)
@@ -218,7 +218,8 @@ def resized(config: Config, gpus: int | None, gpu_memory_gib: float | None) -> C
 
 def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None = None) -> Plan:
     """The plan by arithmetic. With a built model, what a rank holds comes from it, and the batch is really packed."""
-    shape, policy, cluster = shape_of(architecture(config.model.path)), config.policy, config.cluster
+    policy, cluster = config.policy, config.cluster
+    shape = shape_of(architecture(config.model.path), config.model.families)
     world = check_layout(policy.layout, shape, cluster.gpus)
     parts = held(shape, policy.layout)
     lengths = Lengths.of(config, assumed)

@@ -24,9 +24,26 @@ from pydantic import TypeAdapter
 
 from spell_megatron.config import Policy
 from spell_megatron.types import SpellError
+from spell_megatron.weights.families import Family
+from spell_megatron.weights.shape import ModelShape
 
-_POLICY = TypeAdapter(Policy)
 _SECONDS_PER_JOB = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A model to build."""
+
+    policy: Policy
+    folder: Path
+    """With its config.json."""
+    size: int
+    """Of the world."""
+    families: tuple[str, ...] = ()
+    """A user's own, by import path."""
+
+
+_JOBS = TypeAdapter(list[Job])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +71,15 @@ class Rehearsal:
     hf_parameters: int
 
 
-def rehearse(jobs: Sequence[tuple[Policy, Path, int]]) -> list[Rehearsal]:
-    """Build each `(policy, folder with config.json, world size)`. SpellError where weights are not covered."""
+def rehearse(jobs: Sequence[Job]) -> list[Rehearsal]:
+    """Build each. SpellError where weights are not covered."""
     # Who sends tokens to experts changes no parameter, and need not be installed here.
-    plain = [(replace(policy, dispatcher="alltoall"), folder, size) for policy, folder, size in jobs]
-    request = [
-        [_POLICY.dump_python(policy, mode="json"), str(folder), size] for policy, folder, size in plain
-    ]
+    plain = [replace(job, policy=replace(job.policy, dispatcher="alltoall")) for job in jobs]
     command = [sys.executable, "-W", "ignore", "-m", "spell_megatron.plan.rehearsal"]
     try:
         done = subprocess.run(
             command,
-            input=json.dumps(request),
+            input=_JOBS.dump_json(plain).decode(),
             capture_output=True,
             text=True,
             timeout=_SECONDS_PER_JOB * len(jobs),
@@ -96,30 +110,31 @@ def _without_torchrun() -> dict[str, str]:
 # Everything below runs in the process of the rehearsal.
 
 
-def _build(policy: Policy, folder: Path, size: int) -> Rehearsal:
+def _build(job: Job) -> Rehearsal:
     from spell_megatron.policy.layout import check_layout
     from spell_megatron.weights.shape import model_shape
+    from spell_megatron.weights.table import EMBEDDING
 
-    shape, layout = model_shape(folder), policy.layout
+    policy, size = job.policy, job.size
+    shape, layout = model_shape(job.folder, job.families), policy.layout
     check_layout(layout, shape, size)
     per_stage = size // layout.pipeline
     ranks: list[Rank] = []
     covered: Counter[str] = Counter()
-    full = _hf_shapes(folder)
+    full = _hf_shapes(job.folder, shape.family)
     for stage in range(layout.pipeline):
         # Megatron numbers ranks by tensor, context, data, then pipeline: a stage's ranks are consecutive.
         pair = []
         for rank in dict.fromkeys((stage * per_stage, (stage + 1) * per_stage - 1)):
             with _world(policy, rank, size):
-                built, names = _inspect(policy, folder, rank, stage, full)
+                built, names = _inspect(policy, job.folder, shape, rank, stage, full)
             pair.append(built)
         if any(other.shapes != pair[0].shapes for other in pair):
             raise SpellError(f"ranks of pipeline stage {stage} differ in shape: {[p.rank for p in pair]}")
         covered.update(names)
         ranks += pair
-    _check_covered(
-        covered, full, copies={"model.embed_tokens.weight"} if shape.tied and layout.pipeline > 1 else set()
-    )
+    embedding = set(shape.family.known.names(EMBEDDING))
+    _check_covered(covered, full, copies=embedding if shape.tied and layout.pipeline > 1 else set())
     return Rehearsal(ranks, len(full), sum(_numel(s) for s in full.values()))
 
 
@@ -149,19 +164,18 @@ def _world(policy: Policy, rank: int, size: int) -> Iterator[None]:
 
 
 def _inspect(
-    policy: Policy, folder: Path, rank: int, stage: int, full: dict[str, tuple[int, ...]]
+    policy: Policy, folder: Path, shape: ModelShape, rank: int, stage: int, full: dict[str, tuple[int, ...]]
 ) -> tuple[Rank, list[str]]:
     from spell_megatron.policy.model import build_chunks
     from spell_megatron.policy.optimizer import wrap_data_parallel
     from spell_megatron.weights.names import weights_of
-    from spell_megatron.weights.shape import model_shape
 
-    shape = model_shape(folder)
     chunks = build_chunks(policy, shape, folder)
     models = wrap_data_parallel(chunks, policy.optimizer)
     parameters = {f"{i}.{n}": p for i, chunk in enumerate(chunks) for n, p in chunk.named_parameters()}
     expert = sum(p.numel() for p in parameters.values() if not getattr(p, "allreduce", True))
-    names = [name for w in weights_of(chunks, shape.tied) for name in _covers(w, policy, shape.experts, full)]
+    weights = weights_of(chunks, shape.family.known, shape.tied)  # as transformers names them
+    names = [name for weight in weights for name in _covers(weight, policy, shape.experts, full)]
     built = Rank(
         rank=rank,
         stage=stage,
@@ -180,7 +194,7 @@ def _covers(weight: Any, policy: Policy, experts: int, full: dict[str, tuple[int
 
     Raises SpellError where the parts do not tile the tensor exactly.
     """
-    from spell_megatron.weights.names import Cut
+    from spell_megatron.weights.table import Split
 
     layout = policy.layout
     pieces = layout.tensor if weight.expert is None else layout.expert_tensor
@@ -197,8 +211,8 @@ def _covers(weight: Any, policy: Policy, experts: int, full: dict[str, tuple[int
         if missing:
             raise SpellError(f"the model has no weight {missing[0]!r}")
         wholes = [full[name] for name in together]
-        dimension = 1 if weight.cut is Cut.COLUMNS else 0
-        pieces_here = 1 if weight.cut is Cut.NONE else pieces
+        dimension = 1 if weight.split is Split.ROW else 0
+        pieces_here = 1 if weight.split is Split.REPLICATED else pieces
         wanted = list(wholes[0])
         wanted[dimension] = sum(whole[dimension] for whole in wholes)
         tiled = list(local)
@@ -218,14 +232,15 @@ def _check_covered(covered: Counter[str], full: dict[str, tuple[int, ...]], copi
         raise SpellError(f"{len(wrong)} weights are not covered exactly once: {counts}")
 
 
-def _hf_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def _hf_shapes(folder: Path, family: Family) -> dict[str, tuple[int, ...]]:
     """Every weight of the Hugging Face model as its files name it, built by transformers without memory."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    from spell_megatron.weights.known import hugging_face_config
+
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(hugging_face_config(folder, family))
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         size = tuple(parameter.shape)
@@ -276,10 +291,9 @@ def main() -> None:
     import logging
 
     logging.disable(logging.WARNING)
-    jobs = json.load(sys.stdin)
     answer: dict[str, Any]
     try:
-        found = [_build(_POLICY.validate_python(policy), Path(folder), size) for policy, folder, size in jobs]
+        found = [_build(job) for job in _JOBS.validate_json(sys.stdin.read())]
         answer = {"rehearsals": [asdict(rehearsal) for rehearsal in found]}
     except SpellError as error:
         answer = {"fault": str(error)}

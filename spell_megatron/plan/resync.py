@@ -76,6 +76,4 @@ def resync(config: Config, shape: ModelShape, engine: Engine) -> Resync:
 
 def tensor_count(shape: ModelShape) -> int:
     """Tensors of the Hugging Face model: engines are given them one by one."""
-    attention = 4 + (3 if shape.qkv_bias else 0) + (2 if shape.qk_norm else 0)
-    mlp = 1 + 3 * shape.experts if shape.experts else 3
-    return shape.layers * (2 + attention + mlp) + (2 if shape.tied else 3)
+    return sum(len(row.names) * shape.copies(row) for row in shape.rows())

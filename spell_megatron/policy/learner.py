@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from spell_megatron.config import Policy
+from spell_megatron.files import hf_config
 from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.kernels import flash
@@ -45,6 +46,7 @@ from spell_megatron.policy.world import World, be_deterministic
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.contents import read_contents
 from spell_megatron.weights.convert import load_weights, stream_weights
+from spell_megatron.weights.families import Family
 from spell_megatron.weights.files import ModelFolder, write_model
 
 PerSample = list[list[np.ndarray]]
@@ -109,10 +111,18 @@ Judge = Callable[[Scores], UnsoundError | None]
 class Learner:
     """A policy, its optimizer and its schedule on this rank of `world`."""
 
-    def __init__(self, policy: Policy, folder: Path, world: World, *, sampled: Sampled | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        folder: Path,
+        world: World,
+        *,
+        sampled: Sampled | None = None,
+        families: Sequence[str] = (),
+    ) -> None:
         self.policy, self.folder, self.world = policy, folder, world
         self.surrogate = SURROGATES.find(policy.loss.surrogate, "policy.loss.surrogate")
-        self._contents = read_contents(folder)
+        self._contents = read_contents(folder, families)
         self.shape = self._contents.shape
         check_layout(policy.layout, self.shape, world.size)
         self.dtype = getattr(torch, policy.dtype)
@@ -249,14 +259,21 @@ class Learner:
         self.settle()
         return self._score(batch, self.models)
 
-    def weights(self, value: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(
+        self, value: Callable[[Tensor], Tensor] | None = None, *, family: Family | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Stream `(Hugging Face name, full tensor)`; a collective, see `stream_weights`."""
         self.settle()
-        return stream_weights(self.chunks, self.shape, value)
+        return stream_weights(self.chunks, self.shape, value, family)
+
+    def engine_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same by the names that engines know (`weights/known.py`)."""
+        return self.weights(family=self.shape.family.known)
 
     def save_hf(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder (rank 0 writes, every rank takes part)."""
-        write_model(folder, self.weights(), source=self.folder, dtype=self.dtype, write=self.world.is_main)
+        config = hf_config(self.folder) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        write_model(folder, self.weights(), source=self.folder, config=config, write=self.world.is_main)
 
     def settle(self) -> None:
         """Wait for parameters that an overlapped optimizer step still gathers: before, they are old."""

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import transformers
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
@@ -26,8 +25,10 @@ from spell_megatron.policy.layers import torch_block_spec
 from spell_megatron.policy.layout import megatron_sizes
 from spell_megatron.policy.spans import SpanPlan
 from spell_megatron.types import SpellError
-from spell_megatron.weights.names import Cut, weights_of
+from spell_megatron.weights.known import hugging_face_config
+from spell_megatron.weights.names import weights_of
 from spell_megatron.weights.shape import ModelShape
+from spell_megatron.weights.table import Split
 
 _FP8_TOKENS = {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """What the number of tokens of a product must be a multiple of."""
@@ -86,8 +87,7 @@ def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanMo
             f"policy.dispatcher={policy.dispatcher} sends tokens to other ranks, of which there are none:"
             " leave it alltoall, or give policy.layout.expert more than 1"
         )
-    hf = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    rope = Qwen3RotaryEmbedding(hf)
+    rope = Qwen3RotaryEmbedding(hugging_face_config(folder, shape.family))
     config = transformer_config(policy, shape, rope_scaling=rope.attention_scaling)
     chunks = []
     for stage in range(policy.layout.virtual_pipeline or 1):
@@ -122,10 +122,10 @@ def _mark_split_parameters(chunks: list[SpanModel], shape: ModelShape) -> None:
 
     Upstream does so only as a by-product of initialisation (tensor_parallel/layers.py:137), which is skipped.
     """
-    for weight in weights_of(chunks, shape.tied):
-        if weight.cut is not Cut.NONE:
+    for weight in weights_of(chunks, shape.family, shape.tied):
+        if weight.split is not Split.REPLICATED:
             weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-            weight.parameter.partition_dim = 1 if weight.cut is Cut.COLUMNS else 0  # type: ignore[attr-defined]
+            weight.parameter.partition_dim = 1 if weight.split is Split.ROW else 0  # type: ignore[attr-defined]
             weight.parameter.partition_stride = 1  # type: ignore[attr-defined]
 
 
@@ -177,8 +177,8 @@ def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float
         activation_func=F.silu,
         bias_activation_fusion=True,  # keeps gate, up and product for backward, not what lies between
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=shape.family.qkv_bias,
+        qk_layernorm=shape.family.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         gradient_accumulation_fusion=te and policy.fusions.weight_gradients,

@@ -32,6 +32,7 @@ from spell_megatron.run.follower import Follower
 from spell_megatron.run.preemption import Preempted, Stop, attempt, listen, preempted
 from spell_megatron.selfplay.ports import Judge
 from spell_megatron.types import SpellError, TrainBatch
+from spell_megatron.weights.known import known_folder
 from spell_megatron.weights.locate import model_folder
 
 Benchmarks = Callable[[Config], Measurement | None]
@@ -101,17 +102,24 @@ class Run:
         model = model_folder(config.model.path)
         with working("loading the model") if world.is_main else nullcontext():
             self.learner = Learner(
-                config.policy, model, world, sampled=Sampled(sampling.temperature, sampling.top_p)
+                *(config.policy, model, world),
+                sampled=Sampled(sampling.temperature, sampling.top_p),
+                families=config.model.families,
             )
         self._found = backend.here(config, ranks_of_a_node(world, config))
         self._placement = Placement(self._together)
         if self._found.colocated:
             self._placement.admit(LearnerResidence(self.learner))
         self._placement.enter(Phase.BUILD)
-        self.lead: Driver | Follower = Follower(model, self._found.transfer, folder.engine_cache)
+        # What engines know by no name of its own stands there under another (`weights/known.py`).
+        served = folder.path / "engine" / "model" if self.learner.shape.family.like else model
+        self.lead: Driver | Follower = Follower(served, self._found.transfer, folder.engine_cache)
         stack.callback(self.lead.close)
         main.work(
-            "reads the corpus and starts the engines", lambda: self._lead(model, stack, benchmarks, judges)
+            "reads the corpus and starts the engines",
+            lambda: self._lead(
+                known_folder(model, served, config.model.families), stack, benchmarks, judges
+            ),
         )
         if self._found.colocated and isinstance(self.lead, Driver):
             self._placement.admit(EngineResidence(self.lead.engine))
@@ -274,7 +282,7 @@ class Run:
         """Give the engine the weights that `step` made. A collective: every rank takes its part in it."""
         self._placement.enter(Phase.RESYNC)
         with self.lead.phase("resync"):
-            self.lead.engine.update_weights(self._at_once(self.learner.weights()), step)
+            self.lead.engine.update_weights(self._at_once(self.learner.engine_weights()), step)
 
     def _at_once(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """A stream that begins on every rank when rank 0 begins it: engines may have to finish requests before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast, get_args
@@ -12,26 +12,26 @@ import torch.distributed as dist
 
 from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
 from spell_megatron.config import Dtype, Policy, load_config
+from spell_megatron.files import hf_config
 from spell_megatron.outputs import check_output, publish, stage
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import agreed, start_world, stop_world
 from spell_megatron.types import SpellError
 from spell_megatron.weights.locate import model_folder
-from spell_megatron.weights.shape import read_hf_config
 
 
-def import_hf(folder: Path, out: Path) -> None:
+def import_hf(folder: Path, out: Path, families: Sequence[str] = ()) -> None:
     """Write a model folder as `out/checkpoints/step-00000`, in the folder's own precision.
 
     Raises SpellError where `out` is not empty and no earlier import, as a run's folder is.
     """
     check_output(out, "import")
-    hf = read_hf_config(folder)
+    hf = hf_config(folder)
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in get_args(Dtype):
         raise SpellError(f"{folder} holds {dtype} weights; convert them to bfloat16 or float32 first")
-    with _learner(Policy(dtype=cast(Dtype, dtype)), folder) as learner:
-        made = {"model": str(folder.resolve()), "dtype": dtype}
+    with _learner(Policy(dtype=cast(Dtype, dtype)), folder, families) as learner:
+        made = {"model": str(folder.resolve()), "dtype": dtype, "families": list(families)}
         main, group = learner.world.is_main, dist.group.WORLD if learner.world.size > 1 else None
         staged = agreed(stage(out) if main else Path(), group)
         try:
@@ -52,18 +52,20 @@ def export_hf(source: Path, out: Path) -> None:
     checkpoint = open_checkpoint(source)
     if "model" in checkpoint.run:  # made by import_hf
         policy, folder = Policy(dtype=checkpoint.run["dtype"]), Path(checkpoint.run["model"])
+        families = checkpoint.run.get("families", ())
     else:
         config = load_config(str(checkpoint.path.parent.parent / "config.yaml"))
         policy, folder = Policy(dtype=config.policy.dtype), model_folder(config.model.path)
-    with _learner(policy, folder) as learner:
+        families = config.model.families
+    with _learner(policy, folder, families) as learner:
         load_learner(learner, checkpoint)
         learner.save_hf(out)
 
 
 @contextmanager
-def _learner(policy: Policy, folder: Path) -> Iterator[Learner]:
+def _learner(policy: Policy, folder: Path, families: Sequence[str]) -> Iterator[Learner]:
     world = start_world(policy.layout, seed=0, timeout_seconds=policy.timeout_seconds)
     try:
-        yield Learner(policy, folder, world)
+        yield Learner(policy, folder, world, families=families)
     finally:
         stop_world()

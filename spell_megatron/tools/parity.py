@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +25,7 @@ from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch
 from spell_megatron.weights.contents import read_contents
+from spell_megatron.weights.known import known_folder
 
 _SEQUENCES = 4
 _BOUNDS: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.5}
@@ -62,10 +64,10 @@ class Parity:
             )
 
 
-def compare(folder: Path, tokens: int) -> Parity:
+def compare(folder: Path, tokens: int, families: Sequence[str] = ()) -> Parity:
     """Sample `tokens` tokens after each of a few random prompts, and score them three times."""
     dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    shape = read_contents(folder).shape
+    shape = read_contents(folder, families).shape
     draw = random.Random(0)
     prompts = [[draw.randrange(shape.vocab) for _ in range(32)] for _ in range(_SEQUENCES)]
     world = start_world(Layout(), seed=0, timeout_seconds=600)
@@ -77,7 +79,8 @@ def compare(folder: Path, tokens: int) -> Parity:
                 kv_cache_mib=256,
                 eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than these few tokens
             )
-            engine = InProcessEngine(folder, settings, scratch=Path(scratch), stop=())
+            known = known_folder(folder, Path(scratch) / "model", families)
+            engine = InProcessEngine(known, settings, scratch=Path(scratch), stop=())
 
             async def sample() -> TrainBatch:
                 rollouts = await asyncio.gather(
@@ -95,13 +98,12 @@ def compare(folder: Path, tokens: int) -> Parity:
 
             batch = asyncio.run(sample())
             engine.close()
-        scores = {
-            "HF": _hf_logprobs(folder, batch, dtype),
-            "Megatron": np.concatenate(
-                [s for g in Learner(Policy(dtype=dtype), folder, world).score(batch).logprobs for s in g]
-            ),
-            "vLLM": np.concatenate([np.asarray(s.logprobs) for g in batch.groups for s in g.samples]),
-        }
+            learner = Learner(Policy(dtype=dtype), folder, world, families=families)
+            scores = {
+                "HF": _hf_logprobs(known, batch, dtype),
+                "Megatron": np.concatenate([s for g in learner.score(batch).logprobs for s in g]),
+                "vLLM": np.concatenate([np.asarray(s.logprobs) for g in batch.groups for s in g.samples]),
+            }
     finally:
         stop_world()
     gaps = {f"{a}–{b}": np.abs(scores[a].astype(np.float64) - scores[b]) for a, b in combinations(scores, 2)}

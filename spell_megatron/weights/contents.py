@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from spell_megatron.files import read_object
 from spell_megatron.types import SpellError
-from spell_megatron.weights.shape import ModelShape, model_shape
+from spell_megatron.weights.shape import ModelShape, Sizes, model_shape
+from spell_megatron.weights.table import EMBEDDING
 
 _log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Tensors that are computed from config.json, and stand in some folders besides."""
 _DTYPES = ("F32", "BF16", "F16", "F64")
@@ -33,8 +33,6 @@ _KINDS = (
     (r"layers\.\d+\.", "layers or parts of layers that config.json does not name"),
 )
 _SHOWN = 3
-
-Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +48,25 @@ class Contents:
     """And its size."""
 
 
-def read_contents(folder: Path) -> Contents:
-    """Read and check a model folder. Raises SpellError for whatever would be loaded wrongly, or not at all."""
-    shape = model_shape(folder)
+def read_contents(folder: Path, families: Sequence[str] = ()) -> Contents:
+    """Read and check a model folder; `families` are import paths of a user's own.
+
+    Raises SpellError for whatever would be loaded wrongly, or not at all.
+    """
+    shape = model_shape(folder, families)
+    head, embedding = shape.family.head, "".join(shape.family.names(EMBEDDING))
     _check_tokenizer(folder, shape)
     found = _headers(folder)
     _check_index(folder, {path.name for path, _, _ in found.values()})
-    if shape.tied and HEAD in found and not _equal(found[HEAD][0], found.get(EMBEDDING, (None,))[0]):
+    if shape.tied and head in found and not _equal(found, head, embedding):
         shape = replace(shape, tied=False)
         _log.warning(
             "%s: tie_word_embeddings is true, and %s differs from the embedding: they are not tied",
             folder,
-            HEAD,
+            head,
         )
-    wanted = dict(expected(shape))
-    extra = sorted(name for name in found.keys() - wanted.keys() if not (shape.tied and name == HEAD))
+    wanted = dict(shape.tensors())
+    extra = sorted(name for name in found.keys() - wanted.keys() if not (shape.tied and name == head))
     derived = [name for name in extra if _DERIVED.fullmatch(name)]
     if derived:
         _log.info("%s: %d derived tensors are not read: %s", folder, len(derived), derived[0])
@@ -85,38 +87,11 @@ def read_contents(folder: Path) -> Contents:
     )
 
 
-def shape_of(folder: Path) -> ModelShape:
+def shape_of(folder: Path, families: Sequence[str] = ()) -> ModelShape:
     """The shape of a model folder, checked; of one without weights what config.json says."""
-    return read_contents(folder).shape if any(folder.glob("*.safetensors")) else model_shape(folder)
-
-
-def expected(shape: ModelShape) -> Iterator[tuple[str, Sizes]]:
-    """Name and size of every tensor of a model."""
-    h, d, q, kv = shape.hidden, shape.head_dim, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    yield EMBEDDING, (shape.vocab, h)
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}."
-        yield f"{prefix}input_layernorm.weight", (h,)
-        yield f"{prefix}post_attention_layernorm.weight", (h,)
-        for part, rows in (("q", q), ("k", kv), ("v", kv)):
-            yield f"{prefix}self_attn.{part}_proj.weight", (rows, h)
-            if shape.qkv_bias:
-                yield f"{prefix}self_attn.{part}_proj.bias", (rows,)
-        if shape.qk_norm:
-            yield f"{prefix}self_attn.q_norm.weight", (d,)
-            yield f"{prefix}self_attn.k_norm.weight", (d,)
-        yield f"{prefix}self_attn.o_proj.weight", (h, q)
-        if shape.experts:
-            yield f"{prefix}mlp.gate.weight", (shape.experts, h)
-        mlps = [f"{prefix}mlp.experts.{e}." for e in range(shape.experts)] or [f"{prefix}mlp."]
-        for mlp in mlps:
-            width = shape.expert_ffn or shape.ffn
-            yield f"{mlp}gate_proj.weight", (width, h)
-            yield f"{mlp}up_proj.weight", (width, h)
-            yield f"{mlp}down_proj.weight", (h, width)
-    yield "model.norm.weight", (h,)
-    if not shape.tied:
-        yield HEAD, (shape.vocab, h)
+    if any(folder.glob("*.safetensors")):
+        return read_contents(folder, families).shape
+    return model_shape(folder, families)
 
 
 def _headers(folder: Path) -> dict[str, tuple[Path, Sizes, str]]:
@@ -166,21 +141,20 @@ def _refuse_extra(folder: Path, names: list[str]) -> None:
     )
 
 
-def _equal(head: Path, embedding: Path | None) -> bool:
+def _equal(found: Mapping[str, tuple[Path, Sizes, str]], head: str, embedding: str) -> bool:
     """Whether the head is the embedding, bit by bit."""
-    if embedding is None:
+    if embedding not in found or found[head][1:] != found[embedding][1:]:
         return False
     import torch  # bfloat16 has no numpy type
 
+    path, size, _ = found[head]
     try:
-        with safe_open(head, framework="pt") as one, safe_open(embedding, framework="pt") as other:
-            left, right = one.get_slice(HEAD), other.get_slice(EMBEDDING)
-            if left.get_shape() != right.get_shape() or left.get_dtype() != right.get_dtype():
-                return False
-            rows = range(0, left.get_shape()[0], 4096)
+        with safe_open(path, framework="pt") as one, safe_open(found[embedding][0], framework="pt") as other:
+            left, right = one.get_slice(head), other.get_slice(embedding)
+            rows = range(0, size[0], 4096)
             return all(torch.equal(left[row : row + 4096], right[row : row + 4096]) for row in rows)
     except SafetensorError as error:
-        raise SpellError(f"{head} is damaged at {HEAD!r}: {error}; copy the model folder again") from None
+        raise SpellError(f"{path} is damaged at {head!r}: {error}; copy the model folder again") from None
 
 
 def _check_tokenizer(folder: Path, shape: ModelShape) -> None:

@@ -15,32 +15,38 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from spell_megatron.weights.families import Family
 from spell_megatron.weights.files import ModelFolder
-from spell_megatron.weights.names import Cut, Weight, weights_of
+from spell_megatron.weights.names import Weight, weights_of
 from spell_megatron.weights.shape import ModelShape
+from spell_megatron.weights.table import Split
 
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[Any], shape: ModelShape, folder: ModelFolder) -> None:
     """Fill the parameters of this rank's pipeline chunks from a model folder."""
-    for weight in weights_of(chunks, shape.tied):
+    for weight in weights_of(chunks, shape.family, shape.tied):
         expert = _global_expert(weight, shape, mpu.get_expert_model_parallel_rank())
         names = [name.format(expert=expert) for name in weight.hf_names]
         weight.parameter.copy_(_read(folder, names, weight, shape))
 
 
 def stream_weights(
-    chunks: Sequence[Any], shape: ModelShape, value: Callable[[Tensor], Tensor] | None = None
+    chunks: Sequence[Any],
+    shape: ModelShape,
+    value: Callable[[Tensor], Tensor] | None = None,
+    family: Family | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield `(Hugging Face name, full tensor)` for every weight, in one order, on every rank.
 
     A collective: every rank must consume the whole stream. What needs no gathering is not copied, so tensors
     may be views of the live parameters: use or copy them before the next update. `value` maps a parameter
-    to what is streamed of it (its gradient, in tests).
+    to what is streamed of it (its gradient, in tests). The names are those of `family`, the model's own if None.
     """
     pipeline = mpu.get_pipeline_model_parallel_group()
     stage, stages = dist.get_rank(pipeline), dist.get_world_size(pipeline)
-    local = {weight.order: weight for weight in weights_of(chunks, shape.tied) if not weight.shadow}
+    weights = weights_of(chunks, family or shape.family, shape.tied)
+    local = {weight.order: weight for weight in weights if not weight.shadow}
     owners: dict[tuple[int, ...], int] = dict.fromkeys(local, stage)
     if stages > 1:
         gathered: list[Any] = [None] * stages
@@ -80,18 +86,18 @@ def _read(folder: ModelFolder, names: Sequence[str], weight: Weight, shape: Mode
     """This rank's part of a parameter, merged from the Hugging Face tensors it is made of."""
     _, rank = _tp(weight)
     local = weight.parameter.shape
-    match weight.cut:
-        case Cut.NONE:
+    match weight.split:
+        case Split.REPLICATED:
             return folder.read(names[0])
-        case Cut.ROWS:
-            name = names[0] if names[0] in folder or not shape.tied else "lm_head.weight"
+        case Split.COLUMN:
+            name = names[0] if names[0] in folder or not shape.tied else shape.family.head
             return folder.read(name, slice(rank * local[0], (rank + 1) * local[0]))
-        case Cut.COLUMNS:
+        case Split.ROW:
             return folder.read(names[0], columns=slice(rank * local[1], (rank + 1) * local[1]))
-        case Cut.GATED:
+        case Split.GATED:
             half = local[0] // 2
             return torch.cat([folder.read(name, slice(rank * half, (rank + 1) * half)) for name in names])
-        case Cut.QKV:
+        case Split.QKV:
             # With fewer key-value heads than ranks a rank's rows begin inside a head: read whole, then cut.
             heads = _heads_per_group(shape)
             unit = sum(heads) * shape.head_dim
@@ -108,16 +114,16 @@ def _read(folder: ModelFolder, names: Sequence[str], weight: Weight, shape: Mode
 def _gather(tensor: Tensor, weight: Weight, shape: ModelShape) -> list[tuple[str, Tensor]]:
     """The full Hugging Face tensors of a parameter (of one expert of every EP rank, for experts)."""
     group = _tp_group(weight)
-    match weight.cut:
-        case Cut.NONE:
+    match weight.split:
+        case Split.REPLICATED:
             fulls = [tensor]
-        case Cut.ROWS:
+        case Split.COLUMN:
             fulls = [_all_gather(tensor, group)]
-        case Cut.COLUMNS:
+        case Split.ROW:
             fulls = [_join(_all_gather(tensor, group).chunk(dist.get_world_size(group)), 1)]
-        case Cut.GATED:
+        case Split.GATED:
             fulls = [_all_gather(half, group) for half in tensor.chunk(2)]
-        case Cut.QKV:
+        case Split.QKV:
             fulls = _split_qkv(_all_gather(tensor, group), shape)
     if weight.expert is None:
         return list(zip(weight.hf_names, fulls, strict=True))

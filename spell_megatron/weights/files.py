@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,9 +48,14 @@ class ModelFolder:
 
 
 def write_model(
-    folder: Path, weights: Iterable[tuple[str, Tensor]], *, source: Path, dtype: torch.dtype, write: bool
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    source: Path,
+    config: Mapping[str, Any],
+    write: bool,
 ) -> None:
-    """Write a model folder: streamed `weights` as shards, everything else copied from the folder `source`.
+    """Write a model folder: streamed `weights` as shards, `config` as config.json, all else copied from `source`.
 
     At most one shard is in memory. The folder appears under its name only when it is complete; one that is neither
     empty nor an earlier model of this function is refused with a SpellError. Ranks that do not write still consume
@@ -62,21 +67,19 @@ def write_model(
         return
     try:
         with new_folder(folder, "model") as partial:
-            _copy_companions(source, partial, dtype)
+            _copy_companions(source, partial, config)
             _write_shards(partial, weights)
     except OSError as error:
         raise SpellError(f"cannot write the model to {folder}: {error}") from None
 
 
-def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
+def _copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     """Config and tokenizer files; no weights, no half-written ones."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != INDEX:
             shutil.copyfile(path, target / path.name)
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    said = {key: value for key, value in config.items() if key != "torch_dtype"}
+    (target / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -6,35 +6,17 @@ key that stands in no list here is refused, too, unless it switches something of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from spell_megatron.files import hf_config
 from spell_megatron.types import SpellError
+from spell_megatron.weights.families import Family, find
 
+T = TypeVar("T", int, float)
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a `model_type` says by itself, and config.json does not."""
-
-    title: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    experts: bool = False
-    head_dim: int | None = None
-    """Where config.json gives none; None is the hidden size over the heads."""
-    refuses: frozenset[str] = frozenset()
-    """Keys that change this family's computation, and are harmless in the others."""
-
-
-FAMILIES = {
-    "qwen2": Family("Qwen2.5", qkv_bias=True),
-    "qwen3": Family("Qwen3", qk_norm=True, head_dim=128),
-    "qwen3_moe": Family("Qwen3-MoE", qk_norm=True, experts=True),
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral", refuses=frozenset(("sliding_window",))),
-}
 
 # fmt: off
 READ = frozenset((
@@ -95,53 +77,95 @@ ROPE = ("default", "linear", "yarn", "llama3")
 """RoPE types whose angles depend on the position alone, not on the length of the sequence it stands in."""
 
 
-def check_keys(config: Mapping[str, Any], folder: Path) -> Family:
-    """The model's family. Raises SpellError for the first key that would be computed wrongly."""
-    where, kind = folder / "config.json", config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise SpellError(f"{folder}: model type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
+@dataclass(frozen=True, slots=True)
+class HfConfig:
+    """A config.json, checked: nothing in it is computed wrongly, as far as its keys say."""
+
+    path: Path
+    family: Family
+    values: Mapping[str, Any]
+    """By the usual keys, with what the family implies."""
+
+    def number(self, key: str, kind: type[T]) -> T:
+        """A positive number. Raises SpellError where it is missing, or another thing."""
+        return _number(self.values, key, self.path, kind, self._written(key))
+
+    def size(self, key: str) -> int:
+        return self.number(key, int)
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        """What it says of the rotary embedding's scaling, under either name."""
+        given = self.values.get("rope_scaling") or self.values.get("rope_parameters") or {}
+        return given if isinstance(given, dict) else {}
+
+    def _written(self, key: str) -> str:
+        """As the family writes a usual key."""
+        return next((own for own, usual in self.family.keys.items() if usual == key), key)
+
+
+def read_config(folder: Path, families: Sequence[str] = ()) -> HfConfig:
+    """The config.json of a model folder, of a family of ours or of `families` (import paths).
+
+    Raises SpellError for the first key that would be computed wrongly.
+    """
+    given = hf_config(folder)
+    try:
+        family = find(given.get("model_type"), families)
+    except SpellError as error:
+        raise SpellError(f"{folder}: {error}") from None
+    return checked(given, folder / "config.json", family)
+
+
+def checked(given: Mapping[str, Any], where: Path, family: Family) -> HfConfig:
+    """The values of a config.json as one of this family, as `read_config` reads it."""
+    values: dict[str, Any] = {}
+    for written, value in given.items():
+        key = family.keys.get(written, written)
+        if key in values:
+            raise SpellError(f"{where} says {key} under two names: keep one of them")
+        _check_key(key, written, value, family, where)
+        if written not in family.harmless:
+            values[key] = value
+    config = HfConfig(where, family, {**family.implied, **values})
+    _check_rope(config)
+    return config
+
+
+def _check_key(key: str, written: str, value: Any, family: Family, where: Path) -> None:
+    """`written` is how the family writes the usual `key`."""
+    if written in family.refuses and value is not None:
+        raise SpellError(
+            f"{where}: {written}={value!r} changes what a {family.title} computes, which is not supported"
+        )
     read = READ | (READ_OF_EXPERTS if family.experts else frozenset())
-    for key, value in config.items():
-        if key in family.refuses and value is not None:
-            raise SpellError(
-                f"{where}: {key}={value!r} changes what a {family.title} computes, which is not supported"
-            )
-        if key in read or key in HARMLESS or (key == "attention_bias" and family.qkv_bias):
-            continue
-        if key == "layer_types":
-            if value is not None and (
-                not isinstance(value, list) or any(kind != "full_attention" for kind in value)
-            ):
-                raise SpellError(
-                    f"{where}: layer_types other than full_attention are not supported: {value!r}"
-                )
-        elif key in _NEEDED:
-            if value not in _NEEDED[key] or isinstance(value, bool):
-                raise SpellError(f"{where}: {key}={value!r} is not supported, only {_NEEDED[key][0]!r}")
-        elif value:
-            reason = REFUSED.get(key) or (
-                "this key is unknown here, and may change what the model computes; if it does not, remove it from"
-                " a copy of the folder"
-            )
-            raise SpellError(f"{where}: {key}: {reason}")
-    check_rope(config, where)
-    return family
+    harmless = HARMLESS | family.harmless
+    if key in read or written in harmless or (key == "attention_bias" and family.qkv_bias):
+        return
+    if key == "layer_types":
+        if value is not None and (
+            not isinstance(value, list) or any(kind != "full_attention" for kind in value)
+        ):
+            raise SpellError(f"{where}: {written} other than full_attention are not supported: {value!r}")
+    elif key in _NEEDED:
+        if value not in _NEEDED[key] or isinstance(value, bool):
+            raise SpellError(f"{where}: {written}={value!r} is not supported, only {_NEEDED[key][0]!r}")
+    elif value:
+        reason = REFUSED.get(key) or (
+            "this key is unknown here, and may change what the model computes; if it does not, remove it from"
+            " a copy of the folder"
+        )
+        raise SpellError(f"{where}: {written}: {reason}")
 
 
-def rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of the rotary embedding's scaling, under either name."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return given if isinstance(given, dict) else {}
-
-
-def check_rope(config: Mapping[str, Any], where: Path) -> None:
+def _check_rope(config: HfConfig) -> None:
+    values, where = config.values, config.path
     for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise SpellError(f"{where}: {key} is {config[key]!r}, expected an object or null")
-    if config.get("rope_scaling") and config.get("rope_parameters"):
+        if not isinstance(values.get(key) or {}, dict):
+            raise SpellError(f"{where}: {key} is {values[key]!r}, expected an object or null")
+    if values.get("rope_scaling") and values.get("rope_parameters"):
         raise SpellError(f"{where} has both rope_scaling and rope_parameters: keep one of them")
-    given = rope(config)
+    given = config.rope
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE:
         raise SpellError(
@@ -159,16 +183,15 @@ def check_rope(config: Mapping[str, Any], where: Path) -> None:
         if key in _CHOSEN and value is None:  # the same as not given
             continue
         if key not in ("rope_type", "type", "truncate"):
-            number(given, key, where, float)
+            _number(given, key, where, float, key)
 
 
-def number(config: Mapping[str, Any], key: str, where: Path, kind: type[int] | type[float]) -> Any:
-    """A positive number. Raises SpellError where it is missing, or another thing."""
-    if key not in config:
-        raise SpellError(f"{where} lacks {key!r}")
-    value = config[key]
+def _number(values: Mapping[str, Any], key: str, where: Path, kind: type[T], written: str) -> T:
+    if key not in values:
+        raise SpellError(f"{where} lacks {written!r}")
+    value = values[key]
     fits = isinstance(value, int) or (kind is float and isinstance(value, float))
     if not fits or isinstance(value, bool) or not 0 < value < float("inf"):
         what = "a whole number" if kind is int else "a number"
-        raise SpellError(f"{where}: {key} is {value!r}, expected {what} above 0")
-    return value
+        raise SpellError(f"{where}: {written} is {value!r}, expected {what} above 0")
+    return kind(value)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.types import SpellError
-from spell_megatron.weights.contents import HEAD, read_contents
+from spell_megatron.weights.contents import read_contents
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,8 @@ class Manifest:
             contents = read_contents(folder)
         except SpellError as error:
             raise EngineError(str(error)) from None
-        return cls(contents.sizes, frozenset({HEAD}) if contents.shape.tied else frozenset())
+        shape = contents.shape
+        return cls(contents.sizes, frozenset({shape.family.head}) if shape.tied else frozenset())
 
     @property
     def largest(self) -> int:
