@@ -24,8 +24,10 @@ from spell_megatron.policy.world import World
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch
-from spell_megatron.weights import keys
+from spell_megatron.weights import families, keys
 from spell_megatron.weights.contents import read_contents, shape_of
+from spell_megatron.weights.families import Family
+from spell_megatron.weights.table import ROWS, named
 
 pytestmark = pytest.mark.unit
 
@@ -322,3 +324,38 @@ def test_what_is_shipped_and_known_passes() -> None:
 def test_no_key_stands_in_two_lists() -> None:
     lists = (keys.READ, keys.READ_OF_EXPERTS, keys.HARMLESS, set(keys.REFUSED), set(keys._NEEDED))
     assert sum(map(len, lists)) == len(frozenset().union(*lists))
+
+
+OWN: dict[str, tuple[Family, str]] = {
+    "like nobody": (Family("own", "Own", like="gpt2"), "is like 'gpt2'.*compute the same: llama, mistral"),
+    "like another layer": (Family("own", "Own", qk_norm=True, like="llama"), "is like 'llama'.*same: qwen3$"),
+    "without a row": (Family("own", "Own", rows=ROWS[1:]), "has no row for embedding.word_embeddings.weight"),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_family_of_the_users_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    family, words = OWN[case]
+    monkeypatch.setattr(families, "made", family, raising=False)
+    with pytest.raises(SpellError, match=f"^model.families: '{families.__name__}:made' {words}"):
+        families.find("own", [f"{families.__name__}:made"])
+
+
+def test_a_name_table_of_other_parameters_is_refused() -> None:
+    with pytest.raises(
+        SpellError, match=r"no parameter 'mlp.linear_fc1.weights'; did you mean 'mlp.linear_fc1.weight'"
+    ):
+        named({"mlp.linear_fc1.weights": ("a",)})
+    with pytest.raises(
+        SpellError, match=r"mlp.linear_fc1.weight is made of 2 tensors \(.*up_proj.weight\), not 1"
+    ):
+        named({"mlp.linear_fc1.weight": ("a",)})
+
+
+def test_a_key_under_two_names_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        families, "made", Family("own", "Own", keys={"width": "hidden_size"}, like="llama"), raising=False
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "width": 8, "hidden_size": 8}))
+    with pytest.raises(SpellError, match="says hidden_size under two names"):
+        shape_of(tmp_path, [f"{families.__name__}:made"])
