@@ -17,7 +17,7 @@ from spell_megatron.weights.table import named
 _BLOCK = "blocks.{layer}."
 
 OTTER = Family(
-    model_type="otter",
+    name="otter",
     title="Otter",
     like="qwen3",
     qk_norm=True,

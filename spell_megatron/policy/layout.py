@@ -73,7 +73,7 @@ def check_layout(layout: Layout, shape: ModelShape, world_size: int) -> WorldSha
         need(shape.ffn % tp == 0, f"an MLP width of {shape.ffn} does not divide by tensor={tp}")
         need(
             ep == 1 and etp == 1,
-            f"{shape.family.model_type} has no experts: expert and expert_tensor must be 1",
+            f"{shape.family.name} has no experts: expert and expert_tensor must be 1",
         )
     if faults:
         raise LayoutError("this layout cannot work:\n" + "\n".join(f"  {fault}" for fault in faults))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spell_megatron.imports import imported
+from spell_megatron.registry import Registry
 from spell_megatron.types import SpellError
 from spell_megatron.weights.table import HEAD, ROWS, Having, Row
 
@@ -22,8 +22,8 @@ KEY = "model.families"
 class Family:
     """See the module's docstring."""
 
-    model_type: str
-    """As config.json names it."""
+    name: str
+    """Its `model_type` in config.json."""
     title: str
     """As people call it."""
     qkv_bias: bool = False
@@ -43,8 +43,8 @@ class Family:
     refuses: frozenset[str] = frozenset()
     """Keys that change this family's computation, and are harmless in the others."""
     like: str = ""
-    """The `model_type` of a family above that computes the same, for engines and transformers that know this one by no
-    name; empty where they know it."""
+    """The name of a shipped family that computes the same, for engines and transformers that know this one by no name;
+    empty where they know it."""
 
     @property
     def having(self) -> frozenset[Having]:
@@ -75,7 +75,7 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family
+    family.name: family
     for family in (
         Family("qwen2", "Qwen2.5", qkv_bias=True),
         Family("qwen3", "Qwen3", qk_norm=True, implied={"head_dim": 128}),
@@ -86,14 +86,12 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def find(model_type: Any, own: Sequence[str] = ()) -> Family:
-    """The family of a `model_type`; of `own` import paths first. Raises SpellError where nobody knows it."""
-    families = dict(FAMILIES)
+def find(model_type: object, own: Sequence[str] = ()) -> Family:
+    """The family of a `model_type`: a shipped one, or one of `own`, by import path. SpellError where there is none."""
+    families = Registry("family of models", Family, FAMILIES.values())
     for path in own:
-        family = imported(path, Family, KEY)
-        if fault := _fault(family):
+        if fault := _fault(families.find(path, KEY)):
             raise SpellError(f"{KEY}: {path!r} {fault}")
-        families[family.model_type] = family
     if not isinstance(model_type, str) or model_type not in families:
         raise SpellError(
             f"model type {model_type!r} is not supported; supported: {', '.join(families)}. A family of your own is"

@@ -20,7 +20,7 @@ from spell_megatron.weights.keys import checked
 
 def hugging_face_config(folder: Path, family: Family) -> PreTrainedConfig:
     """What transformers makes of a folder's config.json. Raises SpellError where it knows no such model."""
-    values, kind = checked(hf_config(folder), folder / "config.json", family).values, family.known.model_type
+    values, kind = checked(hf_config(folder), folder / "config.json", family).values, family.known.name
     if kind not in CONFIG_MAPPING:
         raise SpellError(
             f"{folder}: transformers knows no model type {kind!r}: say of the family {family.title} which known one it"
@@ -47,8 +47,8 @@ def known_folder(folder: Path, into: Path, families: Sequence[str] = ()) -> Path
 
     config = {
         **checked(hf_config(folder), folder / "config.json", shape.family).values,
-        "model_type": known.family.model_type,
-        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[known.family.model_type]],
+        "model_type": known.family.name,
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[known.family.name]],
         "head_dim": shape.head_dim,
         "tie_word_embeddings": shape.tied,
     }
