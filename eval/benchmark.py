@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 from eval.data import Data
+from spell_megatron.selfplay.reading.thoughts import CLOSE, strip_thinking
 
 Mode = Literal["spell", "strict"]
 """`spell` is the paper's protocol. `strict` finds answers as self-play does, matches on word boundaries,
@@ -176,10 +177,9 @@ def final_answer(completion: Completion, thinking_prefilled: bool = False) -> st
     A template that already wrote `<think>` into the prompt leaves no opening tag in the output, so
     an output that was cut before any closing tag is reasoning too.
     """
-    _, closed, tail = completion.text.rpartition("</think>")
-    if "<think>" in tail or (thinking_prefilled and not closed and completion.finish == "length"):
+    if thinking_prefilled and completion.finish == "length" and CLOSE not in completion.text:
         return None
-    return tail
+    return strip_thinking(completion.text)
 
 
 _SLOT = re.compile(r"\{(\w+)\}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eval.benchmark import Cut, Item, Message
+from spell_megatron.selfplay.reading.thoughts import opens_thought
 
 
 class Codec(Protocol):
@@ -53,11 +54,7 @@ def middle_cut(ids: Sequence[int], limit: int) -> list[int]:
 
 def prefills_thinking(codec: Codec) -> bool:
     """Whether the chat template itself opens `<think>` at the end of a prompt."""
-    return (
-        codec.decode(codec.conversation(({"role": "user", "content": "?"},))[-12:])
-        .rstrip()
-        .endswith("<think>")
-    )
+    return opens_thought(codec.conversation(({"role": "user", "content": "?"},)), codec.decode)
 
 
 def _head_cut(item: Item, codec: Codec, limit: int) -> list[int] | None:

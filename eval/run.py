@@ -25,6 +25,7 @@ from eval.plot import plot
 from eval.report import Report
 from eval.runner import Settings
 from spell_megatron.config import Rollout
+from spell_megatron.files import hf_config, weights_dtype
 from spell_megatron.record import working
 from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
@@ -104,8 +105,7 @@ def evaluate(
         raise SpellError("--samples and the concurrency are at least 1")
     folders = [Path(model) for model in models]
     for folder in folders:
-        if not (folder / "config.json").is_file():
-            raise SpellError(f"{folder} is no Hugging Face model folder: it has no config.json")
+        hf_config(folder)  # it is a model's
     names = [str(folder) for folder in folders] or [endpoint_model or endpoint or ""]
     paper = None if beside_paper is None else [find_model(beside_paper or name) for name in names]
     if paper and settings.protocol != "paper":
@@ -185,7 +185,7 @@ class _Work:
 
         Raises SpellError where the model's window is smaller than an input limit.
         """
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = hf_config(folder)
         window = int(config.get("max_position_embeddings") or 0)
         output = max(self._output(benchmark) for benchmark, _, _ in self.loaded)
         longest = max(self.max_input) if any(benchmark.long for benchmark, _, _ in self.loaded) else SHORT
@@ -197,9 +197,8 @@ class _Work:
         wanted = longest + output + RESERVE
         if window and wanted > window:
             say(self.console, f"{folder}: outputs end at the model's window of {window} tokens")
-        dtype = config.get("dtype") or config.get("torch_dtype")
         return Rollout(
-            dtype=dtype if dtype in ("float32", "float16") else "bfloat16",
+            dtype="float32" if weights_dtype(config) == "float32" else "bfloat16",
             max_model_len=min(wanted, window or wanted),
         )
 

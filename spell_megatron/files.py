@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def hf_config(folder: Path) -> dict[str, Any]:
         raise SpellError(
             f"{folder} is not a model folder: it has no config.json; give the folder of a Hugging Face model"
         ) from None
+
+
+def weights_dtype(config: Mapping[str, Any]) -> str | None:
+    """In which precision a config.json says that the weights are; older ones say it under another key."""
+    return config.get("dtype") or config.get("torch_dtype")
 
 
 def replace_text(path: Path, text: str) -> None:

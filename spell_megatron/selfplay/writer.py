@@ -14,6 +14,7 @@ from spell_megatron.selfplay.fitting import Fitted, fit
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.ports import Codec, Generator, Judge
 from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.reading.thoughts import OPEN, opens_thought
 from spell_megatron.selfplay.seeds import Name, random_of, seed_of
 from spell_megatron.types import Cluster, Document, Question, Rollout
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from spell_megatron.selfplay.roles.role import Role
 
 T = TypeVar("T")
-_OPENING = 12
-"""Tokens at a prompt's end in which a template may open a thought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,5 +100,5 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 def written(codec: Codec, rollout: Rollout) -> str:
     """The text of a completion, with the `<think>` that the chat template opened for it at the prompt's end."""
-    opened = codec.decode(rollout.prompt[-_OPENING:]).rstrip().endswith("<think>")
-    return f"{'<think>' if opened else ''}{codec.decode(rollout.tokens)}"
+    opened = OPEN if opens_thought(rollout.prompt, codec.decode) else ""
+    return f"{opened}{codec.decode(rollout.tokens)}"

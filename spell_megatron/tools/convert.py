@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
 from spell_megatron.config import Dtype, Policy, load_config
-from spell_megatron.files import hf_config
+from spell_megatron.files import hf_config, weights_dtype
 from spell_megatron.outputs import check_output, publish, stage
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import agreed, start_world, stop_world
@@ -26,8 +26,7 @@ def import_hf(folder: Path, out: Path, families: Sequence[str] = ()) -> None:
     Raises SpellError where `out` is not empty and no earlier import, as a run's folder is.
     """
     check_output(out, "import")
-    hf = hf_config(folder)
-    dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    dtype = weights_dtype(hf_config(folder)) or "float32"
     if dtype not in get_args(Dtype):
         raise SpellError(f"{folder} holds {dtype} weights; convert them to bfloat16 or float32 first")
     with _learner(Policy(dtype=cast(Dtype, dtype)), folder, families) as learner:

@@ -1,8 +1,19 @@
-"""Where the reasoning of a text ends."""
+"""Where the reasoning of a text begins and ends."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from spell_megatron.types import Tokens
+
 OPEN, CLOSE = "<think>", "</think>"
+_LAST = 12
+"""Tokens of a prompt's end in which a tag stands, however it is cut into tokens."""
+
+
+def opens_thought(prompt: Tokens, decode: Callable[[Tokens], str]) -> bool:
+    """Whether a prompt ends with an opened thought, which what is written then goes on with."""
+    return decode(prompt[-_LAST:]).rstrip().endswith(OPEN)
 
 
 def strip_thinking(text: str) -> str | None:
