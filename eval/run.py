@@ -116,7 +116,8 @@ def evaluate(
     if endpoint:
         source = Endpoint(endpoint, model=endpoint_model, api_key=api_key, limits=limits)
         return _finished([asyncio.run(work.report(source, tokenizer, endpoint_model))], paper, out)
-    from spell_megatron.rollout.server import SERVED_NAME, serve  # torch: only where a server is started
+    from spell_megatron.rollout.dialect import SERVED_NAME
+    from spell_megatron.rollout.server import serve  # torch: only where a server is started
 
     reports = []
     for folder in folders:

@@ -17,29 +17,30 @@ from pathlib import Path
 import pytest
 
 from spell_megatron.config import RECIPES, ConfigError, Rollout, load_config
-from spell_megatron.rollout import backend
+from spell_megatron.rollout import backend, dialect
+from spell_megatron.rollout.dialect import Route
 from spell_megatron.rollout.server import Launch
 
 pytestmark = pytest.mark.unit
 
 OURS = Path(__file__).parent.parent / "spell_megatron" / "rollout"
 ROUTES = {
-    ("get", "/health"): set(),
-    ("get", "/weight_info"): set(),
-    ("get", "/get_world_size"): set(),
-    ("post", "/pause"): {"mode"},
-    ("post", "/resume"): set(),
-    ("post", "/sleep"): {"level"},
-    ("post", "/wake_up"): {"tags"},
-    ("post", "/init_weight_transfer_engine"): {"init_info"},
-    ("post", "/shutdown_weight_transfer_engine"): set(),
-    ("post", "/start_weight_update"): set(),
-    ("post", "/update_weights"): {"update_info"},
-    ("post", "/finish_weight_update"): {"weight_version"},
-    ("post", "/update_weight_version"): {"new_version"},
-    ("post", "/reset_prefix_cache"): set(),
-    ("post", "/collective_rpc"): {"method"},
-    ("post", "/inference/v1/generate"): set(),
+    ("get", Route.HEALTH): set(),
+    ("get", Route.WEIGHT_INFO): set(),
+    ("get", Route.WORLD_SIZE): set(),
+    ("post", Route.PAUSE): {"mode"},
+    ("post", Route.RESUME): set(),
+    ("post", Route.SLEEP): {"level"},
+    ("post", Route.WAKE): {"tags"},
+    ("post", Route.OPEN_TRANSFER): {"init_info"},
+    ("post", Route.CLOSE_TRANSFER): set(),
+    ("post", Route.BEGIN_UPDATE): set(),
+    ("post", Route.UPDATE): {"update_info"},
+    ("post", Route.END_UPDATE): {"weight_version"},
+    ("post", Route.NAME_WEIGHTS): {"new_version"},
+    ("post", Route.FORGET_PREFIXES): set(),
+    ("post", Route.CALL_WORKERS): {"method"},
+    ("post", Route.GENERATE): set(),
 }
 """With the parameters of a query or keys of a body that we send."""
 FIELDS = {
@@ -123,20 +124,28 @@ def test_every_route_is_there_and_takes_what_it_is_given() -> None:
         assert given <= found[route], route
 
 
-def test_every_route_that_is_called_is_looked_for() -> None:
-    """No path in our code is missing above."""
-    texts = {
-        node.value.partition("?")[0]
+def test_routes_stand_in_one_place_and_each_is_looked_for() -> None:
+    assert {path for _, path in ROUTES} == set(Route)
+    for file in OURS.rglob("*.py"):
+        texts = {
+            node.value.partition("?")[0]
+            for node in ast.walk(parsed(file))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/")
+        }
+        paths = {text for text in texts if " " not in text and text != "/"}
+        elsewhere = {path for path in paths if not path.startswith(("/proc", "/memfd", "/fd/"))}
+        assert file.name == "dialect.py" or not elsewhere, file
+
+
+def test_variables_stand_in_one_place_and_are_there() -> None:
+    named = {
+        file: set(re.findall(r"VLLM_[A-Z0-9_]+", file.read_text(encoding="utf-8")))
         for file in OURS.rglob("*.py")
-        for node in ast.walk(parsed(file))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/")
     }
-    called = {
-        text
-        for text in texts
-        if text.count(" ") == 0 and text != "/" and not text.startswith(("/proc", "/memfd", "/fd/"))
-    }
-    assert called <= {path for _, path in ROUTES}
+    known = (source() / "envs.py").read_text(encoding="utf-8")
+    for file, names in named.items():
+        assert file.name == "dialect.py" or not names, file
+        assert all(f'"{name}"' in known for name in names)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -158,9 +167,9 @@ def test_every_imported_name_is_there() -> None:
                     assert there, f"{file.name}: {node.module}.{alias.name}"
 
 
-@pytest.mark.parametrize("chosen", [backend.CPU, backend.CUDA])
+@pytest.mark.parametrize("chosen", [dialect.CPU, dialect.CUDA])
 def test_every_flag_is_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: backend.Backend
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: dialect.Backend
 ) -> None:
     monkeypatch.setattr(backend, "current", lambda: chosen)
     known = fields("AsyncEngineArgs") | fields("FrontendArgs") | {"model"}
@@ -171,14 +180,14 @@ def test_every_flag_is_there(
         words = launch.command({"port": 8000})
         flags = {word[2:].replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
         assert not flags - known, recipe.stem
-        if chosen is backend.CUDA:
+        if chosen is dialect.CUDA:
             share = words[words.index("--gpu-memory-utilization") + 1]
             assert float(share) == rollout.gpu_memory, "vLLM's default is more than a trainer leaves"
             assert "--enable-sleep-mode" in words
 
 
 def test_who_never_sleeps_is_not_made_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(backend, "current", lambda: backend.CUDA)
+    monkeypatch.setattr(backend, "current", lambda: dialect.CUDA)
     launch = Launch(tmp_path, Rollout(), tmp_path, tmp_path / "log", "nccl")
     assert "--enable-sleep-mode" not in launch.command({"port": 8000})
 
@@ -212,7 +221,7 @@ def test_arguments_that_are_set_already_are_refused_by_their_owner(
     engine: dict[str, object], owner: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(owner)):
-        backend.engine_arguments(Rollout(engine=engine), backend.CPU)
+        dialect.engine_arguments(Rollout(engine=engine), dialect.CPU)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import torch
 from models import make_model
 
 from spell_megatron.config import Rollout
-from spell_megatron.rollout import backend
-from spell_megatron.rollout.experts import START, PromptExperts, decoded
+from spell_megatron.rollout import backend, dialect
+from spell_megatron.rollout.experts import PromptExperts, decoded
 from spell_megatron.rollout.server import Launch
 
 pytestmark = pytest.mark.engine
@@ -55,7 +55,7 @@ def test_where_there_is_no_gpu_vllm_refuses(scratch: Path, monkeypatch: pytest.M
     from vllm.engine.arg_utils import EngineArgs
 
     mixture, settings = make_model("moe", scratch / "moe"), Rollout(dtype="float32", max_model_len=64)
-    arguments = backend.engine_arguments(settings, backend.CPU, tells_experts=True)
+    arguments = dialect.engine_arguments(settings, dialect.CPU, tells_experts=True)
     for chosen, refusal in (("0", "requires Model Runner V2"), ("1", "V2 requires Triton")):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
         with backend.undisturbed(scratch), pytest.raises(ValueError, match=refusal):
@@ -104,7 +104,7 @@ def test_they_end_before_the_last_token_and_skip_what_is_known(scratch: Path) ->
         num_prompt_tokens=4,
         num_output_tokens=0,
         num_tokens=4,
-        sampling_params=SimpleNamespace(**{START: 4}),
+        sampling_params=SimpleNamespace(**{dialect.EXPERTS_FROM: 4}),
     )
     scheduled = SimpleNamespace(num_scheduled_tokens={"r": 4})
     assert connector.build_connector_meta(scheduled, {"r": started}).requests == {"r": 4}
@@ -115,7 +115,9 @@ def test_the_token_route_takes_the_start_and_brings_them_back(scratch: Path) -> 
     from vllm.outputs import CompletionOutput
     from vllm.utils.serial_utils import numpy2base64
 
-    asked = GenerateRequest.model_validate({"token_ids": PROMPT, "sampling_params": {START: 4}})
+    asked = GenerateRequest.model_validate(
+        {"token_ids": PROMPT, "sampling_params": {dialect.EXPERTS_FROM: 4}}
+    )
     assert asked.sampling_params.routed_experts_prompt_start == 4
     for rows in (told(6), told(6).astype(np.uint16)):
         choice = GenerateTokensChoice(index=0, routed_experts=numpy2base64(rows)).model_dump()

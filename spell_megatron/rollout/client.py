@@ -14,12 +14,11 @@ import httpx
 
 from spell_megatron.rollout import experts
 from spell_megatron.rollout.address import Address
+from spell_megatron.rollout.dialect import SERVED_NAME, Route, sampling_parameters
 from spell_megatron.rollout.engine import EngineError, versions_of
-from spell_megatron.rollout.server import SERVED_NAME
 from spell_megatron.types import Experts, Rollout, Tokens
 
 _CONNECT_SECONDS = 10.0
-_SEED_BITS = 63  # vLLM's request seed is a signed 64-bit number
 
 
 class Unavailable(EngineError):
@@ -69,23 +68,20 @@ class Client:
 
         `experts_from` is the prompt's first token whose experts are asked for, where the server tells them.
         """
-        told = {} if experts_from is None else {experts.START: experts_from}
         answer = await self._json(
             "POST",
-            "/inference/v1/generate",
+            Route.GENERATE,
             json={
                 "model": SERVED_NAME,
                 "token_ids": list(prompt),
-                "sampling_params": {
-                    "seed": seed & ((1 << _SEED_BITS) - 1),
-                    "max_tokens": max_tokens,
-                    "temperature": temperature,
-                    "top_p": top_p,
-                    "stop_token_ids": list(stop),
-                    "logprobs": 0,  # of the sampled token alone
-                    "detokenize": False,
-                    **told,
-                },
+                "sampling_params": sampling_parameters(
+                    seed=seed,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    stop=stop,
+                    experts_from=experts_from,
+                ),
             },
         )
         try:
@@ -95,7 +91,7 @@ class Client:
 
     async def version(self, timeout: float) -> str:
         """The label of the weights it holds. The engine's core answers, so this is a sign of life, too."""
-        answer = await self._json("GET", "/weight_info", timeout=timeout)
+        answer = await self._json("GET", Route.WEIGHT_INFO, timeout=timeout)
         return str(answer.get("weight_version"))
 
     async def post(self, path: str, timeout: float, **body: Any) -> None:
@@ -103,7 +99,7 @@ class Client:
 
     async def world_size(self, timeout: float) -> int:
         """Workers that a transfer has to reach."""
-        return int((await self._json("GET", "/get_world_size", timeout=timeout))["world_size"])
+        return int((await self._json("GET", Route.WORLD_SIZE, timeout=timeout))["world_size"])
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from spell_megatron.rollout.dialect import START_METHOD
+
 
 def look_at_models_here() -> None:
     """Have vLLM look at a model's class in this process."""
@@ -29,7 +31,7 @@ def fork() -> None:
 
     def configure_and_fork(config: Any) -> None:
         configure(config)
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        os.environ[START_METHOD] = "fork"
 
     CpuPlatform.check_and_update_config = staticmethod(configure_and_fork)
 

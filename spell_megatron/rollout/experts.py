@@ -18,9 +18,6 @@ from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.types import Experts, Tokens
 
-START = "routed_experts_prompt_start"
-"""vLLM's sampling parameter: the prompt's first token whose experts are asked for."""
-
 
 def check_replay(config: Config) -> None:
     """Raise EngineError where the engines that are to be started here could not tell their experts."""

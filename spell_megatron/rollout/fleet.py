@@ -23,7 +23,7 @@ import torch
 
 from spell_megatron.config import Config
 from spell_megatron.config import Rollout as Settings
-from spell_megatron.rollout import backend
+from spell_megatron.rollout import backend, dialect
 from spell_megatron.rollout.address import Address, read_secret
 from spell_megatron.rollout.client import Aborted, Unavailable
 from spell_megatron.rollout.dispatch import Dispatcher
@@ -64,8 +64,6 @@ _log = logging.getLogger(__name__)
 _ATTEMPTS = 20
 """Servers may fail a request so often; one that every server fails would otherwise be asked for ever."""
 _UP = (State.SYNCING, State.HEALTHY, State.SUSPECT, State.ASLEEP)
-_KEEPS, _DISCARDS = 1, 2
-"""vLLM's levels of sleep: weights wait in host memory, or are lost."""
 Result = TypeVar("Result")
 
 
@@ -256,7 +254,7 @@ class Fleet:
                     _log.info("%s is trusted to hold version %d", member.name, version)
                 try:
                     await member.client.post(
-                        "/update_weight_version", self._servers.sync_seconds, new_version=str(version)
+                        dialect.Route.NAME_WEIGHTS, self._servers.sync_seconds, new_version=str(version)
                     )
                     return await member.happened(Synced(version))
                 except Unavailable as error:
@@ -408,8 +406,8 @@ class Fleet:
     async def _put_to_sleep(self, member: Member, keep: bool) -> None:
         state = member.health.state
         if state in _UP:
-            level = _KEEPS if keep else _DISCARDS
-            if await self._told(member, f"/sleep?level={level}"):
+            level = dialect.KEEPS if keep else dialect.DISCARDS
+            if await self._told(member, f"{dialect.Route.SLEEP}?level={level}"):
                 return await member.happened(Slept(keep))
         if state is not State.LOST:
             await member.happened(Evicted() if state is State.STARTING else Exited())
@@ -425,9 +423,9 @@ class Fleet:
     async def _wake(self, member: Member, memory: Memory) -> None:
         if memory not in member.health.asleep:
             return
-        awake = await self._told(member, f"/wake_up?tags={backend.SLEEP_TAGS[memory]}")
+        awake = await self._told(member, f"{dialect.Route.WAKE}?tags={dialect.SLEEP_TAGS[memory]}")
         if awake and len(member.health.asleep) == 1:
-            awake = await self._told(member, "/resume")
+            awake = await self._told(member, dialect.Route.RESUME)
         if awake:
             await member.happened(Woke(memory))
         else:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 
 from spell_megatron.config import Rollout as Settings
-from spell_megatron.rollout import backend
+from spell_megatron.rollout import backend, dialect
 from spell_megatron.rollout.cpu_start import look_at_models_here
 from spell_megatron.rollout.engine import (
     EngineError,
@@ -33,7 +33,7 @@ from spell_megatron.rollout.engine import (
     room_for,
     versions_of,
 )
-from spell_megatron.rollout.experts import START, PromptExperts
+from spell_megatron.rollout.experts import PromptExperts
 from spell_megatron.rollout.transfer.manifest import Manifest, buckets
 from spell_megatron.types import Experts, Rollout, Tokens
 from tokenizer.ends import end_tokens
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 _BUCKET_BYTES = 256 << 20
-_SEED_BITS = 63  # vLLM's request seed is a signed 64-bit number
 
 
 @dataclass(slots=True)
@@ -118,7 +117,7 @@ class InProcessEngine:
                     seed=seed,
                     disable_log_stats=True,
                     weight_transfer_config=WeightTransferConfig(backend=inproc.NAME),
-                    **backend.engine_arguments(
+                    **dialect.engine_arguments(
                         settings,
                         backend.current(),
                         sleeps=self._sleeps,
@@ -156,15 +155,15 @@ class InProcessEngine:
             id,
             tokens_input(list(prompt)),
             SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed & ((1 << _SEED_BITS) - 1),
-                max_tokens=max_tokens,
-                stop_token_ids=self._stop,
-                logprobs=0,  # of the sampled token alone
-                detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
-                **{START: 0 if known is None else len(prompt)},
+                **dialect.sampling_parameters(
+                    seed=seed,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    stop=self._stop,
+                    experts_from=0 if known is None else len(prompt),
+                ),
             ),
         )
         self._requests[id] = _Request(prompt, asyncio.get_running_loop().create_future(), known)
@@ -282,14 +281,14 @@ class InProcessEngine:
     def sleep(self, keep: bool = True) -> None:
         if self._sleeps:
             keep = keep or self._manifest.mixture
-            self._llm.sleep(level=1 if keep else 2)
+            self._llm.sleep(level=dialect.KEEPS if keep else dialect.DISCARDS)
             self._asleep = {"weights", "cache"}
             if not keep:
                 self._fault = "its weights were given up for an update that has not come"
 
     def wake(self, memory: Memory) -> None:
         if memory in self._asleep:
-            self._llm.wake_up(tags=[backend.SLEEP_TAGS[memory]])
+            self._llm.wake_up(tags=[dialect.SLEEP_TAGS[memory]])
             self._asleep.remove(memory)
 
     def healthy(self) -> bool:

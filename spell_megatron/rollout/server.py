@@ -19,12 +19,11 @@ import httpx
 
 import spell_megatron
 from spell_megatron.config import Rollout
-from spell_megatron.rollout import backend, door, guard, private_folder
+from spell_megatron.rollout import backend, dialect, door, guard, private_folder
 from spell_megatron.rollout.address import Address, new_secret
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.topology import visible
 
-SERVED_NAME = "policy"
 _LOG_LINES, _LOG_BYTES = 15, 64 << 10
 """Characters of the end of a log in a message."""
 # What torchrun tells its workers would make a server take itself for one of them.
@@ -64,39 +63,31 @@ class Launch:
 
     def command(self, where: Mapping[str, Any]) -> list[str]:
         """`where` it listens, in vLLM's arguments."""
-        servers = self.settings.servers
         arguments: dict[str, Any] = {
-            **backend.engine_arguments(
+            **dialect.engine_arguments(
                 self.settings, backend.current(), sleeps=self.sleeps, tells_experts=self.tells_experts
             ),
-            "model": str(self.model),
-            "served_model_name": SERVED_NAME,
+            **dialect.server_arguments(
+                *(self.settings, self.model),
+                door=f"{door.__name__}.{door.Door.__name__}",
+                tokenizer=self.tokenizer,
+                transfer=self.transfer,
+            ),
             **where,
-            "middleware": f"{door.__name__}.{door.Door.__name__}",
-            "allowed_origins": [],  # of browsers
-            "disable_uvicorn_access_log": True,  # a line a request would fill disks
-            "tensor_parallel_size": servers.tensor,
-            "skip_tokenizer_init": not self.tokenizer,
-            "enable_scale_out": True,  # the endpoint that takes and gives tokens
-            "enable_prompt_tokens_details": True,  # says how much of a prompt was cached
-            "chat_template": "{{ '' }}",  # prompts come as tokens: no template of the folder is run
         }
-        if self.transfer is not None:
-            arguments["weight_transfer_config"] = json.dumps({"backend": self.transfer})
-            arguments["worker_extension_cls"] = "spell_megatron.rollout.transfer.extension.Extension"
         return [sys.executable, "-m", backend.current().server, *_flags(arguments)]
 
     def environment(self, sockets: str, secret: str) -> dict[str, str]:
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if name not in _TORCHRUN and not name.startswith(("TORCHELASTIC_", "VLLM_"))
+            if name not in _TORCHRUN and not name.startswith(("TORCHELASTIC_", dialect.PREFIX))
         }
         package = str(Path(spell_megatron.__file__).parent.parent)
-        ours = backend.server_environment(self.scratch, sockets, self.transfer)
+        ours = dialect.server_environment(backend.current(), self.scratch, sockets, self.transfer)
         variables = {
             **inherited,
-            **backend.passed_variables(self.settings, ours),
+            **dialect.passed_variables(self.settings, ours),
             **ours,
             door.VARIABLE: secret,
             "PYTHONPATH": os.pathsep.join(filter(None, [package, inherited.get("PYTHONPATH")])),
@@ -196,7 +187,7 @@ def free_port(host: str) -> int:
 
 def _answers(client: httpx.Client) -> bool:
     try:
-        return client.get("/health").status_code == httpx.codes.OK
+        return client.get(dialect.Route.HEALTH).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
 

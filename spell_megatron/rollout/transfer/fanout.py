@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdatePayload
 from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
 
 from spell_megatron.rollout.address import Address
+from spell_megatron.rollout.dialect import Route
 from spell_megatron.rollout.engine import EngineError
 
 _GRACE_SECONDS = 10.0
@@ -86,22 +87,20 @@ class FanOut:
             own = {"rank_offset": self._ranks[peer].start} if "rank_offset" in init_info else {}
             return {**init_info, **own}
 
-        self._all(
-            lambda peer: self._post(peer, "/init_weight_transfer_engine", json={"init_info": info(peer)})
-        )
+        self._all(lambda peer: self._post(peer, Route.OPEN_TRANSFER, json={"init_info": info(peer)}))
 
     def start_weight_update(self) -> None:
-        self.post("/start_weight_update")
+        self.post(Route.BEGIN_UPDATE)
 
     def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
-        self.post("/update_weights", json={"update_info": _json_safe_update_payload(update_info)})
+        self.post(Route.UPDATE, json={"update_info": _json_safe_update_payload(update_info)})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.post("/finish_weight_update", json={"weight_version": self._version})
+        self.post(Route.END_UPDATE, json={"weight_version": self._version})
 
     def resume(self) -> None:
         """Have them answer requests again. Who sleeps does when it wakes: before, a request would find no cache."""
-        self._all(lambda peer: None if peer.asleep else self._post(peer, "/resume"))
+        self._all(lambda peer: None if peer.asleep else self._post(peer, Route.RESUME))
 
     def greet(self) -> None:
         """See whether everybody is there, before anything waits for them, and refuse to go backwards.
@@ -130,13 +129,13 @@ class FanOut:
 
     def watch(self) -> None:
         """Have every worker keep checksums of what it is given."""
-        self.post("/collective_rpc", json={"method": "watch_weights"})
+        self.post(Route.CALL_WORKERS, json={"method": "watch_weights"})
 
     def compare(self, sums: Mapping[str, int]) -> None:
         """Hold what every worker was given against what was sent."""
 
         def check(peer: Peer) -> None:
-            answer = self._post(peer, "/collective_rpc", json={"method": "given_weights"})
+            answer = self._post(peer, Route.CALL_WORKERS, json={"method": "given_weights"})
             for rank, given in zip(self._ranks[peer], answer["results"], strict=True):
                 wrong = sorted(
                     name for name in sums.keys() | given.keys() if sums.get(name) != given.get(name)
@@ -154,7 +153,7 @@ class FanOut:
         what they share with the trainer. Who does not answer that is silent, too."""
 
         def close(peer: Peer) -> None:
-            for path in ("/finish_weight_update", "/shutdown_weight_transfer_engine"):
+            for path in (Route.END_UPDATE, Route.CLOSE_TRANSFER):
                 with contextlib.suppress(EngineError):  # nothing to finish, or to shut down
                     self._post(peer, path, _GRACE_SECONDS)
 
@@ -164,12 +163,12 @@ class FanOut:
     def release(self, peers: Collection[Peer]) -> None:
         """Have those of `peers` that still take part let go of a communicator that is no longer used."""
         self._all(
-            lambda peer: self._post(peer, "/shutdown_weight_transfer_engine"),
+            lambda peer: self._post(peer, Route.CLOSE_TRANSFER),
             [peer for peer in self._peers if peer in peers],
         )
 
     def _held(self, peer: Peer) -> str:
-        answer = self._clients[peer].get("/weight_info", timeout=self.remaining)
+        answer = self._clients[peer].get(Route.WEIGHT_INFO, timeout=self.remaining)
         return str(answer.json().get("weight_version"))
 
     def post(self, path: str, timeout: float | None = None, **arguments: Any) -> None:

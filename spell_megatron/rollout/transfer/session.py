@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeight
 
 from spell_megatron.config import Servers
 from spell_megatron.rendezvous import own_address
+from spell_megatron.rollout.dialect import PAUSES, Route
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.transfer import gloo, nccl
 from spell_megatron.rollout.transfer.checksum import noted
@@ -205,7 +206,7 @@ class _Protocol:
     def __init__(self, way: str, settings: Servers) -> None:
         self._way = way
         self._seconds = settings.sync_seconds
-        self._pause = {"finish": "wait", "restart": "abort", "continue": "keep"}[settings.in_flight]
+        self._pause = PAUSES[settings.in_flight]
         self._drain_seconds = settings.request_seconds
         self.summed = settings.verify == "checksum"
 
@@ -215,7 +216,7 @@ class _Protocol:
     def open(self, client: FanOut) -> None:
         """See whether everybody is there, before anything waits for them, and have them end what runs."""
         client.greet()
-        client.post("/pause", params={"mode": self._pause}, timeout=self._drain_seconds)
+        client.post(Route.PAUSE, params={"mode": self._pause}, timeout=self._drain_seconds)
 
     def run(self, client: FanOut, send: Callable[[], None], sums: dict[str, int]) -> None:
         """`send`, and have the engines serve what they hold then."""
@@ -223,7 +224,7 @@ class _Protocol:
             client.watch()
         send()
         # The caches of what runs, too: before it goes on, it is computed anew by these weights.
-        client.post("/reset_prefix_cache", params={"reset_running_requests": True})
+        client.post(Route.FORGET_PREFIXES, params={"reset_running_requests": True})
         client.verify()
         if self.summed:
             client.compare(sums)
