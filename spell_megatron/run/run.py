@@ -117,9 +117,7 @@ class Run:
         stack.callback(self.lead.close)
         main.work(
             "reads the corpus and starts the engines",
-            lambda: self._lead(
-                known_folder(model, served, config.model.families), stack, benchmarks, judges
-            ),
+            lambda: self._lead(known_folder(model, served, config.model.families), stack, benchmarks, judges),
         )
         if self._found.colocated and isinstance(self.lead, Driver):
             self._placement.admit(EngineResidence(self.lead.engine))

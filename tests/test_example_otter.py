@@ -1,4 +1,4 @@
-"""examples/family: a model under other names is read, trained, played with and written as one under the usual names."""
+"""examples/otter: a model under other names is read, trained, played with and written as one under the usual names."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spell_megatron.config import Policy, load_config
-from spell_megatron.convert import export_hf, import_hf
-from spell_megatron.parity import compare
 from spell_megatron.plan import plan_all
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
 from spell_megatron.record import RunFolder, read_metrics
-from spell_megatron.train import train
+from spell_megatron.run.loop import train
+from spell_megatron.tools.convert import export_hf, import_hf
+from spell_megatron.tools.parity import compare
 from spell_megatron.types import SpellError
 from spell_megatron.weights.contents import read_contents
 
 ROOT = Path(__file__).parent.parent
 SEED = ROOT / "spell_megatron" / "assets" / "toy-seed"
+RECIPE = str(ROOT / "examples" / "otter.yaml")
 OTTER = ("otter:OTTER",)
 CONFIG = {
     "model_type": "otter",
@@ -135,8 +136,7 @@ RENAMED = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The shipped toy model as an Otter."""
-    monkeypatch.syspath_prepend(ROOT / "examples" / "family")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples" / "family"), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples"), prepend=":")
     otter = tmp_path / "otter"
     shutil.copytree(SEED, otter)
     tensors = {}
@@ -190,7 +190,7 @@ def test_without_its_family_it_is_refused_and_with_it_so_is_an_unknown_key(folde
 
 @pytest.mark.unit
 def test_the_planner_builds_it(folder: Path) -> None:
-    otter = load_config("toy", [f"model.path={folder}", "model.families=[otter:OTTER]"])
+    otter = load_config(RECIPE, [f"model.path={folder}"])
     found, usual = plan_all([otter, load_config("toy")])
     assert found.rehearsal == usual.rehearsal
     assert found.to_dict()["per_rank"] == usual.to_dict()["per_rank"]
@@ -198,10 +198,10 @@ def test_the_planner_builds_it(folder: Path) -> None:
 
 @pytest.mark.engine
 def test_it_plays_trains_and_is_exported_as_itself(folder: Path, tmp_path: Path) -> None:
-    overrides = [f"runs={tmp_path}", f"model.path={folder}", "model.families=[otter:OTTER]", "steps=1"]
+    overrides = [f"runs={tmp_path}", f"model.path={folder}", "steps=1"]
     overrides += ["selfplay.questions=3", "selfplay.round_questions=12", "heldout.questions=0"]
     overrides += ["rollout.kv_cache_mib=64", "corpus.toy_clusters=6"]
-    run = RunFolder(Path(train(load_config("toy", overrides)).run_dir))
+    run = RunFolder(Path(train(load_config(RECIPE, overrides)).run_dir))
     assert read_metrics(run)[-1]["mismatch/mean"] < 1e-4
     assert json.loads((run.hf / "config.json").read_text()) == CONFIG
     assert read_contents(run.hf, OTTER).sizes == read_contents(folder, OTTER).sizes

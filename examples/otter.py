@@ -1,9 +1,8 @@
 """A family of models whose config.json and weights have names of their own, without a change to the core.
 
-Otter computes what Qwen3 does and calls everything otherwise. With this folder on PYTHONPATH:
+Otter computes what Qwen3 does and calls everything otherwise:
 
-    spell-megatron train toy model.path=OTTER_FOLDER 'model.families=[otter:OTTER]'
-    spell-megatron parity OTTER_FOLDER --family otter:OTTER
+    PYTHONPATH=examples spell-megatron parity OTTER_FOLDER --family otter:OTTER
 
 vLLM and transformers know no Otter. They are given a copy of the model under the names of the family that it is `like`,
 and so are the weights of every resync; what a run exports is an Otter again.
