@@ -299,7 +299,7 @@ def plan(
         text, found = planner.ranking(plans), {"plans": [one.to_dict() for one in plans]}
     else:
         one = planner.plan(config, gpus, gpu_memory)
-        text, found = one.table(), one.to_dict()
+        text, found = planner.render(one), one.to_dict()
     say(text)
     if json:
         _print_json(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,27 @@ def test_imports_run_one_way(module: str, path: Path) -> None:
     for root, banned in FORBIDDEN.items():
         if module == root or module.startswith(root + "."):
             assert not top & banned, f"{module} must not import {top & banned}"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Inside rooms, too. What is imported for a type checker alone does not count."""
+    known = dict(modules())
+    graph: dict[str, set[str]] = {module: set() for module in known}
+    for module, path in known.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        typing = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ]
+        unseen = {inner for node in typing for part in node.body for inner in ast.walk(part)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node not in unseen:
+                named = (f"{node.module}.{alias.name}" for alias in node.names)
+                graph[module].update(name if name in known else node.module for name in named)
+            elif isinstance(node, ast.Import):
+                graph[module].update(alias.name for alias in node.names)
+    TopologicalSorter({module: names - {module} for module, names in graph.items()}).prepare()
 
 
 def test_configuration_and_self_play_load_without_torch() -> None:

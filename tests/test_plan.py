@@ -15,11 +15,13 @@ from spell_megatron.plan import ranking, search
 from spell_megatron.plan.activations import Stream, activations
 from spell_megatron.plan.assumptions import GIB, Assumptions
 from spell_megatron.plan.catalogue import architecture, known
+from spell_megatron.plan.changes import changed, resized
+from spell_megatron.plan.estimate import estimate
+from spell_megatron.plan.findings import ROOM, Plan
 from spell_megatron.plan.parameters import active_parameters, held, total_parameters
-from spell_megatron.plan.planner import ROOM, Plan, estimate, resized
 from spell_megatron.plan.rehearsal import _check_covered
 from spell_megatron.plan.resync import resync, tensor_count
-from spell_megatron.plan.search import changed, remedies
+from spell_megatron.plan.search import remedies
 from spell_megatron.plan.workload import batch_work, forward_work
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.types import SpellError

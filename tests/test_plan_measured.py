@@ -18,8 +18,8 @@ from spell_megatron.plan import plan_all
 from spell_megatron.plan.activations import Stream, activations
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.catalogue import architecture
+from spell_megatron.plan.findings import ROOM
 from spell_megatron.plan.parameters import held, static_bytes
-from spell_megatron.plan.planner import ROOM
 from spell_megatron.plan.rehearsal import Job, rehearse
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner

@@ -27,7 +27,7 @@ from spell_megatron.config import (
     model_recipes,
 )
 from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.planner import estimate
+from spell_megatron.plan.estimate import estimate
 from spell_megatron.policy.layout import LayoutError
 from spell_megatron.topology import LOCAL, Seat, Topology, topology, visible
 

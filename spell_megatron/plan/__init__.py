@@ -4,8 +4,9 @@
 activations, the engine, traffic and time. `search` ranks layouts by arithmetic alone.
 """
 
-from spell_megatron.plan.planner import Plan, plan, plan_all
+from spell_megatron.plan.findings import Plan
+from spell_megatron.plan.planner import plan, plan_all
 from spell_megatron.plan.search import search
-from spell_megatron.plan.table import ranking
+from spell_megatron.plan.table import ranking, render
 
-__all__ = ["Plan", "plan", "plan_all", "ranking", "search"]
+__all__ = ["Plan", "plan", "plan_all", "ranking", "render", "search"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from spell_megatron.config import Config, Layout, written
 from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.planner import ROOM, Plan, estimate, resized
+from spell_megatron.plan.changes import changed, resized
+from spell_megatron.plan.estimate import estimate
+from spell_megatron.plan.findings import Plan
 from spell_megatron.policy.layout import LayoutError
 
 _SHOWN = 10
-_Section = TypeVar("_Section")
 
 
 def search(config: Config, gpus: int | None = None, gpu_memory_gib: float | None = None) -> list[Plan]:
@@ -24,7 +25,7 @@ def search(config: Config, gpus: int | None = None, gpu_memory_gib: float | None
         # To the host only what does not fit otherwise, and has master weights.
         for offload in (False, True) if config.policy.master_weights else (False,):
             found = _estimate(changed(candidate, {"policy.optimizer.cpu_offload": offload}), assumed)
-            if found is not None and found.fits and found.headroom >= ROOM:
+            if found is not None and found.fits_well:
                 fitting.append(found)
                 break
     # An equal time goes to the simpler layout: fewer ranks that hold one copy of the model.
@@ -42,24 +43,12 @@ def remedies(found: Plan) -> list[str]:
             if len(changes) < count:
                 continue
             after = _estimate(changed(found.config, changes), found.assumed)
-            if after is not None and after.fits and after.headroom >= ROOM:
+            if after is not None and after.fits_well:
                 text = " ".join(f"{key}={written(value)}" for key, value in changes.items())
                 helpful.append((after.seconds.total, f"{text} (headroom {after.headroom:.0%})"))
         if helpful:
             return [text for _, text in sorted(helpful)[:3]]
     return []
-
-
-def changed(config: _Section, changes: dict[str, Any]) -> _Section:
-    """A configuration with some dotted keys replaced."""
-    for key, value in changes.items():
-        config = _changed(config, key.split("."), value)
-    return config
-
-
-def _changed(section: Any, path: list[str], value: Any) -> Any:
-    inner = value if len(path) == 1 else _changed(getattr(section, path[0]), path[1:], value)
-    return replace(section, **{path[0]: inner})  # type: ignore[type-var]
 
 
 def _candidates(config: Config) -> Iterator[Config]:

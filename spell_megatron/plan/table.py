@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from spell_megatron.plan.assumptions import GIB
+from spell_megatron.plan.findings import ROOM, Plan
 from spell_megatron.plan.parameters import active_parameters, total_parameters
-
-if TYPE_CHECKING:
-    from spell_megatron.plan.planner import Plan
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -131,15 +129,24 @@ def _largest(costs: dict[str, float], count: int) -> str:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    from spell_megatron.plan.planner import ROOM, notes
-
     peak = f"peak {gib(plan.peak)} of {plan.config.cluster.gpu_memory_gib:g} GiB, {plan.headroom:.0%} free"
     lines = [f"fits: {peak}" if plan.fits else f"DOES NOT FIT: {peak}"]
-    if plan.fits and plan.headroom < ROOM:
+    if plan.fits and not plan.fits_well:
         lines[0] += f"; less than the {ROOM:.0%} that should be"
     lines += [f"  fault: {fault}" for fault in plan.faults]
     lines += [f"  try: {remedy}" for remedy in plan.remedies]
-    return lines + [f"  note: {note}" for note in notes(plan)]
+    return lines + [f"  note: {note}" for note in _notes(plan)]
+
+
+def _notes(found: Plan) -> list[str]:
+    """What the user must see to besides GPU memory."""
+    limit, length, lines = found.shape.max_positions, found.config.rollout.max_model_len, []
+    if length > limit:
+        lines.append(
+            f"sequences of {length} tokens exceed the model's {limit} positions: its config.json needs a YaRN"
+            f" rope_scaling of factor {math.ceil(length / limit)} or more"
+        )
+    return lines
 
 
 def _small(plan: Plan) -> list[str]:
