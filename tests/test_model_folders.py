@@ -359,3 +359,13 @@ def test_a_key_under_two_names_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "width": 8, "hidden_size": 8}))
     with pytest.raises(SpellError, match="says hidden_size under two names"):
         shape_of(tmp_path, [f"{families.__name__}:made"])
+
+
+def test_what_a_family_implies_is_held_against_the_same_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Family("own", "Own", implied={"hidden_act": "gelu"}, like="llama")
+    monkeypatch.setattr(families, "made", made, raising=False)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own"}))
+    with pytest.raises(SpellError, match="hidden_act='gelu' is not supported"):
+        shape_of(tmp_path, [f"{families.__name__}:made"])

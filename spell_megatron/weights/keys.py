@@ -120,6 +120,8 @@ def read_config(folder: Path, families: Sequence[str] = ()) -> HfConfig:
 def checked(given: Mapping[str, Any], where: Path, family: Family) -> HfConfig:
     """The values of a config.json as one of this family, as `read_config` reads it."""
     values: dict[str, Any] = {}
+    for key, value in family.implied.items():
+        _check_key(key, key, value, family, where)
     for written, value in given.items():
         key = family.keys.get(written, written)
         if key in values:

@@ -15,7 +15,7 @@ from spell_megatron.types import SpellError
 from spell_megatron.weights.contents import read_contents
 from spell_megatron.weights.families import Family
 from spell_megatron.weights.files import ModelFolder, write_model
-from spell_megatron.weights.keys import checked
+from spell_megatron.weights.keys import checked, read_config
 
 
 def hugging_face_config(folder: Path, family: Family) -> PreTrainedConfig:
@@ -35,10 +35,10 @@ def known_folder(folder: Path, into: Path, families: Sequence[str] = ()) -> Path
     Otherwise the model is written to `into`, its weights and its config.json under the names of the family that it is
     like; tensors are read one by one. Raises SpellError where one of the two folders is not right.
     """
+    if not read_config(folder, families).family.like:
+        return folder
     contents = read_contents(folder, families)
     shape, source = contents.shape, ModelFolder(contents)
-    if not shape.family.like:
-        return folder
     known = replace(shape, family=shape.family.known)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
