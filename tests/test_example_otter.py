@@ -18,7 +18,7 @@ from spell_megatron.plan import plan_all
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
 from spell_megatron.record import RunFolder, read_metrics
-from spell_megatron.run.loop import train
+from spell_megatron.run.train import train
 from spell_megatron.tools.convert import export_hf, import_hf
 from spell_megatron.tools.parity import compare
 from spell_megatron.types import SpellError

@@ -59,10 +59,9 @@ def held(shape: ModelShape, layout: Layout) -> list[Held]:
     layers, stages = shape.layers // layout.pipeline, []
     for stage in range(layout.pipeline):
         first, last = stage == 0, stage == layout.pipeline - 1
-        copied = (
-            before if last and not first and shape.tied else 0
-        )  # the head's, of the embedding on another stage
-        outer = first * before + last * after + copied
+        outer = first * before + last * after
+        if last and not first and shape.tied:  # the head has a copy of the embedding
+            outer += before
         stages.append(Held(layers, layers * layer + outer, layers * expert))
     return stages
 
