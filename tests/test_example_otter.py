@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spell_megatron.config import Policy, load_config
-from spell_megatron.plan import plan_all
+from spell_megatron.plan import plan
+from spell_megatron.plan.assumptions import Assumptions
+from spell_megatron.plan.estimate import estimate
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
 from spell_megatron.record import RunFolder, read_metrics
@@ -190,10 +192,11 @@ def test_without_its_family_it_is_refused_and_with_it_so_is_an_unknown_key(folde
 
 @pytest.mark.unit
 def test_the_planner_builds_it(folder: Path) -> None:
-    otter = load_config(RECIPE, [f"model.path={folder}"])
-    found, usual = plan_all([otter, load_config("toy")])
-    assert found.rehearsal == usual.rehearsal
-    assert found.to_dict()["per_rank"] == usual.to_dict()["per_rank"]
+    found = plan(load_config(RECIPE, [f"model.path={folder}"]))
+    usual = estimate(load_config("toy"), Assumptions())
+    assert found.rehearsal
+    assert found.rehearsal.hf_weights == len(load_file(folder / "model.safetensors"))
+    assert [stage.held for stage in found.stages] == [stage.held for stage in usual.stages]
 
 
 @pytest.mark.engine
