@@ -102,6 +102,11 @@ def test_configuration_and_self_play_load_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_types_of_a_package_are_told_to_those_who_import_it() -> None:
+    for package in PACKAGES:
+        assert (ROOT / package / "py.typed").is_file(), package
+
+
 def test_the_loop_is_read_in_one_screen() -> None:
     assert len((ROOT / "spell_megatron" / "run" / "train.py").read_text(encoding="utf-8").splitlines()) <= 120
 
