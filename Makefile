@@ -15,7 +15,7 @@ NEWEST := .venv-newest
 CONTRACT := build/contract
 GPU_VLLM := vllm>=0.32,<0.33
 
-.PHONY: demo fast test explore test-newest test-contract real gpu-check setup lint clean
+.PHONY: demo fast test explore test-newest test-contract real gpu-check setup lint types clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -58,9 +58,11 @@ real: setup
 gpu-check:
 	python -m benchmarks.gpu_check --write docs/gpu.md
 
-lint: setup
+lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy spell_megatron megatron_patches tokenizer eval launchers benchmarks examples
 
 setup: $(INSTALLED)

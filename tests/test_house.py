@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from imports import PACKAGES, ROOT, circles, imports, modules
+
+import spell_megatron
 
 pytestmark = pytest.mark.unit
 
@@ -98,6 +102,14 @@ def test_configuration_and_self_play_load_without_torch() -> None:
 def test_the_types_of_a_package_are_told_to_those_who_import_it() -> None:
     for package in PACKAGES:
         assert (ROOT / package / "py.typed").is_file(), package
+
+
+def test_the_version_stands_in_one_place_and_its_changes_are_told() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "spell_megatron.__version__"}
+    versions = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert versions[0] == spell_megatron.__version__
 
 
 def test_the_loop_is_read_in_one_screen() -> None:
