@@ -104,6 +104,16 @@ def test_the_types_of_a_package_are_told_to_those_who_import_it() -> None:
         assert (ROOT / package / "py.typed").is_file(), package
 
 
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    """One word, one thing, in all packages; inside a module a leading underscore is enough."""
+    homes: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
 def test_the_version_stands_in_one_place_and_its_changes_are_told() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["dynamic"] == ["version"]
