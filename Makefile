@@ -15,10 +15,14 @@ NEWEST := .venv-newest
 CONTRACT := build/contract
 GPU_VLLM := vllm>=0.32,<0.33
 
-.PHONY: demo test explore test-newest test-contract real gpu-check setup lint clean
+.PHONY: demo fast test explore test-newest test-contract real gpu-check setup lint types clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
+
+# While editing: what needs neither torch nor an engine, on few examples; on two cores it takes less than 45 s.
+fast: setup lint
+	$(PYTEST) -m "unit and not long" --light --hypothesis-profile=few $(TOGETHER)
 
 test: setup lint
 	$(PYTEST) -m unit $(TOGETHER)
@@ -54,9 +58,11 @@ real: setup
 gpu-check:
 	python -m benchmarks.gpu_check --write docs/gpu.md
 
-lint: setup
+lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy spell_megatron megatron_patches tokenizer eval launchers benchmarks examples
 
 setup: $(INSTALLED)

@@ -33,7 +33,7 @@ from benchmarks.layers import layer_classes
 from benchmarks.switches import BASE, NOT_HERE, settings, step, try_step
 from spell_megatron.config import Dtype, Layout, Policy
 from spell_megatron.policy.attention import attend
-from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.learner import Learner, main_gradient
 from spell_megatron.policy.spans import plan_spans
 from spell_megatron.policy.world import World, start_world, stop_world
 from spell_megatron.types import Group, TrainBatch
@@ -108,7 +108,7 @@ def _transformers(folder: Path, batch: TrainBatch, dtype: torch.dtype, device: t
 
 def _ours(learner: Learner, batch: TrainBatch) -> _Found:
     learner.gradients(batch)
-    gradients = {name: tensor.clone() for name, tensor in learner.weights(lambda p: p.main_grad)}
+    gradients = {name: tensor.clone() for name, tensor in learner.weights(main_gradient)}
     scores = [torch.from_numpy(x) for group in learner.score(batch).logprobs for x in group]
     weights = [w for group in batch.groups for sample in group.samples for w in sample.weights]
     logprobs = torch.cat(scores).to(learner.world.device)

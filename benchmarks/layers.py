@@ -48,13 +48,14 @@ def layer_classes(
     weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
     def attention() -> Tensor:
+        out: Tensor
         out, _ = layer.self_attention(
             hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=plan
         )
         return out
 
     def mlp() -> Tensor:
-        out, _ = layer.mlp(hidden)
+        out: Tensor = layer.mlp(hidden)[0]
         return out
 
     def head() -> Tensor:

@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that were made inside the block and are still referenced, and their maximum."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 

@@ -110,7 +110,7 @@ class _Written(TorchDispatchMode):
     """Counts the bytes of all results that are no views of what was there before."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -21,7 +21,7 @@ import typer
 from benchmarks.common import random_group, run_ranks, save_model, show
 from benchmarks.memory import PeakMemory
 from spell_megatron.config import Layout, Policy
-from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.learner import Learner, main_gradient
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import TrainBatch
 
@@ -41,7 +41,7 @@ def run(folder: Path, prompt: int, reply: int, budget: int, share: bool, rounds:
             began = time.perf_counter()
             learner.gradients(batch)
             seconds.append(time.perf_counter() - began)
-    gradients = {name: tensor.numpy().copy() for name, tensor in learner.weights(lambda p: p.main_grad)}
+    gradients = {name: tensor.numpy().copy() for name, tensor in learner.weights(main_gradient)}
     stop_world()
     return {"seconds": min(seconds), "bytes": peak.bytes, "gradients": gradients}
 

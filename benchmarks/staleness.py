@@ -63,8 +63,8 @@ def measure(overrides: Sequence[str]) -> dict[str, Any]:
 
 def overlapped(rows: Sequence[dict[str, Any]]) -> float:
     """Seconds of the steps if every play but the first ran beside the update before it."""
-    plays = [row["time/rollout"] for row in rows]
-    trains = [row["time/update"] + row["time/resync"] for row in rows]
+    plays: list[float] = [row["time/rollout"] for row in rows]
+    trains: list[float] = [row["time/update"] + row["time/resync"] for row in rows]
     return (
         plays[0]
         + sum(max(train, play) for (train, _), (_, play) in pairwise(zip(trains, plays, strict=True)))

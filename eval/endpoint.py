@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,6 +23,7 @@ from eval.benchmark import Completion
 from spell_megatron.rollout.address import Address
 from spell_megatron.types import SpellError
 
+Read = TypeVar("Read")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _RETRIED = {408, 409, 425, 429}
 LARGEST = 16 << 20
@@ -187,7 +188,7 @@ class Endpoint:
         )
         self.identity = self.identity or (self.model, self.root)
 
-    async def _post(self, path: str, body: dict[str, Any], read: Any) -> Any:
+    async def _post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Read]) -> Read:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._limits.tries),
             wait=wait_random_exponential(multiplier=0.5, max=self._limits.wait),
@@ -200,6 +201,7 @@ class Endpoint:
                     return read(await self._once(path, body))
         except _Transient as error:
             raise Unanswered(str(error)) from None
+        raise AssertionError("the last attempt returns or raises")
 
     async def _once(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         now = asyncio.get_running_loop().time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.statistics import Figure
@@ -26,10 +26,14 @@ def number(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def plain(value: Any) -> Any:
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without nan, which JSON does not have."""
+    return {str(key): _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return plain(value)
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -41,7 +41,8 @@ def _apply() -> None:
                 state["exp_avg_sq"] = torch.zeros_like(main)
                 if copies:
                     state["master_param"] = main
-        return original(self)
+        found: dict[str, Any] = original(self)
+        return found
 
     DistributedOptimizer.state_dict = state_dict
 

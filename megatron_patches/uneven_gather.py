@@ -38,7 +38,8 @@ def _apply() -> None:
         x: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
     ) -> Tensor:
         if output_split_sizes is None or group.size() == 1:
-            return gather(x, group, output_split_sizes, use_global_buffer)
+            whole: Tensor = gather(x, group, output_split_sizes, use_global_buffer)
+            return whole
         sizes = [int(size) for size in output_split_sizes]
         parts = [x.new_empty(max(sizes), *x.shape[1:]) for _ in sizes]
         dist.all_gather(parts, _padded(x, max(sizes)).contiguous(), group=group)
@@ -48,9 +49,10 @@ def _apply() -> None:
         x: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
     ) -> Tensor:
         if input_split_sizes is None or group.size() == 1:
-            return reduce_scatter(x, group, input_split_sizes, use_global_buffer)
+            part: Tensor = reduce_scatter(x, group, input_split_sizes, use_global_buffer)
+            return part
         sizes = [int(size) for size in input_split_sizes]
-        parts = [_padded(part, max(sizes)).contiguous() for part in torch.split(x, sizes)]
+        parts = [_padded(rows, max(sizes)).contiguous() for rows in torch.split(x, sizes)]
         output = torch.empty_like(parts[0])
         dist.reduce_scatter(output, parts, group=group)
         return output[: sizes[group.rank()]]

@@ -237,6 +237,17 @@ def prompts(
 
 
 @command
+def config(
+    section: Annotated[str, typer.Argument(help="As policy.loss; all where none is given.")] = "",
+    debug: Debug = False,
+) -> None:
+    """Print every key with its values, default and meaning, as Markdown (docs/reference.md)."""
+    from spell_megatron.config.reference import reference
+
+    say(reference(section))
+
+
+@command
 def report(run: Path, debug: Debug = False) -> None:
     """Write the HTML report of a run."""
     from spell_megatron.record import write_report

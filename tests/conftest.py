@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from imports import HEAVY, loads
 
 if TYPE_CHECKING:
     from spell_megatron.policy.world import World
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 # How long one takes says more of the machine's load than of the code.
 settings.register_profile("explore", deadline=None, derandomize=False)
 settings.register_profile("repeated", deadline=None, derandomize=True)
+settings.register_profile("few", deadline=None, derandomize=True, max_examples=10)
 settings.load_profile("repeated")
 
 
@@ -22,6 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--tokenizers", nargs="+", default=[], metavar="DIR", help="folders of tokenizers to test as well"
     )
+    parser.addoption(
+        "--light", action="store_true", help=f"leave out files that load {', '.join(sorted(HEAVY))}"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    light = config.getoption("light") and collection_path.suffix == ".py"
+    return True if light and HEAVY & loads(collection_path) else None
 
 
 @pytest.fixture(scope="module")

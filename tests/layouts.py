@@ -164,7 +164,7 @@ def _run_case(case: Case) -> list[Result]:
 
     from megatron_patches import cpu_products
     from spell_megatron.config import Layout, Optimizer, Policy
-    from spell_megatron.policy.learner import Learner
+    from spell_megatron.policy.learner import Learner, main_gradient
     from spell_megatron.policy.world import start_world
 
     results, for_small = [], (cpu_products._WORTH_IT, cpu_products._GRAIN)
@@ -194,7 +194,7 @@ def _run_case(case: Case) -> list[Result]:
             loss = learner.gradients(batch)
             gradients = {}
             if not optimizer.distributed:  # else every rank holds the sum of its own shard only
-                gradients = {n: t.clone() for n, t in learner.weights(lambda p: p.main_grad)}
+                gradients = {n: t.clone() for n, t in learner.weights(main_gradient)}
             scores = learner.score(batch)
             norm = learner.update(batch).grad_norm
             moved = {name: tensor - before[name] for name, tensor in learner.weights()}

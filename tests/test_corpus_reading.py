@@ -157,6 +157,7 @@ def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
     assert len(texts) == len(ROWS) and not skipped.counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("name", ["bomb.txt", "bomb.jsonl", "bomb.json", "bomb.csv", "bomb.html"])
 def test_what_unfolds_beyond_measure_is_left_off(
@@ -254,6 +255,7 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     assert skipped.counts == {"with more fields than the header": 1, "empty": 1}
 
 
+@pytest.mark.long
 def test_a_survey_shows_what_a_run_would_read(tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(" ".join(f"w{number}x{i}" for i in range(400)))
@@ -315,6 +317,7 @@ def long_text() -> str:
     return " ".join(" ".join(draw.sample(words, 1000)) for _ in range(7_200))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["jsonl", "json.gz", "parquet"])
 def test_a_text_of_fifty_megabytes_takes_little_memory(tmp_path: Path, long_text: str, kind: str) -> None:
     assert len(long_text) > 50e6

@@ -103,6 +103,7 @@ def test_figures_and_files(tmp_path):
     json.loads((tmp_path / "report.json").read_text())
 
 
+@pytest.mark.long
 def test_nothing_is_asked_twice(tmp_path):
     with StandIn(right) as standin:
         first = run(standin, tmp_path)
@@ -127,6 +128,7 @@ def test_passing_faults_are_retried(tmp_path):
     assert not report.results[0].problems
 
 
+@pytest.mark.long
 def test_a_slow_answer_times_out_and_is_counted(tmp_path):
     done = threading.Event()
 
@@ -269,6 +271,7 @@ def test_a_judge_that_recovers_is_asked_again_on_the_next_run(tmp_path):
         assert report.complete
 
 
+@pytest.mark.long
 def test_unreadable_helmet_verdicts_score_zero_and_are_counted(tmp_path):
     def judge(kind, body, number):
         prompt = body["messages"][0]["content"]
@@ -289,6 +292,7 @@ def test_unreadable_helmet_verdicts_score_zero_and_are_counted(tmp_path):
     assert result.scoring == "judge model-0"
 
 
+@pytest.mark.long
 def test_prompts_that_do_not_fit_are_skipped_or_cut(tmp_path):
     class Long(Unjudged):
         def load(self, data):
@@ -354,6 +358,7 @@ def test_journal_survives_a_half_written_line_and_damage(tmp_path):
         assert journal.get("c") == {"text": "3"}
 
 
+@pytest.mark.long
 def test_comparison_is_paired_by_question(tmp_path):
     with StandIn(right) as standin:
         before = run(standin, tmp_path / "before")

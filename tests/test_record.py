@@ -556,6 +556,7 @@ def titles(page: str) -> list[str]:
     return [title.replace("&#39;", "'") for title in re.findall(r"<figcaption><h3>(.*?)</h3>", page)]
 
 
+@pytest.mark.long
 def test_the_report_has_every_view(run: RunFolder) -> None:
     full_run(run)
     for step in (1, 12):
@@ -574,6 +575,7 @@ def test_the_report_has_every_view(run: RunFolder) -> None:
     assert text.index("Question 0 of step 1?") < text.index("Question 0 of step 12?")
 
 
+@pytest.mark.long
 def test_the_report_says_which_question_widened_which_context(run: RunFolder) -> None:
     """By hand: the first question brought documents 1 and 4, the second 6 besides, and 3 and 8 are fresh."""
     full_run(run, 2)
@@ -603,12 +605,14 @@ def test_missing_metrics_leave_their_panel_out(run: RunFolder) -> None:
     assert titles(write_report(run.path).read_text()) == ["Loss"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [1, 2, 500])
 def test_short_and_long_runs_have_a_report_of_bounded_size(run: RunFolder, steps: int) -> None:
     full_run(run, steps)
     assert write_report(run.path).stat().st_size < 1_500_000
 
 
+@pytest.mark.long
 def test_hostile_output_stays_text(run: RunFolder) -> None:
     full_run(run, 2)
     journal = Journal(run, 1)
@@ -629,6 +633,7 @@ def test_hostile_output_stays_text(run: RunFolder) -> None:
     assert len(html) < 1_500_000
 
 
+@pytest.mark.long
 def test_a_page_needs_nothing_but_itself(run: RunFolder) -> None:
     full_run(run, 3)
     html = write_report(run.path).read_text(encoding="utf-8")
@@ -636,6 +641,7 @@ def test_a_page_needs_nothing_but_itself(run: RunFolder) -> None:
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", html)
 
 
+@pytest.mark.long
 def test_the_report_says_what_of_the_corpus_was_left_out(run: RunFolder) -> None:
     full_run(run, 2)
     facts = {"clusters": 1234, "documents": 5678, "tokens": 9, "duplicates": 3, "skipped": {"not UTF-8": 17}}

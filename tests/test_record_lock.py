@@ -47,6 +47,7 @@ def take(run: Path) -> None:
         pass
 
 
+@pytest.mark.long
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
     with holder(tmp_path, SLURM_JOB_ID="4711") as other:
         with pytest.raises(
@@ -59,6 +60,7 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.long
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     with holder(tmp_path) as other:
         other.send_signal(signal.SIGKILL)
@@ -76,6 +78,7 @@ def elsewhere(run: Path) -> None:
         (run / file).write_text(text.replace(name["host"], "node-17"))
 
 
+@pytest.mark.long
 def test_on_another_machine_it_is_the_heartbeat_that_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from reference import Reference, random_batch, reference, relative_error, with_e
 from transformers import AutoModelForCausalLM
 
 from spell_megatron.config import Optimizer, Policy
-from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.learner import Learner, main_gradient
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.replay import Choices, replayed
 from spell_megatron.policy.spans import plan_spans
@@ -48,7 +48,7 @@ def learner(folder: Path, world: World, **policy: Any) -> Learner:
 def outcome(learner: Learner, batch: TrainBatch) -> tuple[float, dict[str, torch.Tensor], list[np.ndarray]]:
     """Loss, gradients and log-probs."""
     loss = learner.gradients(batch)
-    gradients = {name: tensor.clone() for name, tensor in learner.weights(lambda p: p.main_grad)}
+    gradients = {name: tensor.clone() for name, tensor in learner.weights(main_gradient)}
     return loss, gradients, [sample for group in learner.score(batch).logprobs for sample in group]
 
 

@@ -87,6 +87,7 @@ def check_ages(plays: Sequence[Play], bound: int) -> None:
             assert [e.index for e in play.episodes if e.round == 0][:2] == [0, 1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("leftovers", ["abort", "carry"])
 @examples(max_examples=12)
 @given(changes=st.lists(st.one_of(st.none(), st.integers(0, 200)), min_size=4, max_size=4))
@@ -102,6 +103,7 @@ def test_counts_add_up_and_nothing_is_too_old(leftovers: str, changes: list[int 
     assert (dropped == 0 < carried) if leftovers == "carry" else (carried == 0 < dropped)
 
 
+@pytest.mark.long
 def test_what_is_carried_is_not_asked_for_again() -> None:
     engine = Trained()
     plays = played(selfplay(CARRY, generator=engine), engine, [0] * 5)
@@ -110,6 +112,7 @@ def test_what_is_carried_is_not_asked_for_again() -> None:
     assert all(e.begun is None or e.begun < play.step for play in plays for e in play.episodes)
 
 
+@pytest.mark.long
 def test_what_is_too_old_is_asked_for_again() -> None:
     """Where new weights come only between two steps, whatever the last step left over has seen none of them."""
     engine = Trained()
@@ -122,6 +125,7 @@ def test_what_is_too_old_is_asked_for_again() -> None:
         assert play.tally.expired == play.tally.brought > 0
 
 
+@pytest.mark.long
 def test_every_used_episode_is_told_of_in_its_step_and_replays_from_there() -> None:
     engine, told = Trained(), []
     room = selfplay(CARRY, generator=engine, on_episode=told.append, clusters=Corpus(2))

@@ -229,6 +229,7 @@ def hostile(draw: random.Random) -> str:
     return "".join(draw.choices(PIECES, k=4)) + draw.choice(PIECES) * 200_000
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_hostile_strings():
     draw = random.Random(5)
     for number in range(100_000):
@@ -276,6 +277,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=300)
 @given(
     st.dictionaries(st.sampled_from(["question", "answer", "options", " answer", "A"]), json_values),

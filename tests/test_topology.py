@@ -176,6 +176,7 @@ MODELS = model_recipes()
 LAUNCHES = list(itertools.product(MODELS, (1, 4, 8), (0, 2)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("recipe", "nodes", "engine_nodes"), LAUNCHES)
 def test_every_launch_of_every_recipe(tmp_path: Path, recipe: str, nodes: int, engine_nodes: int) -> None:
     """What the batch file starts where, and what that makes of its own configuration when it gets there."""

@@ -164,6 +164,7 @@ def test_without_documents_nothing_is_answered() -> None:
     assert all(rule_reward(e.task, e.reply, e.variables["question"]) == 0 for e in empty)
 
 
+@pytest.mark.long
 def test_habits_have_their_shares() -> None:
     habits = Habits(hasty=0.5, slip=0.2, spelled=0.0, wrong_verdict=0.2)
     exchanges = [exchange for index in range(400) for exchange in transcripts(3, index, habits=habits)]

@@ -83,6 +83,7 @@ def test_what_is_remembered_is_bounded(run: RunFolder) -> None:
     assert newest.outcomes(1).total() == KEPT + 5
 
 
+@pytest.mark.long
 def test_the_page_shows_progress_curves_and_episodes(run: RunFolder) -> None:
     page = client(run).get("/secret/")
     assert page.status_code == 200 and "None yet." in page.text
@@ -165,6 +166,7 @@ def address(run: RunFolder) -> Iterator[str]:
             process.terminate()
 
 
+@pytest.mark.long
 def test_a_browser_sees_the_step_advance_and_an_episode_open(
     run: RunFolder, address: str, browser: str, tmp_path: Path
 ) -> None:

@@ -72,4 +72,5 @@ def _as_ordinary(model: bytes) -> bytes:
     for piece in proto.pieces:
         if piece.type == piece.USER_DEFINED:
             piece.type, piece.score = piece.NORMAL, _KEPT_SCORE
-    return proto.SerializeToString()
+    made: bytes = proto.SerializeToString()
+    return made

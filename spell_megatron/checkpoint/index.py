@@ -120,7 +120,7 @@ class _Record:
         self.__dict__["state"] = state
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Reader(pickle._Unpickler):
     """In Python: the one in C reserves memory for whatever number a stream claims."""
 
     def __init__(self, file: io.BytesIO) -> None:
@@ -156,7 +156,7 @@ def _checked(index: Any, sizes: Mapping[str, int]) -> Metadata:
             raise IndexFault(f"the parts of {name} are not those that are stored")
     if found:
         raise IndexFault(f"{next(iter(found))} is stored and not described")
-    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+    return Metadata({**tensors}, storage_data=places, storage_meta=StorageMeta())
 
 
 def _tensor(name: Any, value: Any) -> TensorStorageMetadata:

@@ -80,7 +80,7 @@ class Staged:
             file = _Digested(raw)
             for part in self._parts:
                 begin = file.position
-                torch.save(_alone(part.data), file)
+                torch.save(_alone(part.data), file)  # type: ignore[arg-type]  # it writes and flushes alone
                 place = (name, begin, file.position - begin)
                 entries.append(Entry(part.key, part.data.dtype, part.whole, part.box, *place))
             raw.flush()

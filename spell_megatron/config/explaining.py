@@ -85,11 +85,12 @@ def how(schema: type, loc: Sequence[int | str], prefix: str, found: Any = None) 
     if is_dataclass(kind):
         return f"; write its keys one by one, as {key}.{fields(kind)[0].name}=…"
     return (
-        f"; written {key}={_example(kind, default, found)}{' or null' if NoneType in get_args(kind) else ''}"
+        f"; written {key}={example(kind, default, found)}{' or null' if NoneType in get_args(kind) else ''}"
     )
 
 
-def _example(kind: Any, default: Any, found: Any) -> str:
+def example(kind: Any, default: Any, found: Any = None) -> str:
+    """A value of a key of this type, as it is written: the default, if it tells anything."""
     if isinstance(found, str) and found and kind == tuple[str, ...]:
         return written([str(found)])
     if default or default == 0 or isinstance(default, str):

@@ -28,6 +28,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=_STRICT)
 class Model:
+    """The model that is trained, and how it is asked."""
+
     path: Location = ""
     """A Hugging Face model folder, a hub id, or `toy-seed`, the model that is shipped."""
     families: tuple[str, ...] = ()
@@ -44,6 +46,8 @@ class Model:
 
 @dataclass(frozen=True, config=_STRICT)
 class Source:
+    """Documents of one kind, and what is asked about them."""
+
     path: Location = "toy"
     """`toy` (the generated world), a folder of text, a .jsonl or .parquet file, or a hub id `org/name`."""
     domain: str = ""
@@ -66,7 +70,10 @@ class Source:
 
 @dataclass(frozen=True, config=_STRICT)
 class Corpus:
+    """What the questioner reads."""
+
     sources: tuple[Source, ...] = (Source(),)
+    """Where documents come from; at least one."""
     benchmarks: tuple[str, ...] = ()
     """Files or folders of benchmarks: documents that repeat one of theirs, or hold a question, are left out."""
     cluster_tokens: int = Field(default=16_000, gt=0)
@@ -79,12 +86,18 @@ class Corpus:
 
 @dataclass(frozen=True, config=_STRICT)
 class Sampling:
+    """How rollouts are drawn; the learner computes log-probs of the same distribution."""
+
     temperature: float = Field(default=0.7, gt=0)
     """Temperature of rollouts that are trained on: at 0 there would be no distribution to take log-probs of."""
     top_p: float = Field(default=0.95, gt=0, le=1)
+    """Share of the probability that the sampled nucleus holds; 1 samples from everything."""
     questioner_tokens: int = Field(default=4096, gt=0)
+    """Tokens of its longest reply."""
     responder_tokens: int = Field(default=4096, gt=0)
+    """The same of the responder."""
     verifier_tokens: int = Field(default=4096, gt=0)
+    """The same of the verifier."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -116,7 +129,9 @@ class Stage:
     """From a step on, clusters of so many tokens."""
 
     step: int = Field(default=0, ge=0)
+    """Its first step."""
     tokens: int = Field(default=16_384, gt=0)
+    """Tokens of its clusters, instead of `corpus.cluster_tokens`."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -141,6 +156,8 @@ class Beyond:
 
 @dataclass(frozen=True, config=_STRICT)
 class SelfPlay:
+    """The algorithm: who plays, what is kept, what it earns."""
+
     sampling: Sampling = Sampling()
     roles: tuple[Role, ...] = ("questioner", "responder", "verifier")
     """Who takes part in an episode, in the order of play; one of your own by its import path."""
@@ -177,9 +194,14 @@ class SelfPlay:
     max_reference_tokens: int = Field(default=40, gt=0)
     """References of doc_general_qa over this length are dropped, unpenalised."""
     questioner_reward: Literal["gaussian", "reverse", "linear"] = "gaussian"
+    """The questioner's reward by its responders' mean reward r: `gaussian` is highest at r = 0.5, `reverse` is 1 - r,
+    `linear` is 1 - 2 abs(r - 0.5)."""
     questioner_sigma: float = Field(default=0.5 / 3, gt=0)
+    """Width of `gaussian`."""
     bad_format_reward: float = Field(default=-1.0, le=0)
+    """The questioner's, for a reply that holds no question."""
     bad_ground_reward: float = Field(default=-0.5, le=0)
+    """The questioner's, for a question that is answered without the documents."""
     combine: Literal["max", "mean", "min", "sum"] = "max"
     """How rule and verifier make the responder's reward."""
     verdict: Literal["majority", "first"] = "majority"
@@ -198,7 +220,9 @@ class SelfPlay:
     failure_ratio: float = Field(default=1.0, ge=0)
     """Sampled failures of the questioner per kept question."""
     train_questioner: bool = True
+    """Train on the questioner's samples; without it they are only played."""
     train_verifier: bool = True
+    """Train on the verifier's samples."""
     judge: bool = True
     """Ask the verifier at all; without it the rule alone rewards the responder, and no verdict is trained on."""
     external_judge: ExternalJudge = ExternalJudge()
@@ -250,14 +274,22 @@ class Servers:
 
 @dataclass(frozen=True, config=_STRICT)
 class Rollout:
+    """The engine that generates."""
+
     dtype: Dtype = "bfloat16"
+    """Precision of the engine's weights."""
     max_model_len: int = Field(default=22_528, gt=0)
+    """Tokens of the longest prompt with its reply."""
     max_num_seqs: int = Field(default=256, gt=0)
+    """Sequences that one engine generates at once."""
     max_batched_tokens: int = Field(default=16_384, gt=0)
+    """Tokens of one forward pass of the engine."""
     kv_cache_mib: int | None = Field(default=None, gt=0)
     """KV cache in MiB; where not given, the share of GPU memory below."""
     gpu_memory: float = Field(default=0.85, gt=0, le=1)
+    """Share of a GPU's memory that the engine takes."""
     eager: bool = False
+    """Run the engine without CUDA graphs and compilation: a quick start, slower tokens."""
     placement: Literal["auto", "colocated", "disaggregated"] = "auto"
     """`colocated`: trainer and engine take turns in the memory of the same GPUs. `disaggregated`: the engines have GPUs
     of their own, a part of each node's where no nodes are theirs (`cluster.engine_nodes`). `auto`: colocated on GPUs
@@ -271,28 +303,44 @@ class Rollout:
 
 @dataclass(frozen=True, config=_STRICT)
 class Layout:
+    """How the model is cut over ranks. What is left of the world size is data-parallel."""
+
     tensor: int = Field(default=1, gt=0)
+    """Tensor-parallel ranks (TP)."""
     sequence: bool = False
     """Sequence parallel: activations outside attention and MLP are sharded over the TP group."""
     pipeline: int = Field(default=1, gt=0)
+    """Pipeline stages (PP)."""
     virtual_pipeline: int | None = Field(default=None, gt=0)
     """Model chunks per pipeline rank (interleaved schedule)."""
     context: int = Field(default=1, gt=0)
+    """Context-parallel ranks (CP), which share a stream's tokens."""
     expert: int = Field(default=1, gt=0)
+    """Expert-parallel ranks (EP), which share a layer's experts."""
     expert_tensor: int = Field(default=1, gt=0)
+    """Tensor-parallel ranks inside an expert."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Optimizer:
+    """AdamW and its schedule."""
+
     lr: float = Field(default=2e-6, gt=0)
+    """Learning rate."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the rate rises to `lr`."""
     decay_steps: int = Field(default=0, ge=0)
     """Cosine decay to `min_lr` that ends at this step; 0 keeps the rate constant."""
     min_lr: float = Field(default=0.0, ge=0)
+    """The rate that the decay ends at."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the two moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
     clip_grad: float = Field(default=1.0, gt=0)
+    """Gradients are scaled to this global norm where theirs is larger."""
     max_growth: float = Field(default=2.0, gt=1)
     """Times the norm of a rank's weights may grow in one update, which is a wreck beyond that and never saved; training
     changes it by thousandths."""
@@ -306,10 +354,14 @@ class Optimizer:
 
 @dataclass(frozen=True, config=_STRICT)
 class Loss:
+    """From advantages to gradients."""
+
     surrogate: Surrogate = "clipped"
     """What of the policy is differentiated: `clipped` (PPO/GRPO; GSPO by `ratio`), or your own by its import path."""
     clip_low: float = Field(default=0.2, gt=0)
+    """Ratios below 1 - this are clipped."""
     clip_high: float = Field(default=0.2, gt=0)
+    """Ratios above 1 + this are clipped."""
     ratio: Literal["token", "sequence"] = "token"
     """`token` is PPO/GRPO; `sequence` is GSPO: one length-normalised ratio a response."""
     normalisation: Literal["token_mean", "group_mean", "sequence_length"] = "token_mean"
@@ -317,11 +369,13 @@ class Loss:
     `group_mean`, the paper's E.3: every group (prompt) alike, and within it every token. `sequence_length` is Dr. GRPO:
     a constant denominator, `max_response_tokens` a response."""
     max_response_tokens: int = Field(default=4096, gt=0)
+    """Denominator of `sequence_length`."""
     importance_cap: float | None = Field(default=None, gt=0)
     """Truncated importance weights: engine-learner probability ratio capped at this value."""
     kl: float = Field(default=0.0, ge=0)
     """Coefficient of KL(policy ‖ reference), k3 estimator; the reference is loaded only if > 0."""
     entropy: float = Field(default=0.0, ge=0)
+    """Coefficient of an entropy bonus."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -338,6 +392,8 @@ class Fusions:
 
 @dataclass(frozen=True, config=_STRICT)
 class Policy:
+    """The learner."""
+
     layout: Layout = Layout()
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
@@ -368,6 +424,7 @@ class Policy:
     minibatches: int = Field(default=1, gt=0)
     """Optimizer updates per batch; 1 is strictly on-policy."""
     freeze_router: bool = False
+    """Leave the routers of experts as they are."""
     router_dtype: Literal["model", "float32"] = "model"
     """Router logits are computed in float32, and `model` rounds them to `dtype` as vLLM does, which decides by them."""
     router_replay: bool = False
@@ -383,6 +440,8 @@ class Policy:
 
 @dataclass(frozen=True, config=_STRICT)
 class HeldOut:
+    """Questions that are measured and never trained on."""
+
     every: int = Field(default=0, ge=0)
     """Measure every n steps, besides before and after the run; 0 only there."""
     questions: int = Field(default=0, ge=0)
@@ -390,7 +449,9 @@ class HeldOut:
     path: Location = "toy"
     """`toy` (the generated world's own), or a JSONL file of task, question, answer, options, documents."""
     samples: int = Field(default=8, gt=0)
+    """Answers to each question."""
     seed: int = 12345
+    """Seed of the questions and their answers."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks of `spell-megatron eval` to measure besides, on the live engines, as often."""
     data: Location = ""
@@ -403,6 +464,8 @@ class HeldOut:
 
 @dataclass(frozen=True, config=_STRICT)
 class Record:
+    """What a run writes, keeps and watches."""
+
     group_readable: bool = False
     """Whether the run's files are open to their group; to others they never are."""
     wandb: str = ""
@@ -410,6 +473,7 @@ class Record:
     checkpoint_every: int = Field(default=1, ge=0)
     """Steps between checkpoints; 0 writes only the last."""
     keep_last: int = Field(default=2, gt=0)
+    """Checkpoints that stay; older ones are removed."""
     keep_every: int = Field(default=0, ge=0)
     """Besides the last ones, checkpoints of every n-th step are kept for good; 0 keeps none."""
     async_save: bool = True
@@ -441,6 +505,7 @@ class Cluster:
     nodes: int = Field(default=1, gt=0)
     """Nodes of the trainer."""
     gpus_per_node: int = Field(default=8, gt=0)
+    """GPUs of each node."""
     gpu_memory_gib: float = Field(default=79.6, gt=0)
     """GiB of one GPU; an H100-80GB reports 79.6."""
     engine_nodes: int = Field(default=0, ge=0)
@@ -454,14 +519,16 @@ class Cluster:
 
 @dataclass(frozen=True, config=_STRICT)
 class Config:
-    """A whole run."""
+    """The name of a run, its length, and the sections below."""
 
     name: str = "run"
     """Begins the name of the run's folder."""
     runs: Location = "runs"
     """Folder in which the run's folder is made."""
     seed: int = 0
+    """Seed of everything that is drawn: clusters, tasks, samples."""
     steps: int = Field(default=100, gt=0)
+    """Rollout batches, each with its update."""
     model: Model = Model()
     corpus: Corpus = Corpus()
     selfplay: SelfPlay = SelfPlay()

@@ -89,7 +89,8 @@ def _unshared(value: Any) -> Any:
 
 def dump_yaml(value: Any, **options: Any) -> str:
     """What `load_yaml` and the keys' types read as the same value."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **options)
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, **options)
+    return text
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:

@@ -127,4 +127,5 @@ def _vectors(texts: Iterable[str]) -> np.ndarray:
         signs = np.where(hashes >> 31, 1.0, -1.0)
         np.add.at(row, (hashes >> 16) % _DIMENSIONS, signs * (1 + np.log(times)) * weight[hashes % _BUCKETS])
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, 1e-9)
+    unit: np.ndarray = vectors / np.maximum(norms, 1e-9)
+    return unit

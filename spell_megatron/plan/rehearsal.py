@@ -277,7 +277,8 @@ def _optimizer_bytes(policy: Policy, models: Sequence[Any], parameters: Iterable
         return 0
     state = 12 if policy.master_weights else 8
     if not policy.optimizer.distributed:
-        return state * sum(p.numel() for p in parameters if p.requires_grad)
+        owned: int = sum(p.numel() for p in parameters if p.requires_grad)
+        return state * owned
     owned = 0
     for model in models:
         for buffer in model.buffers + model.expert_parallel_buffers:

@@ -85,7 +85,8 @@ def attend(
 
     `known` is what `attended` has found before for the same: then only the backward pass is computed.
     """
-    return _MergedPieces.apply(q, kv, plan, cp_group, scale, known)
+    out: Tensor = _MergedPieces.apply(q, kv, plan, cp_group, scale, known)  # type: ignore[no-untyped-call]
+    return out
 
 
 def attended(q: Tensor, kv: Tensor, plan: SpanPlan, cp_group: Any, scale: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ class _MergedPieces(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
         keys, values = _stream_kv(kv, ctx.plan, ctx.cp_group)
         wide = torch.promote_types(q.dtype, torch.float32)

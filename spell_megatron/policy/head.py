@@ -39,8 +39,10 @@ def token_logprobs(
 
     `weight [vocab / tp, h]` is this rank's part of the head.
     """
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, sampled, chunk, tp_group)
-    return logprobs, entropy
+    found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, sampled, chunk, tp_group
+    )
+    return found
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -76,7 +78,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lse, entropy, floor = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         # The logits were divided by the temperature.

@@ -66,7 +66,9 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`[tokens, batch, hidden]` to `[tokens * tp if sequence parallel, batch, out / tp]`."""
-        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps), *args, **kwargs)
+        normed = rms_norm(x, self.layer_norm_weight, self.eps)
+        found: tuple[Tensor, Tensor | None] = super().forward(normed, *args, **kwargs)
+        return found
 
 
 class _PerExpert(torch.autograd.Function):
@@ -82,7 +84,7 @@ class _PerExpert(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         dx, parts = torch.empty_like(x), grad.split(ctx.counts)
         for into, part, weight in zip(dx.split(ctx.counts), parts, weights, strict=True):
@@ -130,7 +132,7 @@ class _GroupedLinear(nn.Module):
     def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """`[tokens, in]`, sorted by expert, to `[tokens, out]`."""
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
-        return _PerExpert.apply(x, tokens_per_expert, *weights), None
+        return _PerExpert.apply(x, tokens_per_expert, *weights), None  # type: ignore[no-untyped-call]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

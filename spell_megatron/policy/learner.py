@@ -108,6 +108,12 @@ Judge = Callable[[Scores], UnsoundError | None]
 """A reason not to make an update, seen from its scores; the same on every rank."""
 
 
+def main_gradient(weight: Tensor) -> Tensor:
+    """The float32 gradient of a parameter, which Megatron adds up in a buffer of its own."""
+    gradient: Tensor = weight.main_grad  # type: ignore[attr-defined]
+    return gradient
+
+
 class Learner:
     """A policy, its optimizer and its schedule on this rank of `world`."""
 
@@ -213,7 +219,7 @@ class Learner:
             buffer.grad_data for m in self.models for buffer in (*m.buffers, *m.expert_parallel_buffers)
         ]
         if fault is None and not self._everywhere(norms(buffers).isfinite().all()):
-            gradients = ((name, p.main_grad) for name, p in self.named_parameters() if p.requires_grad)
+            gradients = ((name, main_gradient(p)) for name, p in self.named_parameters() if p.requires_grad)
             fault = self._first("gradients are", first_unsound(gradients))
         if fault is not None:
             fault.touched = touched
@@ -231,7 +237,8 @@ class Learner:
     def _weight_norm(self) -> Tensor:
         """The norm of all that this rank holds; a NaN anywhere is a NaN here."""
         self.settle()
-        return torch.linalg.vector_norm(norms(p for _, p in self.named_parameters()))
+        norm: Tensor = torch.linalg.vector_norm(norms(p for _, p in self.named_parameters()))
+        return norm
 
     def _everywhere(self, sound: Tensor) -> bool:
         """Whether something holds on every rank."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from spell_megatron.config import Optimizer
@@ -31,7 +32,7 @@ def build_optimizer(
     chunks: Sequence[DistributedDataParallel], optimizer: Optimizer, dtype: torch.dtype
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with float32 master weights, and the schedule: linear warm-up, then constant or cosine."""
-    config = OptimizerConfig(
+    config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
         min_lr=optimizer.min_lr,

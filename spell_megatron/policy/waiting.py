@@ -95,7 +95,7 @@ class MainRank:
         if self._group is None:
             return
         # A connection of its own: the default one is busy for as long as somebody waits by it.
-        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=GONE_SECONDS))
         self._heart = Heart(since=time.time())
         self._speaking = threading.Lock()

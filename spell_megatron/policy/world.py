@@ -110,7 +110,7 @@ def be_deterministic(device: torch.device) -> None:
     if missing:
         raise SpellError(f"policy.deterministic needs {' '.join(missing)} in the environment of every rank")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
 def stop_world() -> None:
@@ -139,4 +139,4 @@ def _join(seconds: float, secret: str, backend: str) -> None:
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
     )
     if secret and size > 1:
-        rendezvous.prove(dist.group.WORLD, secret.encode())
+        rendezvous.prove(dist.distributed_c10d._get_default_group(), secret.encode())

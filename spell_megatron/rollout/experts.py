@@ -33,7 +33,8 @@ def check_replay(config: Config) -> None:
 
 def decoded(text: str) -> Experts:
     """The array of an HTTP answer, base64 of `.npy`. Raises ValueError where it is none."""
-    return np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+    array: Experts = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+    return array
 
 
 class PromptExperts:

@@ -132,7 +132,7 @@ def _cuda() -> list[Finding]:
         reason = "torch is a CPU build" if _cuda_version() is None else "no device is visible"
         return [Finding("CUDA", "missing", reason, False, "toy runs and tests only; real models need GPUs")]
     names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
     found = f"{torch.cuda.device_count()} x {', '.join(names)}, CUDA {_cuda_version()}"
     return [Finding("CUDA", "ok", found, False), Finding("NCCL", "ok", nccl, False)]
 

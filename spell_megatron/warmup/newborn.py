@@ -71,6 +71,6 @@ def _look_back(attention: torch.nn.Module, shared: torch.Tensor) -> None:
         key[:_PAIRS] = torch.cos(turn * back)
         key[HEAD_DIM // 2 : HEAD_DIM // 2 + _PAIRS] = torch.sin(turn * back)
         rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        for projection, wired in ((attention.q_proj, query), (attention.k_proj, key)):
+        for name, wired in (("q_proj", query), ("k_proj", key)):
             noise = 0.02 * HIDDEN**-0.5 * torch.randn(HEAD_DIM, HIDDEN)
-            projection.weight[rows] = wired[:, None] * shared + noise
+            attention.get_parameter(f"{name}.weight")[rows] = wired[:, None] * shared + noise

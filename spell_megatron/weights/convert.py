@@ -157,7 +157,8 @@ def _split_qkv(merged: Tensor, shape: ModelShape) -> list[Tensor]:
 def _global_expert(weight: Weight, shape: ModelShape, ep_rank: int) -> int:
     if weight.expert is None:
         return 0
-    return ep_rank * (shape.experts // mpu.get_expert_model_parallel_world_size()) + weight.expert
+    ranks: int = mpu.get_expert_model_parallel_world_size()
+    return ep_rank * (shape.experts // ranks) + weight.expert
 
 
 def _tp_group(weight: Weight) -> Any:

@@ -41,8 +41,9 @@ class ModelFolder:
             handle = self._open.get(path)
             if handle is None:
                 handle = self._open[path] = safe_open(path, framework="pt", device="cpu")
-            tensor = handle.get_slice(name)
-            return tensor[rows, columns] if columns is not None else tensor[rows]
+            whole = handle.get_slice(name)
+            part: Tensor = whole[rows, columns] if columns is not None else whole[rows]
+            return part
         except (SafetensorError, OSError) as error:
             raise SpellError(f"{path} is damaged at {name!r}: {error}; copy the model folder again") from None
 

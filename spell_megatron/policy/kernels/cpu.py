@@ -78,7 +78,8 @@ def _halves(q0: int, q1: int, k0: int) -> Iterator[tuple[Range, bool]]:
 
 def _grouped(x: Tensor, keys: Tensor) -> Tensor:
     """`[tokens, heads, d]` to `[kv heads, queries per kv head, tokens, d]`, without a copy."""
-    return x.transpose(0, 1).unflatten(0, (keys.shape[1], -1))
+    view: Tensor = x.transpose(0, 1).unflatten(0, (keys.shape[1], -1))
+    return view
 
 
 def _shared(x: Tensor, queries: Tensor) -> Tensor:

@@ -65,4 +65,5 @@ def _scores(q: Tensor, k: Tensor, block: Range, causal: bool, scale: float) -> T
 
 def _grouped(x: Tensor, keys: Tensor) -> Tensor:
     """`[tokens, heads, d]` to `[tokens, kv heads, queries per kv head, d]`."""
-    return x.unflatten(1, (keys.shape[1], -1))
+    view: Tensor = x.unflatten(1, (keys.shape[1], -1))
+    return view

@@ -73,7 +73,7 @@ def _join(store: dist.Store, key: str, rank: int, size: int, address: str, secon
 def _broadcast(group: rendezvous.Gloo, tensor: torch.Tensor) -> None:
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    group.broadcast([tensor], options).wait()
+    group.broadcast([tensor], options).wait()  # type: ignore[attr-defined]
 
 
 class GlooReceiver(Receiver[GlooInit, GlooUpdate]):

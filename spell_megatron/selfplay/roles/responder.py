@@ -128,7 +128,7 @@ def is_settled(response: Response, settings: config.SelfPlay) -> bool:
 
 def _worth(episode: Episode, response: Response, beyond: config.Beyond) -> float:
     """What a response is compared by: its reward, and what it earns besides."""
-    weights = {name: getattr(beyond, name) for name in BONUSES}
+    weights: dict[str, float] = {name: getattr(beyond, name) for name in BONUSES}
     return response.reward + sum(
         weight * BONUSES[name](episode, response) for name, weight in weights.items() if weight
     )
