@@ -35,4 +35,4 @@ def changed(config: _Section, changes: dict[str, Any]) -> _Section:
 
 def _changed(section: Any, path: list[str], value: Any) -> Any:
     inner = value if len(path) == 1 else _changed(getattr(section, path[0]), path[1:], value)
-    return replace(section, **{path[0]: inner})  # type: ignore[type-var]
+    return replace(section, **{path[0]: inner})

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from spell_megatron.config import Config
-from spell_megatron.rollout import backend
+from spell_megatron.rollout import backend, dialect
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.types import Experts, Tokens
 
@@ -23,7 +23,7 @@ def check_replay(config: Config) -> None:
     """Raise EngineError where the engines that are to be started here could not tell their experts."""
     servers = config.rollout.servers
     starts_some = servers.count or not servers.urls
-    if config.policy.router_replay and starts_some and backend.current() is backend.CPU:
+    if config.policy.router_replay and starts_some and backend.current() is dialect.CPU:
         raise EngineError(
             "policy.router_replay=true needs engines that tell which experts they chose. vLLM does so from its second"
             " model runner alone, which needs a GPU, and here is none: leave policy.router_replay=false, or give"

@@ -228,7 +228,7 @@ class Fleet:
     async def _open(self, launch: Launch) -> None:
         limits = Limits(restarts=self._servers.max_restarts)
         surroundings = Surroundings(self._servers, limits, self._bring_up_to_date, self._notify, self._room)
-        on_cpu = backend.current() is backend.CPU
+        on_cpu = backend.current() is dialect.CPU
         workers = len(self._seats) * self._servers.tensor
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, workers)) if on_cpu else None
         for index, seat in enumerate(self._seats):

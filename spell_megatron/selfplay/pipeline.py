@@ -12,12 +12,18 @@ the role's (`roles`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from spell_megatron.selfplay.episode import Episode
+from spell_megatron.selfplay.roles import Role
 from spell_megatron.selfplay.writer import Job, Writer
 
 
-async def play_episode(writer: Writer, job: Job) -> Episode:
-    """The whole episode. Raises what the generator raises; cancelling it cancels its requests."""
+async def play_episode(roles: Sequence[Role], writer: Writer, job: Job) -> Episode:
+    """The whole episode, by these roles in their order.
+
+    Raises what the generator raises; cancelling it cancels its requests.
+    """
     episode = Episode(
         job.step,
         job.round,
@@ -29,9 +35,9 @@ async def play_episode(writer: Writer, job: Job) -> Episode:
         history=job.history,
         question=job.question,
     )
-    for role in writer.roles:
+    for role in roles:
         if not episode.outcome:
             episode = await role.play(writer, job, episode)
-    for role in writer.roles:
+    for role in roles:
         episode = role.earn(episode, writer.settings)
     return episode

@@ -181,7 +181,7 @@ class SelfPlay:
             waiting = played.waiting()
             while not played.advance():
                 for index in islice(waiting, max(0, self._settings.concurrency - played.running)):
-                    played.begin(index, play_episode(self._writer, jobs[index]), self._newest)
+                    played.begin(index, play_episode(self.roles, self._writer, jobs[index]), self._newest)
                     tally.begun += 1
                 for index, task in await played.arrivals():
                     played.done[index] = self._arrived(task.result(), jobs[index])

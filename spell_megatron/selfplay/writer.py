@@ -7,9 +7,10 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from spell_megatron import config
+from spell_megatron.selfplay.episode import Episode, Response
 from spell_megatron.selfplay.fitting import Fitted, fit
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.ports import Codec, Generator, Judge
@@ -17,9 +18,6 @@ from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.reading.thoughts import OPEN, opens_thought
 from spell_megatron.selfplay.seeds import Name, random_of, seed_of
 from spell_megatron.types import Cluster, Document, Question, Rollout
-
-if TYPE_CHECKING:
-    from spell_megatron.selfplay.roles.role import Role
 
 T = TypeVar("T")
 
@@ -37,6 +35,16 @@ class Job:
     question: Question | None = None
 
 
+class Company(Protocol):
+    """What the responder asks of every role of the episode (see `Role`)."""
+
+    def reading(self, episode: Episode, documents: Sequence[Document]) -> Sequence[Document]: ...
+
+    async def judge(
+        self, writer: Writer, job: Job, episode: Episode, response: Response, number: int
+    ) -> Response: ...
+
+
 class Writer:
     """Has the policy write, for one role after another. `max_model_len` bounds prompt and completion, in tokens."""
 
@@ -44,7 +52,7 @@ class Writer:
         self,
         settings: config.SelfPlay,
         *,
-        roles: Sequence[Role],
+        roles: Sequence[Company],
         prompts: Prompts,
         codec: Codec,
         generator: Generator,
