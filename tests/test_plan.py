@@ -12,7 +12,7 @@ from models import KINDS, Kind, make_model
 
 from spell_megatron.config import RECIPES, Layout, Optimizer, Policy, load_config, model_recipes
 from spell_megatron.plan import ranking, search
-from spell_megatron.plan.activations import Stream, activations
+from spell_megatron.plan.activations import FullStream, activations
 from spell_megatron.plan.assumptions import GIB, Assumptions
 from spell_megatron.plan.catalogue import architecture, known
 from spell_megatron.plan.changes import changed, resized
@@ -141,14 +141,14 @@ def test_shared_prompts_save_what_the_repeated_prompts_cost() -> None:
 def test_earlier_stages_keep_more_microbatches() -> None:
     """1F1B: stage s of p keeps p - s microbatches, and never more than there are."""
     policy = Policy(layout=Layout(pipeline=4), recompute="full")
-    stream = Stream(local=1000, whole=1000, rows=100)
+    stream = FullStream(local=1000, whole=1000, rows=100)
     kept = [activations(TINY, policy, s, stream, 8, Assumptions()).microbatches for s in range(4)]
     assert kept == [4, 3, 2, 1]
     assert activations(TINY, policy, 0, stream, 2, Assumptions()).microbatches == 2
 
 
 def test_full_recompute_keeps_only_the_inputs_of_layers() -> None:
-    stream = Stream(local=1000, whole=1000, rows=100)
+    stream = FullStream(local=1000, whole=1000, rows=100)
     acts = activations(TINY, Policy(recompute="full"), 0, stream, 1, Assumptions())
     angles = 1000 * TINY.head_dim * 4
     assert acts.kept == TINY.layers * 1000 * TINY.hidden * 2 + angles

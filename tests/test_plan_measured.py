@@ -15,12 +15,12 @@ from reference import random_batch
 
 from spell_megatron.config import Layout, Loss, Optimizer, Policy, load_config, model_recipes
 from spell_megatron.plan import plan_all
-from spell_megatron.plan.activations import Stream, activations
+from spell_megatron.plan.activations import FullStream, activations
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.catalogue import architecture
 from spell_megatron.plan.findings import ROOM
 from spell_megatron.plan.parameters import held, static_bytes
-from spell_megatron.plan.rehearsal import Job, rehearse
+from spell_megatron.plan.rehearsal import Build, rehearse
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.residence import torch_optimizers
@@ -71,7 +71,7 @@ def test_planned_bytes_are_the_bytes_held(world: int, folders: dict[str, Path], 
         )
         for case in cases
     ]
-    rehearsals = rehearse([Job(p, Path(c["model"]), world) for p, c in zip(policies, cases, strict=True)])
+    rehearsals = rehearse([Build(p, Path(c["model"]), world) for p, c in zip(policies, cases, strict=True)])
     for case, policy, rehearsal, measured in zip(
         cases, policies, rehearsals, _measure(world, cases, tmp_path), strict=True
     ):
@@ -90,7 +90,7 @@ def _compare_activations(
 ) -> None:
     prompt, replies, reply = STREAM
     tokens, cp = prompt + replies * reply, policy.layout.context
-    stream = Stream(local=tokens / cp, whole=tokens, rows=replies * reply / cp)
+    stream = FullStream(local=tokens / cp, whole=tokens, rows=replies * reply / cp)
     assumed = Assumptions(expert_imbalance=1.0)
     stages = policy.layout.pipeline
     for stage in range(stages):

@@ -15,7 +15,7 @@ from spell_megatron.weights.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class FullStream:
     """The tokens of one rank's part of a full stream."""
 
     local: float
@@ -47,7 +47,7 @@ class Activations:
 
 
 def activations(
-    shape: ModelShape, policy: Policy, stage: int, stream: Stream, microbatches: int, assumed: Assumptions
+    shape: ModelShape, policy: Policy, stage: int, stream: FullStream, microbatches: int, assumed: Assumptions
 ) -> Activations:
     """At the peak of an update on a rank of a pipeline stage, for streams that fill their budget."""
     layout, b = policy.layout, width(policy)
@@ -99,7 +99,7 @@ def _normed(shape: ModelShape, layout: Layout, tokens: float, b: int) -> float:
     return tokens * shape.hidden * b * 2 / _sequence(layout)
 
 
-def _attention(shape: ModelShape, policy: Policy, stream: Stream) -> float:
+def _attention(shape: ModelShape, policy: Policy, stream: FullStream) -> float:
     layout, b, d = policy.layout, width(policy), shape.head_dim
     heads, kv = _heads(shape, layout)
     projected = heads + 2 * kv
@@ -111,19 +111,19 @@ def _attention(shape: ModelShape, policy: Policy, stream: Stream) -> float:
     return _normed(shape, layout, stream.local, b) + kept + _attended(shape, policy, stream)
 
 
-def _attended(shape: ModelShape, policy: Policy, stream: Stream) -> float:
+def _attended(shape: ModelShape, policy: Policy, stream: FullStream) -> float:
     """What queries got, and its log-sum-exp in float32."""
     heads, _ = _heads(shape, policy.layout)
     return stream.local * heads * (shape.head_dim * width(policy) + 4)
 
 
-def _routed(shape: ModelShape, layout: Layout, stream: Stream, assumed: Assumptions) -> float:
+def _routed(shape: ModelShape, layout: Layout, stream: FullStream, assumed: Assumptions) -> float:
     """Rows that a rank's experts compute."""
     rows = stream.local * shape.experts_per_token / _sequence(layout) * layout.expert_tensor
     return rows * (assumed.expert_imbalance if layout.expert > 1 else 1.0)
 
 
-def _mlp(shape: ModelShape, layout: Layout, stream: Stream, b: int, assumed: Assumptions) -> float:
+def _mlp(shape: ModelShape, layout: Layout, stream: FullStream, b: int, assumed: Assumptions) -> float:
     normed = _normed(shape, layout, stream.local, b)
     if not shape.experts:
         # gate and up (2), and the product of one's silu with the other
@@ -134,7 +134,7 @@ def _mlp(shape: ModelShape, layout: Layout, stream: Stream, b: int, assumed: Ass
     return normed + routing + rows * (shape.hidden + 3 * shape.expert_ffn / layout.expert_tensor) * b
 
 
-def _passing(shape: ModelShape, policy: Policy, stream: Stream, assumed: Assumptions) -> float:
+def _passing(shape: ModelShape, policy: Policy, stream: FullStream, assumed: Assumptions) -> float:
     """The largest need of one layer's backward pass beyond what was kept for it."""
     layout, b, d = policy.layout, width(policy), shape.head_dim
     heads, kv = _heads(shape, layout)

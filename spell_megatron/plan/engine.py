@@ -13,7 +13,7 @@ from spell_megatron.weights.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class EngineMemory:
     """One GPU of one engine, in bytes, and what its KV cache is asked to hold."""
 
     engines: int
@@ -44,7 +44,7 @@ class Engine:
 
 def engine_memory(
     config: Config, shape: ModelShape, lengths: Lengths, nodes: int, memory_gib: float, assumed: Assumptions
-) -> Engine:
+) -> EngineMemory:
     servers, rollout = config.rollout.servers, config.rollout
     cluster = replace(config.cluster, nodes=nodes)
     colocated, engines, fault = not cluster.engine_nodes, servers.count * nodes, ""
@@ -67,7 +67,7 @@ def engine_memory(
     else:
         share = rollout.gpu_memory * memory_gib - assumed.engine_gib
         cache = max(0, round(share * GIB) - weights - workspace)
-    return Engine(
+    return EngineMemory(
         engines=engines,
         tensor=tensor,
         colocated=colocated,

@@ -6,7 +6,7 @@ from spell_megatron.config import Cluster, Config
 from spell_megatron.plan.assumptions import GIB, Assumptions
 from spell_megatron.plan.catalogue import architecture
 from spell_megatron.plan.dealing import Deal, even, packed
-from spell_megatron.plan.engine import Engine, engine_memory
+from spell_megatron.plan.engine import EngineMemory, engine_memory
 from spell_megatron.plan.findings import Plan
 from spell_megatron.plan.memory import stage_plans
 from spell_megatron.plan.parameters import Held, held
@@ -75,7 +75,7 @@ def _traffic(config: Config, shape: ModelShape, world: WorldShape, parts: list[H
     return step_traffic(shape, config.policy, world, parts, deal.tokens, deal.rows)
 
 
-def _faults(config: Config, shape: ModelShape, engine: Engine, cluster: Cluster) -> list[str]:
+def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: Cluster) -> list[str]:
     """Contradictions between model, lengths, engine and cluster that no memory would mend."""
     rollout, play, faults = config.rollout, config.selfplay, []
     limits = play.sampling

@@ -8,7 +8,7 @@ from typing import Any
 from spell_megatron.config import Config
 from spell_megatron.plan.activations import Activations
 from spell_megatron.plan.assumptions import GIB, Assumptions
-from spell_megatron.plan.engine import Engine
+from spell_megatron.plan.engine import EngineMemory
 from spell_megatron.plan.parameters import Held, Static, active_parameters, total_parameters
 from spell_megatron.plan.rehearsal import Rehearsal
 from spell_megatron.plan.saving import Saving
@@ -47,7 +47,7 @@ class Plan:
     shape: ModelShape
     world: WorldShape
     stages: tuple[StagePlan, ...]
-    engine: Engine
+    engine: EngineMemory
     lengths: Lengths
     streams: int
     """Microbatches of one data-parallel rank in a step."""

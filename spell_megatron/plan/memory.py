@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 from spell_megatron.config import Config
-from spell_megatron.plan.activations import Stream, activations
+from spell_megatron.plan.activations import FullStream, activations
 from spell_megatron.plan.assumptions import GIB, Assumptions
-from spell_megatron.plan.engine import Engine
+from spell_megatron.plan.engine import EngineMemory
 from spell_megatron.plan.findings import StagePlan
 from spell_megatron.plan.parameters import Held, Static, static_bytes, width
 from spell_megatron.plan.rehearsal import Rehearsal
@@ -23,7 +23,7 @@ def stage_plans(
     shape: ModelShape,
     world: WorldShape,
     parts: list[Held],
-    engine: Engine,
+    engine: EngineMemory,
     microbatches: int,
     assumed: Assumptions,
     rehearsal: Rehearsal | None,
@@ -75,11 +75,11 @@ def _built(stage: int, part: Held, static: Static, rehearsal: Rehearsal) -> Stat
     )
 
 
-def full_stream(config: Config, assumed: Assumptions) -> Stream:
+def full_stream(config: Config, assumed: Assumptions) -> FullStream:
     """A stream that fills its budget with one group whose responses are as long as they may be."""
     policy = config.policy
     cp, budget = policy.layout.context, policy.stream_tokens
     replies = config.selfplay.group_size * config.selfplay.sampling.responder_tokens
     prompt = config.corpus.cluster_tokens + min(assumed.template_tokens, config.corpus.cluster_tokens)
     rows = budget * replies / (prompt + replies)
-    return Stream(local=budget / cp, whole=budget, rows=rows / cp)
+    return FullStream(local=budget / cp, whole=budget, rows=rows / cp)

@@ -11,7 +11,7 @@ from spell_megatron.plan.catalogue import architecture
 from spell_megatron.plan.changes import resized
 from spell_megatron.plan.estimate import estimate
 from spell_megatron.plan.findings import Plan
-from spell_megatron.plan.rehearsal import Job, rehearse
+from spell_megatron.plan.rehearsal import Build, rehearse
 from spell_megatron.plan.search import remedies
 
 
@@ -24,7 +24,7 @@ def plan_all(configs: Sequence[Config], assumed: Assumptions | None = None) -> l
     """Plan several recipes, their models built in one process. SpellError where a model contradicts arithmetic."""
     assumed = assumed or Assumptions()
     drafts = [estimate(config, assumed) for config in configs]
-    jobs = [Job(c.policy, architecture(c.model.path), c.cluster.gpus, c.model.families) for c in configs]
+    jobs = [Build(c.policy, architecture(c.model.path), c.cluster.gpus, c.model.families) for c in configs]
     plans = []
     for draft, rehearsal in zip(drafts, rehearse(jobs), strict=True):
         built = estimate(draft.config, assumed, rehearsal)

@@ -31,7 +31,7 @@ _SECONDS_PER_JOB = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Build:
     """A model to build."""
 
     policy: Policy
@@ -43,7 +43,7 @@ class Job:
     """A user's own, by import path."""
 
 
-_JOBS = TypeAdapter(list[Job])
+_BUILDS = TypeAdapter(list[Build])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Rehearsal:
     hf_parameters: int
 
 
-def rehearse(jobs: Sequence[Job]) -> list[Rehearsal]:
+def rehearse(jobs: Sequence[Build]) -> list[Rehearsal]:
     """Build each. SpellError where weights are not covered."""
     # Who sends tokens to experts changes no parameter, and need not be installed here.
     plain = [replace(job, policy=replace(job.policy, dispatcher="alltoall")) for job in jobs]
@@ -79,7 +79,7 @@ def rehearse(jobs: Sequence[Job]) -> list[Rehearsal]:
     try:
         done = subprocess.run(
             command,
-            input=_JOBS.dump_json(plain).decode(),
+            input=_BUILDS.dump_json(plain).decode(),
             capture_output=True,
             text=True,
             timeout=_SECONDS_PER_JOB * len(jobs),
@@ -110,7 +110,7 @@ def _without_torchrun() -> dict[str, str]:
 # Everything below runs in the process of the rehearsal.
 
 
-def _build(job: Job) -> Rehearsal:
+def _build(job: Build) -> Rehearsal:
     from spell_megatron.policy.layout import check_layout
     from spell_megatron.weights.shape import model_shape
     from spell_megatron.weights.table import EMBEDDING
@@ -294,7 +294,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     answer: dict[str, Any]
     try:
-        found = [_build(job) for job in _JOBS.validate_json(sys.stdin.read())]
+        found = [_build(job) for job in _BUILDS.validate_json(sys.stdin.read())]
         answer = {"rehearsals": [asdict(rehearsal) for rehearsal in found]}
     except SpellError as error:
         answer = {"fault": str(error)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from spell_megatron.config import Config
 from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.engine import Engine
+from spell_megatron.plan.engine import EngineMemory
 from spell_megatron.plan.parameters import total_parameters, width
 from spell_megatron.rollout.transfer.manifest import STAGED_BYTES
 from spell_megatron.weights.shape import ModelShape
@@ -53,7 +53,7 @@ class Resync:
         )
 
 
-def resync(config: Config, shape: ModelShape, engine: Engine) -> Resync:
+def resync(config: Config, shape: ModelShape, engine: EngineMemory) -> Resync:
     layout, cluster = config.policy.layout, config.cluster
     whole = total_parameters(shape) * width(config.policy)
     inside = max(layout.tensor, layout.expert * layout.expert_tensor)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from spell_megatron.config import Config, Policy
 from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.engine import Engine
+from spell_megatron.plan.engine import EngineMemory
 from spell_megatron.plan.parameters import Held, Static, share, state_width, width
 from spell_megatron.policy.layout import WorldShape
 
@@ -54,7 +54,7 @@ def saving(
     world: WorldShape,
     parts: Sequence[Held],
     static: Sequence[Static],
-    engine: Engine,
+    engine: EngineMemory,
     assumed: Assumptions,
 ) -> Saving:
     """`parts` and `static` are of the pipeline's stages, `world` of the trainer."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from spell_megatron.config import Config
 from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.engine import Engine
+from spell_megatron.plan.engine import EngineMemory
 from spell_megatron.plan.parameters import active_parameters, total_parameters
 from spell_megatron.plan.resync import resync
 from spell_megatron.plan.workload import Rollouts, forward_work
@@ -27,7 +27,7 @@ class Seconds:
 
 
 def rollout_seconds(
-    config: Config, shape: ModelShape, engine: Engine, rollouts: Rollouts, assumed: Assumptions
+    config: Config, shape: ModelShape, engine: EngineMemory, rollouts: Rollouts, assumed: Assumptions
 ) -> float:
     """Reading all prompts once, then decoding in full batches."""
     read = forward_work(shape, rollouts.read, rollouts.read_pairs, 0).total
@@ -47,7 +47,7 @@ def rollout_seconds(
 def step_seconds(
     config: Config,
     shape: ModelShape,
-    engine: Engine,
+    engine: EngineMemory,
     rollouts: Rollouts,
     update: dict[str, float],
     assumed: Assumptions,
