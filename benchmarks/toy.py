@@ -22,7 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from spell_megatron.corpus.toy import TASKS, plain, toy_cluster, truth
+from spell_megatron.corpus.toy import TASKS, plain, truth
+from spell_megatron.corpus.worlds import recalled
 from spell_megatron.record import Journal, RunFolder
 from spell_megatron.selfplay import Episode
 
@@ -65,8 +66,7 @@ def roles(episodes: Iterable[Episode]) -> dict[str, float]:
         question = episode.question
         valid[episode.task].append(question is not None)
         if question is not None:
-            world, _half, index = episode.cluster.removeprefix("toy-").split("-")
-            answer = truth(toy_cluster(int(world), int(index)), question)
+            answer = truth(recalled(episode.cluster), question)
             true[episode.task].append(answer is not None and answer == plain(question.answer))
         differ += [r.verdict != r.rule for r in episode.responses if r.verdict is not None]
     return {

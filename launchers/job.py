@@ -13,6 +13,7 @@ from pathlib import Path
 from launchers.machines import Machines, recorded
 from launchers.profile import Profile
 from spell_megatron.config import Config, dump_config
+from spell_megatron.corpus.worlds import WORLDS
 from spell_megatron.record.folder import RunFolder, private
 from spell_megatron.rollout.address import write_secret
 from spell_megatron.selfplay.prompts import STYLES
@@ -96,4 +97,4 @@ def read_by(config: Config) -> list[Path]:
 
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != "toy" and path.exists() else name
+    return str(path.resolve()) if name not in WORLDS and path.exists() else name

@@ -139,10 +139,12 @@ class Question:
     """A question with its reference answer, as the questioner wrote it (or a held-out set has it).
 
     `options` maps the letters A-D to the choices; it is empty for free-form tasks, and `answer`
-    is then the reference text, otherwise the letter.
+    is then the reference text, otherwise the letter. `labels` say in what a held-out question is measured apart
+    from others, besides its task: `{"links": "3"}`.
     """
 
     task: str
     text: str
     answer: str
     options: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.config import Corpus, Source
-from spell_megatron.corpus import ClusterSampler
+from spell_megatron.config import Corpus, HeldOut, Source
+from spell_megatron.corpus import ClusterSampler, load_heldout
 from spell_megatron.corpus.cleaning import clean, fingerprint, sketch
 from spell_megatron.corpus.clustering import Filler, passages, similar
 from spell_megatron.corpus.reading import Skipped, Text, read
@@ -533,3 +533,23 @@ def test_the_toy_world_is_a_source_like_any_other() -> None:
     assert len({(cluster.documents, task) for cluster, task in drawn}) == 150
     assert {cluster.domain for cluster, _ in drawn} == {"toy"}
     assert ClusterSampler(corpus, words, 3).draw(150) == drawn
+
+
+def test_the_hard_world_is_one_too() -> None:
+    corpus = Corpus(sources=(Source(path="hard-small", domain="mine"),), toy_clusters=9)
+    drawn = ClusterSampler(corpus, words, 3).draw(27)
+    assert len({(cluster.documents, task) for cluster, task in drawn}) == 27
+    assert {cluster.domain for cluster, _ in drawn} == {"mine"}
+    assert len(load_heldout(HeldOut(path="hard-small", questions=5))) == 5
+
+
+def test_held_out_questions_of_a_file_may_have_labels(tmp_path: Path) -> None:
+    path = tmp_path / "held.jsonl"
+    row = {"task": "doc_general_qa", "question": "Who?", "answer": "Nora", "documents": ["Nora did."]}
+    path.write_text(
+        "".join(json.dumps(row | more) + "\n" for more in ({}, {"labels": {"links": 3}}, {"labels": 3}))
+    )
+    read = load_heldout(HeldOut(path=str(path), questions=2))
+    assert [question.labels for _, question in read] == [{}, {"links": "3"}]
+    with pytest.raises(SpellError, match=r"line 3 is no held-out question.*labels"):
+        load_heldout(HeldOut(path=str(path), questions=3))

@@ -459,7 +459,10 @@ def test_metrics_are_numbers_and_add_up():
 
 
 def test_held_out_accuracy_is_the_rules():
-    questions = [(cluster(i), Question("docmath_qa", f"number {i}?", "12")) for i in range(5)]
+    questions = [
+        (cluster(i), Question("docmath_qa", f"number {i}?", "12", labels={"links": str(i % 2)}))
+        for i in range(5)
+    ]
     questions += [(cluster(9), Question("doc_general_qa", f"number {i}?", "orange")) for i in range(5)]
     score = asyncio.run(
         accuracy(
@@ -479,3 +482,6 @@ def test_held_out_accuracy_is_the_rules():
     assert score.per_question[4] > 0.8
     assert score.mean == pytest.approx(sum(score.per_question) / 10)
     assert score.by_task["docmath_qa"] == pytest.approx(sum(score.per_question[:5]) / 5)
+    assert score.by_label == pytest.approx(
+        {"links/0": sum(score.per_question[:5:2]) / 3, "links/1": sum(score.per_question[1:5:2]) / 2}
+    )

@@ -49,7 +49,8 @@ class Source:
     """Documents of one kind, and what is asked about them."""
 
     path: Location = "toy"
-    """`toy` (the generated world), a folder of text, a .jsonl or .parquet file, or a hub id `org/name`."""
+    """`toy`, `hard` or `hard-small` (generated worlds), a folder of text, a .jsonl or .parquet file, or a hub id
+    `org/name`."""
     domain: str = ""
     """Name of the domain in metrics; the path's last part where empty."""
     tasks: tuple[Task, ...] = ("doc_general_qa", "docmath_qa", "doc_mc")
@@ -81,7 +82,7 @@ class Corpus:
     max_documents: int = Field(default=20, gt=0)
     """At most this many documents in one cluster."""
     toy_clusters: int = Field(default=20_000, gt=0)
-    """Clusters of the toy world before it repeats."""
+    """Clusters of a generated world before it repeats."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -447,7 +448,8 @@ class HeldOut:
     questions: int = Field(default=0, ge=0)
     """Held-out questions; 0 switches the measurement off."""
     path: Location = "toy"
-    """`toy` (the generated world's own), or a JSONL file of task, question, answer, options, documents."""
+    """`toy`, `hard` or `hard-small` (a generated world's own), or a JSONL file of task, question, answer, options,
+    documents, labels."""
     samples: int = Field(default=8, gt=0)
     """Answers to each question."""
     seed: int = 12345

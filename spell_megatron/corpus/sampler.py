@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from spell_megatron.config import Corpus, Source
 from spell_megatron.corpus.decontamination import Benchmarks
 from spell_megatron.corpus.store import ClusterStore, Count, build
+from spell_megatron.corpus.worlds import WORLDS, World
 from spell_megatron.types import Cluster, SpellError
 
 logger = logging.getLogger(__name__)
@@ -135,8 +136,8 @@ class ClusterSampler:
             stream.credit = place["credit"]
 
     def _open(self, source: Source, domain: str) -> Clusters:
-        if source.path == "toy":
-            return _ToyWorld(self._seed, self._corpus.toy_clusters, domain)
+        if source.path in WORLDS:
+            return _Generated(WORLDS[source.path], self._seed, self._corpus.toy_clusters, domain)
         limits = (self._corpus.cluster_tokens, self._corpus.max_documents)
         values = json.dumps([dataclasses.asdict(source) | _NOT_READ, *limits, *self._corpus.benchmarks])
         path = self._folder / f"{domain}-{blake2b(values.encode(), digest_size=4).hexdigest()}.sqlite"
@@ -195,11 +196,11 @@ def _domain(path: str) -> str:
     return place.name.partition(".")[0] or place.name if place.is_file() else place.name
 
 
-class _ToyWorld:
-    """Clusters of the generated world, made when they are asked for."""
+class _Generated:
+    """Clusters of a generated world, made when they are asked for."""
 
-    def __init__(self, seed: int, size: int, domain: str) -> None:
-        self._seed, self._size, self._domain = seed, size, domain
+    def __init__(self, world: World, seed: int, size: int, domain: str) -> None:
+        self._world, self._seed, self._size, self._domain = world, seed, size, domain
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -209,9 +210,7 @@ class _ToyWorld:
         return self._size
 
     def __getitem__(self, number: int) -> Cluster:
-        from spell_megatron.corpus.toy.world import toy_cluster
-
-        return dataclasses.replace(toy_cluster(self._seed, number), domain=self._domain)
+        return dataclasses.replace(self._world.cluster(self._seed, number), domain=self._domain)
 
 
 def permuted(index: int, size: int, key: str) -> int:

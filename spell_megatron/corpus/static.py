@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any, Protocol
 
-from spell_megatron.corpus.toy import ask
+from spell_megatron.corpus.worlds import WORLDS, world_of
 from spell_megatron.types import Cluster, Question, SpellError
 
 
@@ -18,7 +18,7 @@ class Sampler(Protocol):
 
 
 class StaticQuestions:
-    """Clusters with one question each out of the toy world's generator, the same whenever they come again."""
+    """Clusters with one question each out of its world's generator, the same whenever they come again."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
@@ -34,10 +34,11 @@ class StaticQuestions:
 
 
 def _question(cluster: Cluster, task: str) -> Question:
-    derived = ask(cluster.documents, task, random.Random(f"{cluster.id}/{task}"))
-    if derived is None:
+    world = world_of(cluster.id)
+    question = world.ask(cluster.documents, task, random.Random(f"{cluster.id}/{task}")) if world else None
+    if question is None:
         raise SpellError(
-            f"cluster {cluster.id} has no fixed question for {task}: selfplay.static_questions works on the toy"
-            " world alone; set corpus.sources to toy, or static_questions=false"
+            f"cluster {cluster.id} has no fixed question for {task}: selfplay.static_questions works on the"
+            f" generated worlds alone ({', '.join(WORLDS)}); set corpus.sources to one, or static_questions=false"
         )
-    return derived.question
+    return question

@@ -173,7 +173,8 @@ class Driver:
             max_model_len=self.settings.rollout.max_model_len,
         )
         by_task = {f"heldout/{task}": value for task, value in score.by_task.items()}
-        return {"heldout/mean": score.mean, **by_task}
+        by_label = {f"heldout_by/{label}": value for label, value in score.by_label.items()}
+        return {"heldout/mean": score.mean, **by_task, **by_label}
 
     def record_start(self, scores: Mapping[str, float]) -> None:
         """The row of step 0: what was measured before training."""

@@ -7,7 +7,7 @@ whether it learns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -24,10 +24,11 @@ from spell_megatron.types import Cluster, Question
 
 @dataclass(frozen=True, slots=True)
 class HeldOutScore:
-    """Share of correct samples: overall, by task, and of every question in the order given."""
+    """Share of correct samples: overall, by task, by label (`links/3`), and of every question in the order given."""
 
     mean: float
     by_task: dict[str, float]
+    by_label: dict[str, float]
     per_question: list[float]
 
 
@@ -75,10 +76,13 @@ async def accuracy(
 
     scores = await together(score(place, *entry) for place, entry in enumerate(questions))
     by_task: dict[str, list[float]] = defaultdict(list)
+    by_label: dict[str, list[float]] = defaultdict(list)
     for (_, question), value in zip(questions, scores, strict=True):
         by_task[question.task].append(value)
-    return HeldOutScore(
-        fmean(scores) if scores else 0.0,
-        {task: fmean(values) for task, values in sorted(by_task.items())},
-        scores,
-    )
+        for label in question.labels.items():
+            by_label["/".join(label)].append(value)
+    return HeldOutScore(fmean(scores) if scores else 0.0, _means(by_task), _means(by_label), scores)
+
+
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: fmean(values[name]) for name in sorted(values)}

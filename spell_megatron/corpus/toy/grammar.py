@@ -1,7 +1,6 @@
 """How the toy world speaks: every sentence and question it can contain, as templates.
 
-A template both writes (`str.format`) and reads (`reader`), so a question that a model wrote is
-understood by the same table that made the documents, and the ground truth needs no second copy.
+A template both writes and reads (`corpus.templates`).
 """
 
 from __future__ import annotations
@@ -119,21 +118,8 @@ def via(link: Relation, subject: str) -> str:
 
 _LINK = "|".join(link.noun for link in LINKS)
 VIA = re.compile(rf"the ({_LINK}) of (\w+)")
-_SLOT = {"v": r"[\w-]+", "i": r"\w+"}
-_PERSON = rf"(?:the (?:{_LINK}) of )?\w+"
-
-
-def reader(template: str) -> re.Pattern[str]:
-    """The pattern that reads what `template` writes; slots become named groups."""
-    parts = re.split(r"\{(\w)\}", template)
-    pattern = "".join(
-        f"(?P<{part}>{_SLOT.get(part, _PERSON)})" if index % 2 else re.escape(part)
-        for index, part in enumerate(parts)
-    )
-    return re.compile(pattern)
-
-
-def phrases(template: str) -> list[str]:
-    """The fixed stretches of a template, end punctuation apart: what deserves a token of its own."""
-    stretches = re.split(r"\{\w\}", template)
-    return [piece for stretch in stretches for piece in re.split(r"([.?])", stretch.strip()) if piece.strip()]
+SLOTS = {
+    "v": r"[\w-]+",
+    "i": r"\w+",
+    **dict.fromkeys("sab", rf"(?:the (?:{_LINK}) of )?\w+"),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spell_megatron.corpus.templates import phrases
 from spell_megatron.corpus.toy import grammar, words
 from spell_megatron.corpus.toy.transcripts import COMPARE, SENTENCE, TAGS, UNKNOWN, VERDICTS
 from spell_megatron.corpus.toy.world import LETTERS, TASKS
@@ -33,7 +34,7 @@ def pieces() -> list[str]:
     standing = [word for words_ in lists for word in words_]
     standing += [str(number) for number in range(len(words.NUMBERS))]
     standing += [*LETTERS, *(f"({letter})" for letter in LETTERS), *TASKS, *TAGS, *VERDICTS]
-    standing += [piece for template in _templates() for piece in grammar.phrases(template)]
+    standing += [piece for template in _templates() for piece in phrases(template)]
     attached = [piece for piece in standing if not piece[0].isalnum() and piece[0] in ".,?"]
     spaced = [f" {piece}" for piece in standing if piece not in attached]
     return list(dict.fromkeys([*attached, *spaced, *_FRAGMENTS]))

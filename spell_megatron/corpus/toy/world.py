@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from spell_megatron.corpus.templates import reader
 from spell_megatron.corpus.toy import grammar, words
 from spell_megatron.corpus.toy.grammar import FRIEND, LINKS, OWNER, RELATIONS, TRAITS, Sum
 from spell_megatron.types import Cluster, Document, Question
@@ -147,9 +148,9 @@ def _speaker(rng: random.Random, scale: Scale) -> Callable[..., str]:
 # --- reading -------------------------------------------------------------------------------------
 
 _READERS = [
-    *((name, grammar.reader(fact)) for name, relation in RELATIONS.items() for fact in relation.facts),
-    *(("savings", grammar.reader(fact)) for fact in grammar.SAVINGS),
-    *(("", grammar.reader(fact)) for fact in grammar.PRICE),
+    *((name, reader(fact, grammar.SLOTS)) for name, relation in RELATIONS.items() for fact in relation.facts),
+    *(("savings", reader(fact, grammar.SLOTS)) for fact in grammar.SAVINGS),
+    *(("", reader(fact, grammar.SLOTS)) for fact in grammar.PRICE),
 ]
 
 
@@ -296,12 +297,12 @@ def _sum(
 # --- truth ---------------------------------------------------------------------------------------
 
 _VALUE_READERS = [
-    (relation.name, grammar.reader(question))
+    (relation.name, reader(question, grammar.SLOTS))
     for relation in RELATIONS.values()
     for question in relation.questions
 ]
 _SUM_READERS = [
-    (kind, grammar.reader(kind.template)) for kind in (*grammar.SAVINGS_SUMS, *grammar.PRICE_SUMS)
+    (kind, reader(kind.template, grammar.SLOTS)) for kind in (*grammar.SAVINGS_SUMS, *grammar.PRICE_SUMS)
 ]
 
 

@@ -1,0 +1,73 @@
+"""The generated worlds: corpora without end whose truth is known. A source or a held-out set names one as its path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from spell_megatron.corpus import hard, toy
+from spell_megatron.types import Cluster, Document, Question, SpellError
+
+
+@dataclass(frozen=True)
+class World:
+    """What is generated, asked and known."""
+
+    name: str
+    cluster: Callable[[int, int], Cluster]
+    """`(seed, index)`: of the training half, and the same for the same numbers."""
+    ask: Callable[[Sequence[Document], str, Random], Question | None]
+    """A question of a task about some documents, with a true reference; None where they answer none."""
+    heldout: Callable[[int, int], list[tuple[Cluster, Question]]]
+    """`(count, seed)`: questions on clusters of the other half, with which training has nothing in common."""
+    truth: Callable[[Cluster, Question], str | None]
+    """The right answer in its plain form, a letter where there are options; None where there is none."""
+    plain: Callable[[str], str]
+    """The bare value in an answer."""
+
+
+def _toy() -> World:
+    def ask(documents: Sequence[Document], task: str, rng: Random) -> Question | None:
+        derived = toy.ask(documents, task, rng)
+        return derived.question if derived else None
+
+    return World("toy", toy.toy_cluster, ask, toy.heldout, toy.truth, toy.plain)
+
+
+def _hard(name: str, scale: hard.Scale) -> World:
+    def drawn(half: int, seed: int, index: int, times: int = 1) -> Cluster:
+        return hard.cluster(f"{name}-{seed}-{half}-{index}", name, half, replace(scale, times=times))
+
+    def ask(documents: Sequence[Document], task: str, rng: Random) -> Question | None:
+        derived = hard.ask(documents, task, rng)
+        return derived.question if derived else None
+
+    def heldout(count: int, seed: int) -> list[tuple[Cluster, Question]]:
+        return list(hard.heldout(count, lambda index, times: drawn(hard.HELD_OUT, seed, index, times)))
+
+    def cluster(seed: int, index: int) -> Cluster:
+        return drawn(hard.TRAIN, seed, index)
+
+    return World(name, cluster, ask, heldout, hard.truth, hard.plain)
+
+
+WORLDS = {world.name: world for world in (_toy(), _hard("hard", hard.FULL), _hard("hard-small", hard.SMALL))}
+_NUMBERED = re.compile(r"(?P<world>.+)-(?P<seed>-?\d+)-0-(?P<index>\d+)")
+
+
+def world_of(identity: str) -> World | None:
+    """The world that made a cluster of the training half, by the cluster's id; None where none did."""
+    met = _NUMBERED.fullmatch(identity)
+    return WORLDS.get(met["world"]) if met else None
+
+
+def recalled(identity: str) -> Cluster:
+    """A cluster of the training half, whole, by its id. Raises SpellError where no world made it."""
+    met, world = _NUMBERED.fullmatch(identity), world_of(identity)
+    if met is None or world is None:
+        raise SpellError(
+            f"{identity} is no cluster of a generated world; those are called WORLD-SEED-0-INDEX"
+        )
+    return world.cluster(int(met["seed"]), int(met["index"]))
