@@ -155,9 +155,21 @@ def test_clusters_and_documents_keep_their_sizes(name: str, documents: tuple[int
     made = [WORLDS[name].cluster(0, index) for index in range(100 if name == "hard-small" else 15)]
     counts = {len(one.documents) for one in made}
     assert documents[0] <= min(counts) and max(counts) <= documents[1]
-    lengths = [grammar.tokens(document.text) for one in made for document in one.documents]
+    texts = [document.text for one in made for document in one.documents]
+    assert max(grammar.tokens(said) for text in texts for said in grammar.sentences(text)) <= (
+        grammar.LONGEST_SENTENCE
+    )
+    lengths = [grammar.tokens(text) for text in texts]
     assert least <= min(lengths) and max(lengths) <= most
     assert min(lengths) < least + (most - least) / 4 and max(lengths) > most - (most - least) / 4
+
+
+def test_keys_find_room_where_there_is_little() -> None:
+    tight = replace(SMALL, tokens=(60, 130), chains=(3, 3), keys=(3, 3))
+    for index in range(30):
+        documents = cluster(f"w-0-0-{index}", "w", TRAIN, tight).documents
+        assert len(Reading(documents).keys) == 9
+        assert max(grammar.tokens(document.text) for document in documents) <= 130
 
 
 def test_longer_documents_state_the_same_facts() -> None:
