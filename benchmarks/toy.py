@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from spell_megatron.corpus.toy import TASKS, plain, truth
+from spell_megatron.corpus.toy import TASKS
 from spell_megatron.corpus.worlds import recalled
 from spell_megatron.record import Journal, RunFolder
 from spell_megatron.selfplay import Episode
@@ -66,8 +66,9 @@ def roles(episodes: Iterable[Episode]) -> dict[str, float]:
         question = episode.question
         valid[episode.task].append(question is not None)
         if question is not None:
-            answer = truth(recalled(episode.cluster), question)
-            true[episode.task].append(answer is not None and answer == plain(question.answer))
+            world, cluster = recalled(episode.cluster)
+            answer = world.truth(cluster, question)
+            true[episode.task].append(answer is not None and answer == world.plain(question.answer))
         differ += [r.verdict != r.rule for r in episode.responses if r.verdict is not None]
     return {
         **{f"valid/{task}": fmean(valid[task]) for task in TASKS if valid[task]},

@@ -63,11 +63,11 @@ def world_of(identity: str) -> World | None:
     return WORLDS.get(met["world"]) if met else None
 
 
-def recalled(identity: str) -> Cluster:
-    """A cluster of the training half, whole, by its id. Raises SpellError where no world made it."""
+def recalled(identity: str) -> tuple[World, Cluster]:
+    """The world and the whole of a cluster of the training half, by its id. Raises SpellError where none made it."""
     met, world = _NUMBERED.fullmatch(identity), world_of(identity)
     if met is None or world is None:
         raise SpellError(
             f"{identity} is no cluster of a generated world; those are called WORLD-SEED-0-INDEX"
         )
-    return world.cluster(int(met["seed"]), int(met["index"]))
+    return world, world.cluster(int(met["seed"]), int(met["index"]))

@@ -209,7 +209,7 @@ def kind(subject: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    return [sentence.strip() for sentence in _SENTENCE.findall(text)]
+    return [" ".join(sentence.split()) for sentence in _SENTENCE.findall(text)]
 
 
 def split(text: str) -> list[str]:

@@ -84,6 +84,7 @@ def cluster(identity: str, domain: str, half: int, scale: Scale) -> Cluster:
         notes.append(_Note.written(rng, subject, before, cast, outdated=True))
     rng.shuffle(notes)
     for note in notes:
+        rng.shuffle(note.sentences)
         note.pad(padding, cast, scale)
     return Cluster(
         identity,
@@ -224,7 +225,6 @@ class _Note:
         for one in said:
             note.add(one.sentence(rng, one.relation.facts, subject))
         note.add(_decoy(rng, subject, said, cast))
-        rng.shuffle(note.sentences)
         return note
 
     @property
