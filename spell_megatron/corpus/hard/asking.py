@@ -1,8 +1,10 @@
 """Questions about documents of the hard world, by task, kind and number of links; and the held-out set.
 
-doc_general_qa   a trait or a link of a subject, who has most of something, what a chain of keys asks
-docmath_qa       a measure, a sum of two or three, a difference
-doc_mc           a trait, a link or a comparison with four values to choose from
+    doc_general_qa   a trait or a link of a subject, who has most of something, what a chain of keys asks
+    docmath_qa       a measure, a sum of two or three, a difference
+    doc_mc           a trait, a link or a comparison with four values to choose from
+
+A held-out question has its number of links, of documents and more for labels, by which it is measured.
 """
 
 from __future__ import annotations

@@ -142,10 +142,10 @@ _SLOTS = {
 _Slots = dict[str, Any]
 
 
-def _chain(reading: Reading, expression: str, *last: str) -> tuple[Fact, ...] | None:
-    """The facts from an expression's subject along its links, and along `last`."""
+def _chain(reading: Reading, expression: str, last: str) -> tuple[Fact, ...] | None:
+    """The facts from an expression's subject along its links, and the one of the relation `last` at their end."""
     *nouns, subject = re.sub(rf"the ({_VIA}) of ", r"\1/", expression).split("/")
-    return reading.follow(subject, [*(_NAMED[noun].name for noun in reversed(nouns)), *last])
+    return reading.follow(subject, [*(_NAMED[noun].name for noun in reversed(nouns)), last])
 
 
 def _value(reading: Reading, expression: str, relation: str) -> Solution | None:
