@@ -32,8 +32,8 @@ from spell_megatron.corpus.hard import (
     vocabulary,
     words,
 )
-from spell_megatron.corpus.hard.asking import Derived
-from spell_megatron.corpus.hard.reading import Reading, read, solve
+from spell_megatron.corpus.hard.asking import Asked
+from spell_megatron.corpus.hard.reading import Knowledge, read, solve
 from spell_megatron.corpus.hard.world import half_of
 from spell_megatron.corpus.static import StaticQuestions
 from spell_megatron.corpus.worlds import WORLDS, recalled
@@ -168,13 +168,13 @@ def test_keys_find_room_where_there_is_little() -> None:
     tight = replace(SMALL, tokens=(60, 130), chains=(3, 3), keys=(3, 3))
     for index in range(30):
         documents = cluster(f"w-0-0-{index}", "w", TRAIN, tight).documents
-        assert len(Reading(documents).keys) == 9
+        assert len(Knowledge(documents).keys) == 9
         assert max(grammar.tokens(document.text) for document in documents) <= 130
 
 
 def test_longer_documents_state_the_same_facts() -> None:
     once, four = (cluster("w-0-0-0", "w", TRAIN, replace(SMALL, times=times)) for times in (1, 4))
-    assert Reading(once.documents).facts == Reading(four.documents).facts
+    assert Knowledge(once.documents).facts == Knowledge(four.documents).facts
     lengths = [grammar.tokens(document.text) for document in four.documents]
     assert 4 * SMALL.tokens[0] <= min(lengths) and max(lengths) <= 4 * SMALL.tokens[1]
 
@@ -221,7 +221,7 @@ def test_no_fact_is_stated_twice_and_distractors_abound() -> None:
 def test_what_is_outdated_differs_from_what_holds() -> None:
     for index in range(40):
         documents = small(index).documents
-        holds = Reading(documents).facts
+        holds = Knowledge(documents).facts
         for document in documents:
             if document.text.startswith(grammar.OUT_OF_DATE):
                 told = [fact for one in grammar.sentences(document.text) if (fact := read(one))]
@@ -269,10 +269,10 @@ def test_every_question_has_the_one_answer_that_its_documents_give(
     }
     places = {fact.document for fact in needed.steps}
     alone = [document for document in made.documents if document.id in places]
-    assert solve(Reading(alone), question.text) == needed, "its documents alone answer it"
+    assert solve(Knowledge(alone), question.text) == needed, "its documents alone answer it"
     for place in places:
         rest = [document for document in made.documents if document.id != place]
-        assert solve(Reading(rest), question.text) is None, "and none of them can be missing"
+        assert solve(Knowledge(rest), question.text) is None, "and none of them can be missing"
 
 
 def test_a_question_can_be_asked_of_nearly_everything() -> None:
@@ -289,7 +289,7 @@ def test_a_question_can_be_asked_of_nearly_everything() -> None:
 
 
 @cache
-def asked(task: str, count: int) -> list[tuple[Cluster, Derived]]:
+def asked(task: str, count: int) -> list[tuple[Cluster, Asked]]:
     rng = random.Random(1)
     found = [(one, ask(one.documents, task, rng)) for one in map(small, range(count))]
     return [(one, derived) for one, derived in found if derived]
@@ -346,7 +346,7 @@ def test_the_vocabulary_is_small_and_complete() -> None:
 
 
 def named(made: Cluster) -> set[str]:
-    reading = Reading(made.documents)
+    reading = Knowledge(made.documents)
     return {*reading.subjects, *reading.keys}
 
 

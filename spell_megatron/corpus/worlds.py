@@ -36,7 +36,7 @@ def _toy() -> World:
     return World("toy", toy.toy_cluster, ask, toy.heldout, toy.truth, toy.plain)
 
 
-def _hard(name: str, scale: hard.Scale) -> World:
+def _hard(name: str, scale: hard.Extent) -> World:
     def drawn(half: int, seed: int, index: int, times: int = 1) -> Cluster:
         return hard.cluster(f"{name}-{seed}-{half}-{index}", name, half, replace(scale, times=times))
 

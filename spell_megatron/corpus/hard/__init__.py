@@ -5,7 +5,7 @@ from spell_megatron.corpus.hard.asking import (
     LINKS_ASKED,
     PARAPHRASED,
     TASKS,
-    Derived,
+    Asked,
     ask,
     heldout,
     reach,
@@ -13,7 +13,7 @@ from spell_megatron.corpus.hard.asking import (
 )
 from spell_megatron.corpus.hard.reading import Solution, plain
 from spell_megatron.corpus.hard.vocabulary import vocabulary
-from spell_megatron.corpus.hard.world import FULL, HELD_OUT, SMALL, TRAIN, Scale, cluster
+from spell_megatron.corpus.hard.world import FULL, HELD_OUT, SMALL, TRAIN, Extent, cluster
 
 __all__ = [
     "FULL",
@@ -24,8 +24,8 @@ __all__ = [
     "SMALL",
     "TASKS",
     "TRAIN",
-    "Derived",
-    "Scale",
+    "Asked",
+    "Extent",
     "Solution",
     "ask",
     "cluster",

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from itertools import count as counted
 
 from spell_megatron.corpus.hard import grammar, words
-from spell_megatron.corpus.hard.grammar import PRICE, RELATIONS, Relation
-from spell_megatron.corpus.hard.reading import Reading, Solution, plain, solve
+from spell_megatron.corpus.hard.grammar import PRICE, RELATIONS, Predicate
+from spell_megatron.corpus.hard.reading import Knowledge, Solution, plain, solve
 from spell_megatron.corpus.hard.texts import Texts
 from spell_megatron.corpus.hard.world import half_of, subjects
 from spell_megatron.types import Cluster, Document, Question
@@ -36,7 +36,7 @@ _TRIES = 4
 
 
 @dataclass(frozen=True)
-class Derived:
+class Asked:
     """A question with what answers it."""
 
     question: Question
@@ -59,13 +59,13 @@ def ask(
     kind: str | None = None,
     paraphrased: float = PARAPHRASED,
     key: str = "",
-) -> Derived | None:
+) -> Asked | None:
     """A random question that `documents` answer; None where they answer none of this task.
 
     `links` and `kind` ("value", "sum", "comparison", "keys") are drawn where not given, `key` is the letter of the
     right choice.
     """
-    reading = Reading(documents)
+    reading = Knowledge(documents)
     for wanted in (links,) if links else rng.sample(LINKS_ASKED, len(LINKS_ASKED)):
         texts, known = Texts(reading, rng, wanted), _KINDS[task]
         for one in (kind,) if kind else rng.sample(list(known), len(known)):
@@ -74,7 +74,7 @@ def ask(
                 solution = solve(reading, text) if text else None
                 if text and solution:
                     question = _question(reading, task, text, solution, rng, paraphrased, key)
-                    return Derived(question, solution)
+                    return Asked(question, solution)
     return None
 
 
@@ -83,7 +83,7 @@ def truth(cluster: Cluster, question: Question) -> str | None:
 
     None where the question is not one of this world's, the documents do not say, or not exactly one option is right.
     """
-    solution = solve(Reading(cluster.documents), question.text)
+    solution = solve(Knowledge(cluster.documents), question.text)
     if solution is None or not question.options:
         return solution.value if solution else None
     fitting = [letter for letter, choice in question.options.items() if plain(choice) == solution.value]
@@ -92,7 +92,7 @@ def truth(cluster: Cluster, question: Question) -> str | None:
 
 def reach(cluster: Cluster, question: Question) -> Solution | None:
     """What a question needs of the cluster: its `links`, its `documents` and its facts; None as for `truth`."""
-    return solve(Reading(cluster.documents), question.text)
+    return solve(Knowledge(cluster.documents), question.text)
 
 
 def heldout(count: int, drawn: Callable[[int, int], Cluster]) -> Iterator[tuple[Cluster, Question]]:
@@ -126,7 +126,7 @@ def _asked(
 
 
 def _question(
-    reading: Reading,
+    reading: Knowledge,
     task: str,
     text: str,
     solution: Solution,
@@ -156,7 +156,7 @@ def _in_other_words(solution: Solution, said: str, rng: random.Random) -> str:
     return rng.choice([_answering(solution).long_form.format(v=said), *(w for w in alike if w != said)])
 
 
-def _answering(solution: Solution) -> Relation:
+def _answering(solution: Solution) -> Predicate:
     """A relation that has values like the answer."""
     last = solution.steps[-1].relation
     if solution.kind != "comparison":
@@ -164,7 +164,7 @@ def _answering(solution: Solution) -> Relation:
     return grammar.SUPPLIER if last == "staff" or last.startswith(PRICE.name) else grammar.FRIEND
 
 
-def _choices(reading: Reading, solution: Solution, rng: random.Random, key: str) -> dict[str, str]:
+def _choices(reading: Knowledge, solution: Solution, rng: random.Random, key: str) -> dict[str, str]:
     """Four values, the right one at `key`; two of the wrong ones out of the documents where there are so many."""
     relation = _answering(solution)
     near = [fact.value for fact in reading.of(relation.name)]

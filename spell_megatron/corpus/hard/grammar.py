@@ -17,8 +17,8 @@ PERSON, SHOP = "person", "shop"
 
 
 @dataclass(frozen=True)
-class Relation:
-    """Something of which a subject has exactly one, and the ways to say and to ask it."""
+class Predicate:
+    """A relation: something of which a subject has exactly one, and the ways to say and to ask it."""
 
     nouns: tuple[str, ...]
     """How a chain calls it, `the {noun} of …`; the first is its name."""
@@ -42,7 +42,7 @@ class Relation:
 
 
 TRAITS = (
-    Relation(
+    Predicate(
         ("home", "residence"),
         ("{s} lives in {v}.", "The home of {s} is {v}."),
         ("{s} lived in {v} until last year.", "{s} would like to live in {v}.", "{s} does not live in {v}."),
@@ -50,7 +50,7 @@ TRAITS = (
         values=words.CITIES,
         long_form="the city of {v}",
     ),
-    Relation(
+    Predicate(
         ("job", "profession"),
         ("{s} works as {v}.", "The job of {s} is {v}."),
         ("{s} worked as {v} until last year.", "{s} would like to work as {v}."),
@@ -58,7 +58,7 @@ TRAITS = (
         values=words.JOBS,
         long_form="the trade of {v}",
     ),
-    Relation(
+    Predicate(
         ("pet", "animal"),
         ("{s} keeps a {v}.", "The pet of {s} is a {v}."),
         ("{s} kept a {v} until last year.", "{s} would like to keep a {v}.", "{s} does not keep a {v}."),
@@ -66,7 +66,7 @@ TRAITS = (
         values=words.PETS,
         long_form="a pet that is a {v}",
     ),
-    Relation(
+    Predicate(
         ("game", "pastime"),
         ("{s} plays {v}.", "The game of {s} is {v}."),
         ("{s} played {v} until last year.", "{s} would like to play {v}."),
@@ -74,7 +74,7 @@ TRAITS = (
         values=words.GAMES,
         long_form="the game of {v}",
     ),
-    Relation(
+    Predicate(
         ("instrument",),
         ("{s} practises the {v}.", "The instrument of {s} is the {v}."),
         ("{s} practised the {v} until last year.", "{s} does not practise the {v}."),
@@ -82,7 +82,7 @@ TRAITS = (
         values=words.INSTRUMENTS,
         long_form="an instrument called {v}",
     ),
-    Relation(
+    Predicate(
         ("dish", "meal"),
         ("{s} likes {v} best.", "The dish of {s} is {v}."),
         ("{s} liked {v} best until last year.", "{s} does not like {v}."),
@@ -92,14 +92,14 @@ TRAITS = (
     ),
 )
 
-FRIEND = Relation(
+FRIEND = Predicate(
     ("friend", "companion"),
     ("{s} is a friend of {v}.", "The friend of {s} is {v}."),
     ("{s} was a friend of {v} until last year.", "{s} would like to meet {v}."),
     to=PERSON,
     long_form="somebody called {v}",
 )
-WORKPLACE = Relation(
+WORKPLACE = Predicate(
     ("workplace", "employer"),
     ("{s} is employed at {v}.", "The workplace of {s} is {v}."),
     ("{s} was employed at {v} until last year.", "{s} is not employed at {v}."),
@@ -107,7 +107,7 @@ WORKPLACE = Relation(
     to=SHOP,
     long_form="a shop called {v}",
 )
-OWNER = Relation(
+OWNER = Predicate(
     ("owner", "proprietor"),
     ("{s} belongs to {v}.", "The owner of {s} is {v}."),
     ("{s} belonged to {v} until last year.", "{s} does not belong to {v}."),
@@ -116,7 +116,7 @@ OWNER = Relation(
     to=PERSON,
     long_form="somebody called {v}",
 )
-SUPPLIER = Relation(
+SUPPLIER = Predicate(
     ("supplier", "source"),
     ("{s} is supplied by {v}.", "The supplier of {s} is {v}."),
     ("{s} was supplied by {v} until last year.", "{s} is not supplied by {v}."),
@@ -128,24 +128,24 @@ SUPPLIER = Relation(
 LINKS = (FRIEND, WORKPLACE, OWNER, SUPPLIER)
 
 MEASURES = (
-    Relation(
+    Predicate(
         ("budget",),
         ("{s} has a budget of {v}.", "The budget of {s} is {v}."),
         ("{s} had a budget of {v} until last year.", "{s} would like a budget of {v}."),
     ),
-    Relation(
+    Predicate(
         ("age",),
         ("{s} has the age {v}.", "The age of {s} is {v}."),
         ("{s} had the age {v} some years ago.", "{s} does not have the age {v}."),
     ),
-    Relation(
+    Predicate(
         ("staff",),
         ("{s} has a staff of {v}.", "The staff of {s} counts {v}."),
         ("{s} had a staff of {v} until last year.", "{s} does not have a staff of {v}."),
         of=SHOP,
     ),
 )
-PRICE = Relation(
+PRICE = Predicate(
     ("price",),
     ("{s} sells {i} for {v}.", "At {s} the price of {i} is {v}."),
     ("{s} sold {i} for {v} until last year.", "{s} does not sell {i} for {v}."),

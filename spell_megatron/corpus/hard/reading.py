@@ -1,7 +1,7 @@
 """What documents of the hard world say, and what a question about them comes to.
 
 There is one way to an answer: `solve` reads a question by the forms that questions are written in, and looks its facts
-up in a `Reading` of the documents. The generator's own questions get their answers by it, and so does `truth` the
+up in a `Knowledge` of the documents. The generator's own questions get their answers by it, and so does `truth` the
 questions of a model.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spell_megatron.corpus.hard import grammar, words
-from spell_megatron.corpus.hard.grammar import LINKS, MEASURES, PRICE, RELATIONS, TRAITS, Relation
+from spell_megatron.corpus.hard.grammar import LINKS, MEASURES, PRICE, RELATIONS, TRAITS, Predicate
 from spell_megatron.corpus.templates import reader
 from spell_megatron.types import Document
 
@@ -22,7 +22,7 @@ NEXT, ASKS = "key", "question"
 
 
 @dataclass(frozen=True)
-class Fact:
+class Stated:
     """A statement that holds."""
 
     subject: str
@@ -36,11 +36,11 @@ class Fact:
     """Its document's id."""
 
 
-class Reading:
+class Knowledge:
     """The facts of some documents, by subject and relation."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
-        self.facts: dict[tuple[str, str], Fact] = {}
+        self.facts: dict[tuple[str, str], Stated] = {}
         for document in documents:
             said = grammar.sentences(document.text)
             if said and said[0] == grammar.OUT_OF_DATE:
@@ -51,9 +51,9 @@ class Reading:
         self.subjects = list(dict.fromkeys(s for s, relation in self.facts if relation not in (NEXT, ASKS)))
         self.keys = [s for s, relation in self.facts if relation in (NEXT, ASKS)]
 
-    def follow(self, start: str, relations: Sequence[str]) -> tuple[Fact, ...] | None:
+    def follow(self, start: str, relations: Sequence[str]) -> tuple[Stated, ...] | None:
         """The facts that lead from a subject along relations; None if one is missing."""
-        steps: list[Fact] = []
+        steps: list[Stated] = []
         for relation in relations:
             fact = self.facts.get((start, relation))
             if fact is None:
@@ -62,22 +62,22 @@ class Reading:
             start = fact.value
         return tuple(steps)
 
-    def of(self, relation: str) -> list[Fact]:
+    def of(self, relation: str) -> list[Stated]:
         return [fact for (_, name), fact in self.facts.items() if name == relation]
 
 
-def read(sentence: str, document: str = "") -> Fact | None:
+def read(sentence: str, document: str = "") -> Stated | None:
     """The fact that a sentence states; None for a decoy and what says nothing."""
     if sentence.startswith("Key "):
         for relation, pattern in zip((NEXT, ASKS), grammar.KEY_READERS, strict=True):
             if met := pattern.fullmatch(sentence):
-                return Fact(met[1], relation, met[2], met[2], sentence, document)
+                return Stated(met[1], relation, met[2], met[2], sentence, document)
         return None
     for relation, phrase, pattern in grammar.READERS:
         if phrase in sentence and (met := pattern.fullmatch(sentence)):
             slots = met.groupdict()
             name = price(slots["i"]) if "i" in slots else relation
-            return Fact(met["s"], name, words.meant(met["v"]), met["v"], sentence, document)
+            return Stated(met["s"], name, words.meant(met["v"]), met["v"], sentence, document)
     return None
 
 
@@ -107,7 +107,7 @@ class Solution:
 
     kind: str
     value: str
-    steps: tuple[Fact, ...]
+    steps: tuple[Stated, ...]
     """All facts needed, each once, in the order in which one looks them up."""
     links: int
 
@@ -142,18 +142,18 @@ _SLOTS = {
 _Slots = dict[str, Any]
 
 
-def _chain(reading: Reading, expression: str, last: str) -> tuple[Fact, ...] | None:
+def _chain(reading: Knowledge, expression: str, last: str) -> tuple[Stated, ...] | None:
     """The facts from an expression's subject along its links, and the one of the relation `last` at their end."""
     *nouns, subject = re.sub(rf"the ({_VIA}) of ", r"\1/", expression).split("/")
     return reading.follow(subject, [*(_NAMED[noun].name for noun in reversed(nouns)), last])
 
 
-def _value(reading: Reading, expression: str, relation: str) -> Solution | None:
+def _value(reading: Knowledge, expression: str, relation: str) -> Solution | None:
     steps = _chain(reading, expression, relation)
     return Solution("value", steps[-1].value, steps, len(steps)) if steps else None
 
 
-def _calculated(reading: Reading, slots: _Slots, sign: int) -> Solution | None:
+def _calculated(reading: Knowledge, slots: _Slots, sign: int) -> Solution | None:
     quantities = [_QUANTITY.fullmatch(part) for part in _parts(slots["q"], "and")]
     chains = [_chain(reading, met[2], met[1]) for met in quantities if met]
     found = [chain for chain in chains if chain]
@@ -163,7 +163,7 @@ def _calculated(reading: Reading, slots: _Slots, sign: int) -> Solution | None:
     return _joined("sum", str(abs(first + sign * sum(others))), found)
 
 
-def _extreme(reading: Reading, slots: _Slots, best: Callable[[Sequence[int]], int]) -> Solution | None:
+def _extreme(reading: Knowledge, slots: _Slots, best: Callable[[Sequence[int]], int]) -> Solution | None:
     chains = [_chain(reading, expression, slots["m"]) for expression in _parts(slots["l"], "or")]
     found = [chain for chain in chains if chain]
     values = [int(chain[-1].value) for chain in found]
@@ -172,13 +172,13 @@ def _extreme(reading: Reading, slots: _Slots, best: Callable[[Sequence[int]], in
     return _joined("comparison", found[values.index(best(values))][-1].subject, found)
 
 
-def _joined(kind: str, value: str, chains: Sequence[tuple[Fact, ...]]) -> Solution:
+def _joined(kind: str, value: str, chains: Sequence[tuple[Stated, ...]]) -> Solution:
     steps = tuple(dict.fromkeys(fact for chain in chains for fact in chain))
     return Solution(kind, value, steps, max(map(len, chains)))
 
 
-def _keys(reading: Reading, key: str) -> Solution | None:
-    steps: list[Fact] = []
+def _keys(reading: Knowledge, key: str) -> Solution | None:
+    steps: list[Stated] = []
     while (fact := reading.facts.get((key, NEXT))) and fact not in steps:
         steps.append(fact)
         key = fact.value
@@ -197,11 +197,11 @@ def _parts(text: str, word: str) -> list[str]:
     return re.split(rf", | {word} ", text)
 
 
-def _direct(relation: Relation) -> Callable[[Reading, _Slots], Solution | None]:
+def _direct(relation: Predicate) -> Callable[[Knowledge, _Slots], Solution | None]:
     return lambda reading, slots: _value(reading, slots["s"], relation.name)
 
 
-_FORMS: list[tuple[re.Pattern[str], Callable[[Reading, _Slots], Solution | None]]] = [
+_FORMS: list[tuple[re.Pattern[str], Callable[[Knowledge, _Slots], Solution | None]]] = [
     (reader(form, _SLOTS), solved)
     for forms, solved in (
         *((relation.questions, _direct(relation)) for relation in RELATIONS.values()),
@@ -217,7 +217,7 @@ _FORMS: list[tuple[re.Pattern[str], Callable[[Reading, _Slots], Solution | None]
 ]
 
 
-def solve(reading: Reading, text: str) -> Solution | None:
+def solve(reading: Knowledge, text: str) -> Solution | None:
     """What a question comes to; None where it is not of this world, or the documents do not say."""
     text = " ".join(text.split())
     for pattern, solved in _FORMS:

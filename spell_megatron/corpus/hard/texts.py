@@ -9,7 +9,7 @@ from functools import cached_property
 
 from spell_megatron.corpus.hard import reading as forms
 from spell_megatron.corpus.hard.grammar import LINKS, MEASURES, PRICE, RELATIONS, TRAITS
-from spell_megatron.corpus.hard.reading import Fact, Reading, solve
+from spell_megatron.corpus.hard.reading import Knowledge, Stated, solve
 
 _TRIES = 8
 """Paths that are looked at for one with a fact of the wanted kind at its end."""
@@ -29,7 +29,7 @@ class Texts:
     Of several subjects one is at the end of a path with all the links, and the others are named.
     """
 
-    def __init__(self, reading: Reading, rng: random.Random, links: int) -> None:
+    def __init__(self, reading: Knowledge, rng: random.Random, links: int) -> None:
         self._reading, self._rng, self._links = reading, rng, links
 
     def value(self) -> str | None:
@@ -108,7 +108,7 @@ class Texts:
             *(name for name in named if name.startswith(PRICE.name)),
         ]
 
-    def _last(self, relations: Sequence[str]) -> tuple[Path, Fact] | tuple[Path, None]:
+    def _last(self, relations: Sequence[str]) -> tuple[Path, Stated] | tuple[Path, None]:
         """A path and a fact of one of the relations at its end."""
         for path in self._rng.sample(self._paths, min(len(self._paths), _TRIES)):
             facts = [fact for name in relations if (fact := self._reading.facts.get((path.end, name)))]
@@ -116,7 +116,7 @@ class Texts:
                 return path, self._rng.choice(facts)
         return Path("", ""), None
 
-    def _some(self, facts: Sequence[Fact], most: int) -> list[Fact]:
+    def _some(self, facts: Sequence[Stated], most: int) -> list[Stated]:
         return self._rng.sample(facts, min(self._rng.randint(1, most), len(facts)))
 
     def _listed(self, parts: list[str], word: str) -> str:
@@ -124,5 +124,5 @@ class Texts:
         return f"{', '.join(parts[:-1])} {word} {parts[-1]}"
 
 
-def _quantity(path: Path, fact: Fact) -> str:
+def _quantity(path: Path, fact: Stated) -> str:
     return f"the {fact.relation} {'at' if fact.relation.startswith(PRICE.name) else 'of'} {path.text}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from spell_megatron.corpus.hard import grammar, words
-from spell_megatron.corpus.hard.grammar import FRIEND, LINKS, MEASURES, PERSON, PRICE, SHOP, TRAITS, Relation
+from spell_megatron.corpus.hard.grammar import FRIEND, LINKS, MEASURES, PERSON, PRICE, SHOP, TRAITS, Predicate
 from spell_megatron.corpus.hard.reading import WHAT
 from spell_megatron.types import Cluster, Document
 
@@ -27,7 +27,7 @@ _OTHER_WORD = 0.5
 
 
 @dataclass(frozen=True)
-class Scale:
+class Extent:
     """How much a cluster holds, as inclusive ranges."""
 
     people: tuple[int, int] = (7, 12)
@@ -48,8 +48,8 @@ class Scale:
     """Documents are so many times as long: more padding between the same facts."""
 
 
-FULL = Scale()
-SMALL = Scale(
+FULL = Extent()
+SMALL = Extent(
     people=(4, 5),
     shops=(3, 4),
     outdated=(0, 1),
@@ -67,7 +67,7 @@ def half_of(name: str) -> int:
     return zlib.crc32(name.encode()) % 2
 
 
-def cluster(identity: str, domain: str, half: int, scale: Scale) -> Cluster:
+def cluster(identity: str, domain: str, half: int, scale: Extent) -> Cluster:
     """A cluster of documents, of which `identity` settles everything that the other arguments do not.
 
     Clusters that differ in `scale.times` alone state the same facts in the same words.
@@ -106,7 +106,7 @@ class _Cast:
     friends: dict[str, str]
 
     @classmethod
-    def drawn(cls, rng: random.Random, half: int, scale: Scale) -> _Cast:
+    def drawn(cls, rng: random.Random, half: int, scale: Extent) -> _Cast:
         people = subjects(rng, half, rng.randint(*scale.people), PERSON)
         shops = subjects(rng, half, rng.randint(*scale.shops), SHOP)
         ring = rng.sample(people, len(people))
@@ -117,7 +117,7 @@ class _Cast:
     def subjects(self) -> list[str]:
         return [*self.people, *self.shops]
 
-    def value(self, rng: random.Random, relation: Relation, subject: str) -> str:
+    def value(self, rng: random.Random, relation: Predicate, subject: str) -> str:
         """Any value of a relation, in any of its words."""
         if relation.to:
             others = self.shops if relation.to == SHOP else self.people
@@ -151,7 +151,7 @@ def subjects(rng: random.Random, half: int, count: int, kind: str) -> list[str]:
 class _Said:
     """A fact before it is a sentence. `item` is what a price is of."""
 
-    relation: Relation
+    relation: Predicate
     value: str
     item: str = ""
 
@@ -159,7 +159,7 @@ class _Said:
         return rng.choice(templates).format(s=subject, v=self.value, i=self.item)
 
 
-def _facts(rng: random.Random, subject: str, cast: _Cast, scale: Scale) -> list[_Said]:
+def _facts(rng: random.Random, subject: str, cast: _Cast, scale: Extent) -> list[_Said]:
     """What holds of a subject: all of its links and measures, and some traits or prices."""
     kind = grammar.kind(subject)
     standing = [relation for relation in (*LINKS, *MEASURES) if relation.of == kind]
@@ -186,7 +186,7 @@ def _decoy(rng: random.Random, subject: str, said: Sequence[_Said], cast: _Cast)
     return one.sentence(rng, one.relation.decoys, subject)
 
 
-def _chains(rng: random.Random, half: int, cast: _Cast, scale: Scale) -> list[str]:
+def _chains(rng: random.Random, half: int, cast: _Cast, scale: Extent) -> list[str]:
     """Sentences of chains of keys, each with a question about one fact of a person at its end."""
     made: list[str] = []
     keys: list[str] = []
@@ -235,7 +235,7 @@ class _Note:
         self.sentences.append(sentence)
         self.length += grammar.tokens(sentence)
 
-    def pad(self, rng: random.Random, cast: _Cast, scale: Scale) -> None:
+    def pad(self, rng: random.Random, cast: _Cast, scale: Extent) -> None:
         """Sentences without a fact up to a length that `scale` allows, the old ones spread among them."""
         least, most = (tokens * scale.times for tokens in scale.tokens)
         length, stated = rng.randint(least, most - grammar.LONGEST_SENTENCE), self.sentences
