@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from spell_megatron.config import Corpus, Source
 from spell_megatron.corpus.decontamination import Benchmarks
 from spell_megatron.corpus.store import ClusterStore, Count, build
-from spell_megatron.corpus.worlds import WORLDS, World
+from spell_megatron.corpus.worlds import WORLDS, GeneratedWorld
 from spell_megatron.types import Cluster, SpellError
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def _domain(path: str) -> str:
 class _Generated:
     """Clusters of a generated world, made when they are asked for."""
 
-    def __init__(self, world: World, seed: int, size: int, domain: str) -> None:
+    def __init__(self, world: GeneratedWorld, seed: int, size: int, domain: str) -> None:
         self._world, self._seed, self._size, self._domain = world, seed, size, domain
 
     @property

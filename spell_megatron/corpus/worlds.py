@@ -12,7 +12,7 @@ from spell_megatron.types import Cluster, Document, Question, SpellError
 
 
 @dataclass(frozen=True)
-class World:
+class GeneratedWorld:
     """What is generated, asked and known."""
 
     name: str
@@ -28,15 +28,15 @@ class World:
     """The bare value in an answer."""
 
 
-def _toy() -> World:
+def _toy() -> GeneratedWorld:
     def ask(documents: Sequence[Document], task: str, rng: Random) -> Question | None:
         derived = toy.ask(documents, task, rng)
         return derived.question if derived else None
 
-    return World("toy", toy.toy_cluster, ask, toy.heldout, toy.truth, toy.plain)
+    return GeneratedWorld("toy", toy.toy_cluster, ask, toy.heldout, toy.truth, toy.plain)
 
 
-def _hard(name: str, scale: hard.Extent) -> World:
+def _hard(name: str, scale: hard.Extent) -> GeneratedWorld:
     def drawn(half: int, seed: int, index: int, times: int = 1) -> Cluster:
         return hard.cluster(f"{name}-{seed}-{half}-{index}", name, half, replace(scale, times=times))
 
@@ -50,20 +50,20 @@ def _hard(name: str, scale: hard.Extent) -> World:
     def cluster(seed: int, index: int) -> Cluster:
         return drawn(hard.TRAIN, seed, index)
 
-    return World(name, cluster, ask, heldout, hard.truth, hard.plain)
+    return GeneratedWorld(name, cluster, ask, heldout, hard.truth, hard.plain)
 
 
 WORLDS = {world.name: world for world in (_toy(), _hard("hard", hard.FULL), _hard("hard-small", hard.SMALL))}
 _NUMBERED = re.compile(r"(?P<world>.+)-(?P<seed>-?\d+)-0-(?P<index>\d+)")
 
 
-def world_of(identity: str) -> World | None:
+def world_of(identity: str) -> GeneratedWorld | None:
     """The world that made a cluster of the training half, by the cluster's id; None where none did."""
     met = _NUMBERED.fullmatch(identity)
     return WORLDS.get(met["world"]) if met else None
 
 
-def recalled(identity: str) -> tuple[World, Cluster]:
+def recalled(identity: str) -> tuple[GeneratedWorld, Cluster]:
     """The world and the whole of a cluster of the training half, by its id. Raises SpellError where none made it."""
     met, world = _NUMBERED.fullmatch(identity), world_of(identity)
     if met is None or world is None:
