@@ -18,9 +18,9 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from torch.distributed import TCPStore
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from spell_megatron.rendezvous import LOOPBACK, listening, serve
 from spell_megatron.types import Group, Sample
 
 warnings.filterwarnings("ignore")  # megatron-core announces at length what is not installed
@@ -72,20 +72,21 @@ def random_group(prompt: int, replies: int, reply: int, vocab: int = SMALL["voca
 
 
 def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """`work(*args)` in `size` fresh processes that find each other as under torchrun; what each returned.
+    """`work(*args)` in `size` fresh processes that find each other; what each returned.
 
     The machine's cores are shared out. Raises `BrokenProcessPool` where one was killed (for memory, say).
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = serve(listening(LOOPBACK), seconds=600.0)
     with ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) as pool:
         ranks = [pool.submit(_as_rank, rank, size, store.port, work, args) for rank in range(size)]
         return [rank.result() for rank in ranks]
 
 
 def _as_rank(rank: int, size: int, port: int, work: Callable[..., Any], args: Sequence[Any]) -> Any:
-    # The last one tells torch that the store is served by the parent, as torchrun's agent does.
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    # The last one says that rank 0 does not serve the store: the parent does.
+    meeting = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ.update(meeting, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     return work(*args)
 

@@ -21,6 +21,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from eval.benchmark import Completion
 from spell_megatron.rollout.address import Address
+from spell_megatron.terminal import tidy
 from spell_megatron.types import SpellError
 
 Read = TypeVar("Read")
@@ -91,7 +92,7 @@ class Endpoint:
         identity: Sequence[str] = (),
     ) -> None:
         plain = str(url).rstrip("/").removesuffix("/v1")
-        address = url if isinstance(url, Address) else Address(plain, secret=api_key)
+        address = url if isinstance(url, Address) else Address(plain)
         self.url = address.url
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise SpellError(f"an endpoint is a URL like http://host:8000, found {url!r}")
@@ -114,6 +115,7 @@ class Endpoint:
             timeout=httpx.Timeout(self._limits.timeout, connect=min(30.0, self._limits.timeout)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=not address.socket and urlsplit(self.url).hostname not in _LOOPBACK,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
         )
 
     async def __aenter__(self) -> Endpoint:
@@ -169,9 +171,9 @@ class Endpoint:
     async def _describe(self) -> None:
         try:
             response = await self._client.get("/v1/models", timeout=30.0)
-            models = response.json()["data"]
+            models = _parsed(response.content)["data"]
             served = {str(entry["id"]): entry for entry in models}
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, _Transient, KeyError, TypeError) as error:
             raise EndpointDied(
                 f"no OpenAI-compatible endpoint at {self.url}/v1/models ({type(error).__name__}: {error}):"
                 " check the URL and that the server runs"
@@ -218,10 +220,7 @@ class Endpoint:
             raise _Transient(f"HTTP {status}")
         if status >= 400:
             raise Refused(f"HTTP {status}: {_message(answer)}")
-        try:
-            value = json.loads(answer)
-        except ValueError:
-            raise _Transient("the answer is not JSON") from None
+        value = _parsed(answer)
         if not isinstance(value, dict):
             raise _Transient("the answer is not a JSON object")
         return value
@@ -246,7 +245,8 @@ def _completion(value: dict[str, Any]) -> Completion:
     if not isinstance(text, str):
         raise _Transient("the answer holds no text")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return Completion(text, str(choice.get("finish_reason") or ""), tokens if isinstance(tokens, int) else 0)
+    counted = tokens if isinstance(tokens, int) and 0 < tokens < LARGEST else 0
+    return Completion(text, str(choice.get("finish_reason") or ""), counted)
 
 
 def _reply(value: dict[str, Any]) -> str:
@@ -264,11 +264,18 @@ def _choice(value: dict[str, Any]) -> dict[str, Any]:
     return choices[0]
 
 
+def _parsed(answer: bytes) -> Any:
+    try:
+        return json.loads(answer)
+    except (ValueError, RecursionError):
+        raise _Transient("the answer is not JSON") from None
+
+
 def _message(answer: bytes) -> str:
     try:
-        value = json.loads(answer)
+        value = _parsed(answer)
         error = value.get("error", value) if isinstance(value, dict) else value
         text = error.get("message") if isinstance(error, dict) else error
-    except ValueError:
+    except _Transient:
         text = None
-    return " ".join(str(text or answer[:1000].decode("utf-8", "replace")).split())[:200]
+    return " ".join(tidy(str(text or answer[:1000].decode("utf-8", "replace"))).split())[:200]

@@ -42,7 +42,7 @@ class Report:
         """`report.json`, `report.md` and `report.png` below `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(
-            json.dumps(self.to_json(), indent=1, ensure_ascii=False), encoding="utf-8"
+            json.dumps(self.to_json(), indent=1, ensure_ascii=False), encoding="utf-8", errors="replace"
         )
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
         plot({self.model: self.results}, folder / "report.png")

@@ -15,7 +15,7 @@ from launchers.profile import Profile
 from spell_megatron.config import Config, dump_config
 from spell_megatron.corpus.worlds import WORLDS
 from spell_megatron.record.folder import RunFolder, private
-from spell_megatron.rollout.address import write_secret
+from spell_megatron.secret import write_secret
 from spell_megatron.selfplay.prompts import STYLES
 
 TRAINER = ("-m", "spell_megatron.cli", "resume")

@@ -28,7 +28,7 @@ def launch(
     cluster: str = "",
     dryrun: bool = False,
 ) -> int:
-    """Run a recipe to its end; returns the exit code of the job.
+    """Run a recipe to its end; returns the exit code of the job. A run on this machine takes this process' place.
 
     `overrides` are the recipe's `key=value`; `cluster.key=value` changes a key of the profile, where it has
     that key. With `dryrun` the sbatch file (or the local command) is printed and nothing started; the run
@@ -83,7 +83,7 @@ def _local(job: Job, dryrun: bool) -> int:
     if dryrun:
         sys.stdout.write(shlex.join(local.command(job)) + "\n")
         return 0
-    return local.run(job)
+    local.run(job)
 
 
 def _slurm(job: Job, dryrun: bool) -> int:

@@ -175,7 +175,7 @@ def _executor(job: Job, srun: list[str]) -> nemo_run.SlurmExecutor:
         job_name_prefix=f"{job.name}.",
         packager=nemo_run.Packager(),
         tunnel=nemo_run.LocalTunnel(job_dir=""),  # anything else does not agree with nemo-run's home
-        launcher=None,  # one srun task a rank: SLURM's signals would not get past torchrun's agent
+        launcher=None,  # one srun task a rank, with nothing between it and SLURM's signals
         retries=0,  # the script's own ending decides what is requeued
         poll_estimated_start_time=False,
         wait_time_for_group_job=0,

@@ -105,7 +105,7 @@ def setup_lines(job: Job) -> str:
 
 def rank_command(job: Job) -> str:
     """What srun starts once per rank: the ranks' numbers under the names that torch reads, then Python."""
-    words = [_python(job), *map(shlex.quote, (*job.trainer, str(job.run)))]
+    words = [_python(job), "-P", *map(shlex.quote, (*job.trainer, str(job.run)))]
     if job.machines.engine_nodes:
         words.append("rollout.servers.count=0")
     if job.machines.serving:
@@ -117,7 +117,7 @@ def rank_command(job: Job) -> str:
 def engine_command(job: Job) -> str:
     """What srun starts once on each engine node."""
     words = shlex.join((*job.engines, str(job.run)))
-    return f'exec {_python(job)} {words} "$ENGINE_PORT" {job.machines.servers}'
+    return f'exec {_python(job)} -P {words} "$ENGINE_PORT" {job.machines.servers}'
 
 
 def exports(env: Mapping[str, str]) -> list[str]:

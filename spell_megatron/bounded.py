@@ -20,6 +20,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from spell_megatron.interpreter import environment, python
+
 _START_SECONDS = 300.0
 """For imports, on a machine that is busy."""
 
@@ -83,9 +85,13 @@ class Bounded:
         ours, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), self._function],
+                python(__name__, str(theirs.fileno()), self._function),
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **self._environment},
+                env={
+                    **environment(),
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    **self._environment,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:  # `python -m`, without what `interpreter` adds
+    sys.path[:1] = []  # the working folder, before a random.py there is imported
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import json
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,11 +21,13 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
+from spell_megatron.interpreter import check_rooms
 from spell_megatron.run.preemption import listen
 from spell_megatron.terminal import Terminal, log_to_stderr, say
 from spell_megatron.types import SpellError
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line about NUMA at every start of vLLM
+os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that libraries start
 
 app = typer.Typer(
     name="spell-megatron",
@@ -64,6 +71,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
                 logging.ERROR
             )  # "Triton not available", on every CPU
         try:
+            check_rooms()
             function(*args, **kwargs)
         except typer.Exit:
             raise
@@ -326,7 +334,7 @@ def launch(
     debug: Debug = False,
 ) -> None:
     """Start a recipe on this machine or on a SLURM cluster; the exit code is the job's."""
-    from launchers import launch as start
+    from launchers.launch import launch as start
 
     raise typer.Exit(start(recipe, overrides or [], executor, cluster, dryrun))
 

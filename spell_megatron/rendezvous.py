@@ -8,9 +8,9 @@ a group prove over its own connections that they know the key (`prove`) before a
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
+import select
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,11 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from spell_megatron.secret import DIGEST_BYTES, PORT_PIPE, RANKS_SECRET, seal, sealed
 from spell_megatron.types import SpellError
 
 _log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
-_DIGEST, _NONCE_BYTES = "sha256", 32
+_PORT_BYTES = 2
+_NONCE_BYTES = 32
 _HERE_SECONDS = 120.0
 """The store is rank 0's, as a rule: once it is there, so is rank 0."""
 _JOIN_SECONDS = 300.0
@@ -83,9 +85,8 @@ class Sealed(dist.Store):
 
     def get(self, name: str) -> bytes:
         found = bytes(self._store.get(name))
-        size = hmac.new(b"", digestmod=_DIGEST).digest_size
-        value = found[size:]
-        if not hmac.compare_digest(found[:size], seal(self._key, name.encode(), value)):
+        value = found[DIGEST_BYTES:]
+        if not sealed(found[:DIGEST_BYTES], self._key, name.encode(), value):
             raise RendezvousError(f"the store's {name} was written by somebody who does not know the key")
         return value
 
@@ -110,15 +111,34 @@ def prove(group: dist.ProcessGroup | dist.ProcessGroupGloo, key: bytes) -> None:
     nonces = _gathered(group, size, os.urandom(_NONCE_BYTES))
     proofs = _gathered(group, size, seal(key, str(rank).encode(), *nonces))
     for other, proof in enumerate(proofs):
-        if not hmac.compare_digest(proof, seal(key, str(other).encode(), *nonces)):
+        if not sealed(proof, key, str(other).encode(), *nonces):
             raise RendezvousError(
                 f"rank {other} of {size} does not know the secret of this run: somebody else took its place;"
                 " nothing was sent to it"
             )
 
 
+def join(backend: str, secret: str, seconds: float) -> None:
+    """Make the group of all ranks that RANK, WORLD_SIZE and MASTER_PORT tell of, or of this process alone.
+
+    With a `secret`, of their run's or their starter's, all prove that they know it. Raises RendezvousError.
+    """
+    among_ranks = "RANK" in os.environ and "MASTER_PORT" in os.environ
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if among_ranks else (0, 1)
+    starters = os.environ.pop(RANKS_SECRET, "")
+    secret = secret or starters
+    if all_here(size):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where others can come
+    store = meet(rank, size, secret, seconds)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+    )
+    if secret and size > 1:
+        prove(dist.distributed_c10d._get_default_group(), secret.encode())
+
+
 def meet(rank: int, size: int, secret: str, seconds: float) -> dist.Store:
-    """The store of a run's ranks, served by rank 0 where torchrun's variables say (MASTER_ADDR, MASTER_PORT).
+    """The store of a run's ranks, served by rank 0 at MASTER_ADDR and MASTER_PORT, or where the pipe of a starter says.
 
     With a `secret` nothing of another run's ranks is seen in it. Raises RendezvousError where rank 0 cannot serve it,
     or is not found in it.
@@ -127,24 +147,25 @@ def meet(rank: int, size: int, secret: str, seconds: float) -> dist.Store:
         return serve(listening(LOOPBACK), seconds)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     seconds = max(seconds, _JOIN_SECONDS)
+    pipe = os.environ.pop(PORT_PIPE, "")
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        store: dist.Store = serve(listening(_interface(host, size), port), seconds)
+        bound = listening(_interface(host, size), port)
+        port = bound.getsockname()[1]
+        if pipe:
+            os.write(int(pipe), port.to_bytes(_PORT_BYTES, "big") * (size - 1))
+        store: dist.Store = serve(bound, seconds)
     else:
+        port = _told(int(pipe), seconds) if pipe else port
         store = connect(host, port, seconds)
+    os.environ["MASTER_PORT"] = str(port)
     key = secret.encode()
     store = dist.PrefixStore(seal(key, b"the name of the run").hex(), store)
     _greet(store, rank, size, key, f"{host}:{port}")
     return store
 
 
-def seal(key: bytes, *parts: bytes) -> bytes:
-    """What only somebody who knows the key can make of these parts."""
-    whole = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-    return hmac.digest(key, whole, _DIGEST)
-
-
 def all_here(size: int) -> bool:
-    """Whether all ranks are on this machine, as torchrun says."""
+    """Whether all ranks are on this machine, as whoever started them says."""
     return size == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -155,6 +176,14 @@ def _store(host: str, port: int, seconds: float, **arguments: Any) -> dist.TCPSt
         )
     except (dist.DistError, RuntimeError) as error:
         raise RendezvousError(f"no store at {host}:{port}: {str(error).splitlines()[0]}") from None
+
+
+def _told(pipe: int, seconds: float) -> int:
+    """The port of rank 0's store, once that listens."""
+    told = os.read(pipe, _PORT_BYTES) if select.select([pipe], [], [], seconds)[0] else b""
+    if not told:
+        raise RendezvousError("rank 0 of this run ended, or did not come, before the ranks met")
+    return int.from_bytes(told, "big")
 
 
 def _interface(host: str, size: int) -> str:
@@ -184,7 +213,7 @@ def _greet(store: dist.Store, rank: int, size: int, key: bytes, where: str) -> N
                 f"rank 0 of this run is not at {where}: another run's may be, by the same port; start again, or set"
                 " another MASTER_PORT"
             ) from None
-        if not hmac.compare_digest(bytes(store.get(f"answer/{rank}")), seal(key, b"rank 0", nonce)):
+        if not sealed(bytes(store.get(f"answer/{rank}")), key, b"rank 0", nonce):
             raise RendezvousError(f"whoever serves the store at {where} does not know the secret of this run")
         return
     store.set("here", "")
@@ -192,7 +221,7 @@ def _greet(store: dist.Store, rank: int, size: int, key: bytes, where: str) -> N
     for other in range(1, size):
         given = bytes(store.get(f"greeting/{other}"))
         nonce, proof = given[:_NONCE_BYTES], given[_NONCE_BYTES:]
-        if not hmac.compare_digest(proof, seal(key, b"rank", str(other).encode(), nonce)):
+        if not sealed(proof, key, b"rank", str(other).encode(), nonce):
             raise RendezvousError(
                 f"somebody who does not know the secret of this run came as rank {other} to {where}"
             )

@@ -1,7 +1,8 @@
 """Text from outside on its way to people: whatever a file is called or a model has written, it stays text.
 
 Names, titles, answers and messages may hold what moves a cursor, turns a line around, or forges the next one of a log.
-It is taken out where text leaves the program, once: `Terminal` for what is printed, `Lines` for logs, `tidy` for pages.
+It is taken out where text leaves the program, once: `Terminal` for what is printed, `Lines` for logs, `tidy` for pages,
+`label` for pictures.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 _MARGIN = "    "
+_LABEL = 80
+"""Characters of a name in a picture."""
 
 
 def tidy(text: str) -> str:
@@ -30,6 +33,12 @@ def tidy(text: str) -> str:
 def line(text: str) -> str:
     """The same in one line."""
     return tidy(" ".join(text.split("\n")))
+
+
+def label(text: str) -> str:
+    """The same as a name in a picture, cut where it is long. matplotlib has to be told that `$` is no mathematics."""
+    found = line(text)
+    return found if len(found) <= _LABEL else f"{found[: _LABEL - 1]}…"
 
 
 def say(text: str) -> None:

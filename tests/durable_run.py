@@ -6,7 +6,7 @@ sampled does not depend on the weights and two runs can be compared bit by bit. 
 a log. A run is a forked child: everything is imported once, so that a start takes seconds and not twenty.
 
     python durable_run.py ENGINE RUNS key=value …       one line on standard input starts a run
-    torchrun durable_run.py ENGINE RUNS key=value …     goes on with the run, on several ranks
+    python -m launchers.ranks N durable_run.py ENGINE RUNS key=value …     goes on with the run, on several ranks
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 from spell_megatron.config import load_config
 from spell_megatron.rollout.engine import EngineStats
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.run import driver, resume, train
+from spell_megatron.run import driver
+from spell_megatron.run.train import resume, train
 from spell_megatron.types import Rollout, Tokens
 from tokenizer.chat import ChatTokenizer
 

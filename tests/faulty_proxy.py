@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from spell_megatron.rollout.address import Address
 
@@ -26,20 +25,24 @@ class Proxies:
     """Proxies in an event loop of their own. Use `proxies()`."""
 
     def __init__(self, strikes: Callable[[str, str], Fault]) -> None:
-        self._strikes = strikes
+        self._strikes, self._fronts = strikes, list[asyncio.Server]()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="proxies", daemon=True).start()
 
     def front(self, address: Address) -> Address:
-        """The address of a new proxy for the server at `address`."""
+        """The address of a new proxy for the server at `address`, a Unix socket as that is."""
 
-        async def start() -> int:
-            server = await asyncio.start_server(
-                lambda reader, writer: self._serve(address, reader, writer), "127.0.0.1", 0, backlog=512
+        path = f"{address.socket}-{len(self._fronts)}.proxy"
+
+        async def start() -> None:
+            self._fronts.append(
+                await asyncio.start_unix_server(
+                    lambda reader, writer: self._serve(address, reader, writer), path, backlog=512
+                )
             )
-            return int(server.sockets[0].getsockname()[1])
 
-        return Address(f"http://127.0.0.1:{self._run(start())}", secret=address.secret)
+        self._run(start())
+        return Address(address.url, path, address.secret)
 
     def close(self) -> None:
         self._run(self._cancel_all())
@@ -85,11 +88,7 @@ async def _exchange(
     cut: int | None,
 ) -> None:
     """Pass a request on and its answer back, the first `cut` bytes of it or all, until either end closes."""
-    where = urlsplit(address.url)
-    if address.socket:
-        reader, writer = await asyncio.open_unix_connection(address.socket)
-    else:
-        reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    reader, writer = await asyncio.open_unix_connection(address.socket)
     try:
         writer.write(request)
         passing = asyncio.create_task(_pass_on(reader, answer, cut))

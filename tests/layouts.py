@@ -1,6 +1,6 @@
 """The layout matrix: every parallel layout against plain Hugging Face transformers, in float32.
 
-    torchrun --nproc-per-node 4 tests/layouts.py --out results.json CASE …
+    python -m launchers.ranks 4 tests/layouts.py --out results.json CASE …
 
 runs cases of that world size one after another in one set of processes. `python tests/layouts.py --table [CASE …]`
 runs them (all, where none is named), prints the table that stands in docs/layouts.md, and fails where a row does.
@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from spell_megatron.interpreter import python
 
 TOLERANCE = 1e-5
 
@@ -144,7 +146,7 @@ class Result:
 
 
 def run_cases(names: list[str], out: Path) -> None:
-    """Body of one torchrun: every rank runs it, rank 0 compares and writes."""
+    """Body of one world: every rank runs it, rank 0 compares and writes."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     import torch
@@ -277,17 +279,13 @@ def _bfloat16_exact(policy: Any, folder: Path, world: Any) -> bool:
 
 
 def launch(world: int, names: list[str]) -> list[Result]:
-    """Run cases of one world size under torchrun and read what rank 0 found."""
+    """Run cases of one world size and read what rank 0 found."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
         command = [
-            sys.executable,
+            *python("launchers.ranks", str(world)),
             "-W",
             "ignore",
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={world}",
             __file__,
             "--out",
             str(out),
@@ -295,7 +293,7 @@ def launch(world: int, names: list[str]) -> list[Result]:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         if done.returncode:
-            raise RuntimeError(f"torchrun failed:\n{done.stderr[-20000:]}")
+            raise RuntimeError(f"the ranks failed:\n{done.stderr[-20000:]}")
         return [Result(**row) for row in json.loads(out.read_text())]
 
 

@@ -1,6 +1,6 @@
 """Bytes that a learner really holds: the truth that the planner's memory is compared with.
 
-    torchrun --nproc-per-node N tests/measured_memory.py CASES.json OUT.json
+    python -m launchers.ranks N tests/measured_memory.py CASES.json OUT.json
 
 Every case is a layout of a tiny model; rank 0 gathers one row per rank. Counted are the bytes of tensor
 storages, each once: exact where resident set sizes are not.

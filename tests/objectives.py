@@ -1,4 +1,4 @@
-"""Program of test_objectives.py under torchrun: one update with every objective in every layout of two ranks."""
+"""Program of test_objectives.py on two ranks: one update with every objective in every layout of two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Program of test_checkpoint.py under torchrun: save after one update, or load; then two more updates.
+"""Program of test_checkpoint.py: save after one update, or load; then two more updates.
 
 The state is written while those two go on; what was loaded is saved again beside it. Besides, in bytes: what every
 rank copies to host memory and writes in a save, and what it reads in a load.

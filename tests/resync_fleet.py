@@ -1,6 +1,6 @@
-"""Program of test_resync_fleet.py under torchrun: ranks train, two vLLM servers on their devices follow.
+"""Program of test_resync_fleet.py: ranks train, two vLLM servers on their devices follow.
 
-    torchrun --nproc-per-node 2 tests/resync_fleet.py OUT KIND=FOLDER …
+    python -m launchers.ranks 2 tests/resync_fleet.py OUT KIND=FOLDER …
 
 For every model two servers are started once; then every layout makes two training steps with a learner of its
 own, starting over from the folder. After each resync the servers sample, and the learner scores what they did. At

@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Container, Iterator
 from contextlib import suppress
@@ -31,6 +30,7 @@ from spell_megatron.checkpoint.parts import Part
 from spell_megatron.checkpoint.read import read_parts
 from spell_megatron.checkpoint.write import Staged
 from spell_megatron.config import Dtype, Layout, Optimizer, Policy
+from spell_megatron.interpreter import python
 from spell_megatron.plan.parameters import held
 from spell_megatron.plan.saving import saved_bytes
 from spell_megatron.policy.layout import check_layout
@@ -357,10 +357,10 @@ def planned_bytes(folder: Path, layout: Layout, size: int) -> int:
 
 
 def run_program(folder: Path, mode: str, world: int, layout: dict[str, int]) -> dict[str, Any]:
-    """Log-prob sums after each of the next two updates and sizes of the state, from reshard.py under torchrun."""
+    """Log-prob sums after each of the next two updates and sizes of the state, from ranks of reshard.py."""
     command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={world}", str(HERE / "reshard.py"), mode, str(folder), json.dumps(layout),
+        *python("launchers.ranks", str(world)), "-W", "ignore",
+        str(HERE / "reshard.py"), mode, str(folder), json.dumps(layout),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -5,25 +5,31 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import traps
+import uvicorn
 from models import make_model
 
 from spell_megatron.config import Rollout, Servers
 from spell_megatron.rollout import door, private_folder
-from spell_megatron.rollout.address import Address, read_secret, write_secret
+from spell_megatron.rollout.address import Address, Unproven
 from spell_megatron.rollout.client import Client, TurnedAway, Unavailable
-from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.server import Launch, Server, free_port
+from spell_megatron.secret import read_secret, write_secret
+from spell_megatron.types import SpellError
 
 UNLISTED = (
     "/openapi.json",
@@ -37,9 +43,13 @@ UNLISTED = (
 )
 
 
+SECRET = "the-secret"
+SOCKET, PORT = ("/tmp/http", None), ("127.0.0.1", 8000)
+
+
 def through(scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What a door sends; an application behind it says 'inside'."""
-    monkeypatch.setenv(door.VARIABLE, "the secret")
+    monkeypatch.setenv(door.VARIABLE, SECRET)
     sent: list[dict[str, Any]] = []
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
@@ -62,25 +72,32 @@ def through(scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[dict
         [],
         [(b"authorization", b"")],
         [(b"authorization", b"Bearer ")],
-        [(b"authorization", b"the secret")],
-        [(b"authorization", b"Bearer the secre")],
-        [(b"authorization", b"Bearer the secret ")],
+        [(b"authorization", b"the-secret")],
+        [(b"authorization", b"Bearer the-secre")],
+        [(b"authorization", b"Bearer the-secret ")],
         [(b"authorization", b"Bearer \xff\xfe")],
-        [(b"authorization", b"Bearer no"), (b"authorization", b"Bearer the secret")],
-        [(b"x-api-key", b"the secret")],
+        [(b"authorization", b"Bearer no"), (b"authorization", b"Bearer the-secret")],
+        [(b"x-api-key", b"the-secret")],
+        [(b"authorization", b"Spell")],
+        [(b"authorization", b"Spell a nonce and more")],
+        [(b"authorization", b"Spell " + b"n" * 1000)],
+        [(b"authorization", b"Spell nonce the_secret")],
+        [(b"authorization", b"Spell nonce \xff\xfe")],
     ],
 )
+@pytest.mark.parametrize("where", [SOCKET, PORT])
 def test_the_door_is_shut_to_strangers(
-    headers: list[tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch
+    headers: list[tuple[bytes, bytes]], where: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = through({"type": "http", "headers": headers}, monkeypatch)
+    sent = through({"type": "http", "headers": headers, "server": where}, monkeypatch)
     assert sent[0]["status"] == 401
 
 
 @pytest.mark.unit
 def test_the_door_opens_to_the_secret_and_to_nothing_but_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = [(b"authorization", b"Bearer the secret")]
-    assert through({"type": "http", "headers": known}, monkeypatch) == [{"type": "inside"}]
+    known = [(b"authorization", b"Bearer the-secret")]
+    assert through({"type": "http", "headers": known, "server": SOCKET}, monkeypatch) == [{"type": "inside"}]
+    assert through({"type": "http", "headers": known, "server": PORT}, monkeypatch)[0]["status"] == 401
     assert through({"type": "websocket", "headers": known}, monkeypatch)[0]["type"] == "websocket.close"
     with pytest.raises(ValueError, match="not served"):
         through({"type": "unheard of", "headers": known}, monkeypatch)
@@ -99,12 +116,12 @@ def test_a_secret_is_its_users_alone(tmp_path: Path) -> None:
         write_secret(file)
     assert read_secret(file) not in repr(Address("http://a", secret=read_secret(file)))
     file.chmod(0o640)
-    with pytest.raises(EngineError, match="by others"):
+    with pytest.raises(SpellError, match="by others"):
         read_secret(file)
     file.chmod(0o600)
     for text in ("", "short", "two lines of it\nare not one secret", "ü" * 40):
         file.write_text(text)
-        with pytest.raises(EngineError, match="secret"):
+        with pytest.raises(SpellError, match="secret"):
             read_secret(file)
 
 
@@ -131,6 +148,139 @@ def test_another_runs_server_at_our_port_is_told_from_one_that_is_not_there_yet(
     with pytest.raises(Unavailable) as absent:
         asyncio.run(ask(f"http://127.0.0.1:{theirs.server_port}"))
     assert not isinstance(absent.value, TurnedAway)
+
+
+@contextmanager
+def guarded(host: str = "127.0.0.1", path: str | None = None) -> Iterator[Address]:
+    """A server behind a door that answers with what it was sent."""
+
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"] if scope["type"] == "http" else b""
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(door.VARIABLE, SECRET)
+        server = uvicorn.Server(
+            uvicorn.Config(door.Door(echo), host, 0, uds=path, log_level="error", lifespan="off")
+        )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = 0 if path else server.servers[0].sockets[0].getsockname()[1]
+        name = f"[{host}]" if ":" in host else host
+        yield Address(f"http://{name}:{port}" if port else "http://engine", path or "", SECRET)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def stranger(answer: Callable[[bytes], bytes]) -> Iterator[tuple[str, list[bytes]]]:
+    """Somebody else at a port, who keeps what he is sent, and answers it so; his URL."""
+    heard: list[bytes] = []
+
+    def listen() -> None:
+        while True:
+            with suppress(OSError), listener.accept()[0] as line:
+                if stop.is_set():
+                    return
+                line.settimeout(0.3)
+                heard.append(b"")
+                with suppress(TimeoutError):
+                    while not heard[-1].endswith(b"\r\n\r\n") and (data := line.recv(1 << 16)):
+                        heard[-1] += data
+                line.sendall(answer(heard[-1]))
+
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", heard
+        finally:
+            stop.set()
+            socket.create_connection(listener.getsockname()).close()
+            thread.join()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "socket"])
+def test_whoever_knows_the_secret_is_let_in_without_telling_it(host: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "http") if host == "socket" else None
+
+    async def post(address: Address) -> str:
+        async with address.async_client() as client:
+            answers = await asyncio.gather(*(client.post("/", content=f"{n}") for n in range(20)))
+            return " ".join(answer.text for answer in answers)
+
+    with guarded("127.0.0.1" if path else host, path) as address:
+        with address.client() as client:
+            assert client.post("/weights?x=y", content=b"w" * 100_000).content == b"w" * 100_000
+        assert asyncio.run(post(address)) == " ".join(map(str, range(20)))
+        if not path:
+            with Address(address.url, secret="another").client() as client, pytest.raises(Unproven):
+                client.get("/")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'HTTP/1.1 200 OK\r\ncontent-length: 22\r\n\r\n{"weight_version": "1"}',
+        b"HTTP/1.1 401 No\r\nwww-authenticate: Spell 00 00\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 401 No\r\nwww-authenticate: Bearer\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 401 No\r\nwww-authenticate: Spell \xff \xff \xff\r\ncontent-length: 0\r\n\r\n",
+    ],
+)
+def test_a_stranger_at_the_port_learns_nothing(answer: bytes) -> None:
+    with stranger(lambda _: answer) as (url, heard), Address(url, secret=SECRET).client() as client:
+        for _ in range(2):
+            with pytest.raises(Unproven, match="another run's server may have this port"):
+                client.post("/init_weight_transfer_engine?to=there", content=b"the key of a group")
+    assert len(heard) == 2
+    assert len({_authorization(one) for one in heard}) == 2, "a nonce that is used again"
+    for word in (SECRET.encode(), b"the key", b"init_weight", b"there"):
+        assert word not in b"".join(heard)
+
+
+@pytest.mark.unit
+def test_a_stranger_who_asks_the_true_server_is_found_out() -> None:
+    def relayed(request: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0)) as line:
+            line.sendall(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            return b"".join(iter(lambda: line.recv(1 << 16), b""))
+
+    with guarded() as server, stranger(relayed) as (url, heard):
+        with server.client() as client:
+            assert client.get("/").status_code == 200
+        with Address(url, secret=SECRET).client() as client, pytest.raises(Unproven):
+            client.get("/")
+    assert heard
+
+
+@pytest.mark.unit
+def test_what_opened_one_door_opens_no_other() -> None:
+    used: list[str] = []
+
+    def keep(request: httpx.Request) -> None:
+        used.append(request.headers["Authorization"])
+
+    def again(address: Address) -> int:
+        return httpx.get(address.url, headers={"Authorization": used[-1]}, trust_env=False).status_code
+
+    with guarded() as server, guarded() as other:
+        with server.client(event_hooks={"request": [keep]}) as client:
+            client.get("/")
+        assert used[-1].count(" ") == 2
+        assert (again(server), again(other)) == (200, 401)
+
+
+def _authorization(request: bytes) -> bytes:
+    (found,) = re.findall(rb"(?i)\r\nauthorization: (.*?)\r\n", request)
+    return found
 
 
 @pytest.mark.unit
@@ -170,12 +320,16 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         make_model("qwen3", scratch / "model"), settings, scratch / "vllm", scratch / "log", "gloo", threads=1
     )
     port = 0 if request.param == "socket" else free_port("127.0.0.1")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(traps.lay(scratch / "work"))
     started = Server.start(launch, port)
+    patch.undo()
     try:
         with started.address.client(timeout=5.0) as client:
             while started.running() and not _healthy(client):
                 pass
         assert started.running(), started.tail()
+        assert not traps.sprung(scratch / "work"), "a file of the folder where the user works was imported"
         yield started
     finally:
         started.stop()
@@ -196,9 +350,9 @@ def test_no_route_answers_without_the_secret(server: Server) -> None:
         assert {"/collective_rpc", "/update_weights", "/inference/v1/generate"} <= set(listed)
     routes = [(method.upper(), path) for path, methods in listed.items() for method in methods]
     routes += [(method, path) for path in UNLISTED for method in ("GET", "POST", "OPTIONS")]
-    for secret in ("", "0" * 64):
-        stranger = Address(server.address.url, server.address.socket, secret)
-        with stranger.client(timeout=30.0) as client:
+    for headers in ({}, {"Authorization": f"Bearer {'0' * 64}"}, {"Authorization": "Spell 00"}):
+        nobody = Address(server.address.url, server.address.socket)
+        with nobody.client(timeout=30.0, headers=headers) as client:
             for method, path in routes:
                 answer = client.request(method, re.sub(r"{\w+}", "x", path))
                 assert (answer.status_code, answer.content) == (401, b""), (method, path)

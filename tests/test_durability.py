@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spell_megatron.interpreter import python
 from spell_megatron.selfplay.seeds import seed_of
 
 KILLS = {"scripted": 20, "real": 8}
@@ -218,7 +219,7 @@ def test_a_run_goes_on_in_another_layout(alone: Path, tmp_path: Path) -> None:
     for path in (*run.glob("checkpoints/step-0002?"), *run.glob("rollouts/step-0001[1-9].jsonl")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *python("launchers.ranks", "2"),
         *(str(Path(__file__).parent / "durable_run.py"), "scripted", str(tmp_path)),
         *("policy.layout.tensor=2", "steps=12"),
     ]

@@ -7,10 +7,14 @@ import io
 import json
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from eval_standin import Capitals, StandIn, Unjudged, WordCodec, chat_reply, right, text_reply
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from eval.benchmark import Item, Terms
 from eval.benchmarks.helmet import Helmet
@@ -25,7 +29,7 @@ from eval.prompting import build, prefills_thinking
 from eval.report import Report, read_report
 from eval.runner import Settings
 from spell_megatron.rollout.engine import EngineError
-from spell_megatron.terminal import Terminal
+from spell_megatron.terminal import Terminal, line
 from spell_megatron.types import Rollout, SpellError
 
 pytestmark = pytest.mark.unit
@@ -390,6 +394,78 @@ def test_endpoint_tells_refusal_from_silence():
         with pytest.raises(Unanswered, match="no message"):
             asyncio.run(ask(standin.url))
         assert standin.chats == QUICK.tries
+
+
+WORDS = st.text(st.characters(exclude_categories=[]), max_size=40)
+SHAPES: st.SearchStrategy[object] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["choices", "usage", "error", "message", "text", "a"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def nowhere() -> Endpoint:
+    return Endpoint("http://127.0.0.1:9", limits=Limits(tries=1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    status=st.sampled_from([200, 400, 429, 500]),
+    answer=st.binary(max_size=80) | SHAPES.map(lambda value: json.dumps(value).encode()),
+)
+@example(200, b'{"choices":' + b"[" * 200_000)
+@example(400, b'{"error":' + b"[" * 200_000)
+@example(400, b'{"error":{"message":"\\ud800 \\u001b[2J"}}')
+@example(200, b'{"choices":[{"text":"5"}],"usage":{"completion_tokens":' + b"9" * 5000 + b"}}")
+@example(200, b'{"choices":[{"text":"5"}],"usage":{"completion_tokens":' + b"9" * 400 + b"}}")
+@example(200, b'{"choices":[{"text":"5"}],"usage":{"completion_tokens":-5}}')
+def test_whatever_an_endpoint_answers_is_a_completion_or_a_fault_in_words(
+    nowhere: Endpoint, status: int, answer: bytes
+) -> None:
+    async def exchange(*_: object) -> tuple[int, bytes]:
+        return status, answer
+
+    async def ask() -> list[Any]:
+        nowhere._turn = 0.0
+        completion = nowhere.complete([1], seed=0, max_tokens=1, temperature=1.0, top_p=1.0)
+        reply = nowhere.chat("?", max_tokens=1, seed=0)
+        return await asyncio.gather(completion, reply, return_exceptions=True)
+
+    nowhere._exchange = exchange  # type: ignore[method-assign]
+    for answered in asyncio.run(ask()):
+        if isinstance(answered, (Refused, Unanswered)):
+            assert str(answered) == line(str(answered)) and len(str(answered)) < 300
+        else:
+            assert isinstance(answered, str) or 0 <= answered.tokens < 1 << 30
+
+
+@pytest.mark.parametrize("listed", [b"[" * 200_000, b"{}", b'{"data": 7}', b'{"data": ["m"]}', b"\xff"])
+def test_an_endpoint_that_lists_no_models_is_said_to_be_none(listed: bytes) -> None:
+    class Odd(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(listed)
+
+        def log_message(self, *_: object) -> None: ...
+
+    async def ask(url: str) -> None:
+        async with Endpoint(url, limits=QUICK):
+            raise AssertionError("it was believed")
+
+    with HTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(EndpointDied, match="no OpenAI-compatible endpoint"):
+            asyncio.run(ask(f"http://127.0.0.1:{server.server_port}"))
+
+
+def test_a_reports_words_may_be_any(tmp_path: Path) -> None:
+    Report("m\ud800", {"protocol": "paper"}, [], {}).write(tmp_path)
+    assert read_report(tmp_path).model == "m?"
 
 
 def test_live_engines_are_a_source_too(tmp_path):

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import check, engines, launch, local, script, slurm
+from launchers import check, engines, local, script, slurm
 from launchers import job as jobs
 from launchers.job import Job, prepare, read_by
-from launchers.launch import _split
+from launchers.launch import _split, launch
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
@@ -365,7 +365,7 @@ class TestSbatch:
         (srun,) = (line for line in self.written(job).splitlines() if line.startswith("srun "))
         words = shlex.split(srun)
         assert words[-3:-1] == ["bash", "-c"]
-        assert f"; {sys.executable} -m spell_megatron.cli resume {job.run};" in words[-1]
+        assert f"; {sys.executable} -P -m spell_megatron.cli resume {job.run};" in words[-1]
         assert "--container-image" not in words
         assert Path(words[words.index("--chdir") + 1]).is_dir()
         assert "torchrun" not in srun
@@ -387,12 +387,12 @@ class TestSbatch:
         assert f"{job.run}:{job.run}" in seen
         assert all(f"{need}:{need}" in seen for need in job.needs)
         assert job.needs
-        assert " python -m spell_megatron.cli resume" in words[-1]
+        assert " python -P -m spell_megatron.cli resume" in words[-1]
 
     def test_a_virtual_environment_is_activated(self, job: Job) -> None:
         text = self.written(replace(job, profile=Profile(venv="/shared/my venv")))
         assert "source '/shared/my venv/bin/activate'" in text
-        assert "; python -m spell_megatron.cli" in text
+        assert "; python -P -m spell_megatron.cli" in text
 
     def test_engine_nodes_hold_servers_and_the_trainer_is_told_where(self, job: Job) -> None:
         text = self.written(replace(job, machines=replace(job.machines, engine_nodes=2, servers=4)))
@@ -402,7 +402,7 @@ class TestSbatch:
         assert {"--relative=4", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set(engines)
         assert trainer[trainer.index("--output") + 1] != engines[engines.index("--output") + 1]
         command = engines[engines.index("-c") + 1]
-        assert command.endswith(f'-m launchers.engines {job.run} "$ENGINE_PORT" 4')
+        assert command.endswith(f'-P -m launchers.engines {job.run} "$ENGINE_PORT" 4')
         found = bash(f"nodes=(a b c d e f)\nENGINE_PORT=30016\n{self.urls(text)}\necho $ENGINES").stdout
         assert json.loads(found) == [f"http://{node}:{30016 + i}" for node in "ef" for i in range(4)]
         overrides = trainer[trainer.index("-c") + 1].partition(str(job.run))[2]
@@ -565,20 +565,21 @@ def test_an_attempt_that_goes_back_to_the_queue_does_not_end_the_job(
 # This machine
 
 
-def test_one_rank_runs_without_torchrun_and_its_exit_code_comes_back(tmp_path: Path) -> None:
-    job = Job(
-        tmp_path,
-        Profile(env={"GREETING": NASTY}),
-        ONE,
-        trainer=("-c", "import os, sys; sys.exit(len(os.environ['GREETING']))"),
-    )
-    assert local.run(job) == len(NASTY)
+def test_one_rank_runs_in_the_place_of_the_launcher(tmp_path: Path) -> None:
+    code = "import os, sys; sys.exit(len(os.environ['GREETING']))"
+    job = Job(tmp_path, Profile(env={"GREETING": NASTY}), ONE, trainer=("-c", code))
+    launcher = os.fork()
+    if launcher == 0:
+        try:
+            local.run(job)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == len(NASTY)
 
 
-def test_several_ranks_run_under_torchrun(tmp_path: Path) -> None:
+def test_several_ranks_are_started_by_a_starter_of_ours(tmp_path: Path) -> None:
     words = local.command(Job(tmp_path, Profile(), Machines(gpus=4, ranks=4)))
-    assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    assert words[5:] == [*jobs.TRAINER, str(tmp_path)]
+    assert words[1:] == ["-P", "-m", "launchers.ranks", "4", "-P", *jobs.TRAINER, str(tmp_path)]
 
 
 def test_without_gpus_there_are_as_many_ranks_as_the_layout_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,7 +601,7 @@ def test_on_this_machine_ranks_take_the_gpus_that_engines_of_their_own_leave(
 
 def test_a_local_dryrun_prints_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("toy", [f"runs={tmp_path}", "cluster.nodes=1"], "local", "cpu", dryrun=True) == 0
-    assert shlex.split(capsys.readouterr().out)[1:4] == ["-m", "spell_megatron.cli", "resume"]
+    assert shlex.split(capsys.readouterr().out)[1:5] == ["-P", "-m", "spell_megatron.cli", "resume"]
 
 
 def test_many_nodes_are_no_local_matter(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from launchers import job as jobs
-from launchers import launch, slurm
-from launchers.launch import JobFailed
-from spell_megatron.rollout.address import read_secret
+from launchers import slurm
+from launchers.launch import JobFailed, launch
+from spell_megatron.secret import read_secret
 from tests import slurm_cluster
 from tests.slurm_cluster import Cluster
 from tests.slurm_trainer import FAILURE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from spell_megatron.config import Layout, Loss
+from spell_megatron.interpreter import python
 from spell_megatron.policy.world import World
 from spell_megatron.types import Group
 
@@ -105,9 +105,8 @@ def test_one_process(name: str, folder: Path, world: World) -> None:
 
 def test_two_ranks_in_every_way(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights.pt"
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", str(PROGRAM), str(folder), str(out)],
+        [*python("launchers.ranks", "2"), "-W", "ignore", str(PROGRAM), str(folder), str(out)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]

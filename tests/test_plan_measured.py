@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import traps
 from models import make_model
 from reference import random_batch
 
 from spell_megatron.config import Layout, Loss, Optimizer, Policy, load_config, model_recipes
+from spell_megatron.interpreter import python
 from spell_megatron.plan import plan_all
 from spell_megatron.plan.activations import FullStream, activations
 from spell_megatron.plan.assumptions import Assumptions
@@ -61,7 +62,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("world", CASES)
-def test_planned_bytes_are_the_bytes_held(world: int, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_planned_bytes_are_the_bytes_held(
+    world: int, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(traps.lay(tmp_path / "work"))  # what the user has there does not matter
     cases = [{**case, "model": str(folders[case["kind"]]), "stream": STREAM} for case in CASES[world]]
     policies = [
         Policy(
@@ -105,11 +109,9 @@ def _compare_activations(
 def _measure(world: int, cases: list[dict[str, Any]], tmp_path: Path) -> list[list[dict[str, int]]]:
     given, found = tmp_path / "cases.json", tmp_path / "found.json"
     given.write_text(json.dumps(cases))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    )
+    starter = python("launchers.ranks", str(world))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, str(HERE / "measured_memory.py"), str(given), str(found)],
+        [*starter, "-W", "ignore", str(HERE / "measured_memory.py"), str(given), str(found)],
         capture_output=True,
         text=True,
         timeout=500,

@@ -1,10 +1,9 @@
-"""Ranks under torchrun and two vLLM servers on their devices: after every resync their log-probs are the learner's."""
+"""Ranks and two vLLM servers on their devices: after every resync their log-probs are the learner's."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import pytest
 import resync_fleet
 from models import Kind, make_model
+
+from spell_megatron.interpreter import python
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -33,7 +34,7 @@ def rows(scratch: Path) -> list[dict[str, Any]]:
     for ranks, kinds in KINDS.items():
         out = scratch / str(ranks) / "rows.json"
         models = [f"{kind}={make_model(kind, out.parent / f'model-{kind}', seed=3)}" for kind in kinds]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = python("launchers.ranks", str(ranks))
         done = subprocess.run(
             [*command, resync_fleet.__file__, str(out), *models], capture_output=True, text=True, timeout=900
         )

@@ -18,7 +18,7 @@ from launchers.profile import ProfileError, load_profile
 from spell_megatron.cli import app
 from spell_megatron.config import ConfigError, load_config, names_secret
 from spell_megatron.record import RunFolder, private
-from spell_megatron.rollout.address import write_secret
+from spell_megatron.secret import write_secret
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from spell_megatron.interpreter import python
 from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.run.preemption import Preempted
 
@@ -98,8 +99,8 @@ def resumed(stopped: RunFolder) -> tuple[RunFolder, int, int]:
     """The run with `MORE` steps, the last step before them, and the episodes that these found finished."""
     last = checkpoint(stopped)
     found = {(row["round"], row["index"]) for row in episodes(stopped, last + 1)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "spell_megatron.cli", "resume", str(stopped.path), f"steps={last + MORE}"]
+    command = [*python("launchers.ranks", "2"), "-m", "spell_megatron.cli", "resume", str(stopped.path)]
+    command += [f"steps={last + MORE}"]
     command += ["policy.layout.tensor=2", "record.mismatch_action=drop"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-4000:]

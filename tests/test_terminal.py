@@ -6,6 +6,7 @@ import io
 import logging
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import example, given
@@ -16,10 +17,13 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from eval.markdown import table
+from eval.plot import plot
+from eval.results import Result
+from eval.statistics import Figure
 from spell_megatron.cli import app
-from spell_megatron.record import RunFolder, logging_to
+from spell_megatron.record import RunFolder, logging_to, plots
 from spell_megatron.record.report import page_environment
-from spell_megatron.terminal import Lines, Terminal, line, say, tidy
+from spell_megatron.terminal import Lines, Terminal, label, line, say, tidy
 
 pytestmark = pytest.mark.unit
 
@@ -102,3 +106,26 @@ def test_whatever_a_page_says_is_text() -> None:
 def test_a_run_is_not_called_what_a_terminal_obeys(tmp_path: Path, name: str) -> None:
     with pytest.raises(Exception, match="cannot name a folder"):
         RunFolder.create(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a$\\frac$b", "$a_$", "$$", "\ud800", "\x1b[2J\x00\x08", "two\nlines", "x" * 5000, "<b>&"]
+)
+def test_a_name_in_a_picture_is_text(name: str, tmp_path: Path) -> None:
+    rows = [{"step": step, f"outcome/{name}": 0.5, "outcome/kept": 0.5} for step in range(3)]
+    drawn = {
+        plots.each("outcome"): name,
+        plots.stack("outcome", {}, share=True): name.replace("_", " "),
+    }
+    for draw, told in drawn.items():
+        figure = draw(rows)
+        assert figure is not None
+        shown = ElementTree.fromstring(figure.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
+        assert label(told) in "".join(shown.itertext())
+    half = Figure(0.5, 0.4, 0.6, 10)
+    result = Result(
+        *("b", name, None, "rule", half, half, (0.4, 0.6), {1: 0.5}, {1: 0.5}, {}, {}, {}),
+        *({"asked": 2, "scored": 2}, {}, {}, {}),
+    )
+    plot({name: [result], "other": [result]}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size

@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=… python tests/waiting_ranks.py SECONDS
 
-Rank 0 works for so long; collectives may take a second. Without torchrun the store is rank 0's own, as under SLURM.
+Rank 0 works for so long; collectives may take a second. The store is rank 0's own, as under SLURM.
 """
 
 from __future__ import annotations

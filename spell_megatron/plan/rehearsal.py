@@ -10,7 +10,6 @@ on standard input, findings out on standard output, as JSON.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from spell_megatron.config import Policy
+from spell_megatron.interpreter import environment, python
 from spell_megatron.types import SpellError
 from spell_megatron.weights.families import Family
 from spell_megatron.weights.shape import ModelShape
@@ -75,15 +75,14 @@ def rehearse(jobs: Sequence[Build]) -> list[Rehearsal]:
     """Build each. SpellError where weights are not covered."""
     # Who sends tokens to experts changes no parameter, and need not be installed here.
     plain = [replace(job, policy=replace(job.policy, dispatcher="alltoall")) for job in jobs]
-    command = [sys.executable, "-W", "ignore", "-m", "spell_megatron.plan.rehearsal"]
     try:
         done = subprocess.run(
-            command,
+            python("spell_megatron.plan.rehearsal"),
             input=_BUILDS.dump_json(plain).decode(),
             capture_output=True,
             text=True,
             timeout=_SECONDS_PER_JOB * len(jobs),
-            env={**_without_torchrun(), "CUDA_VISIBLE_DEVICES": ""},
+            env={**environment(), "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""},
         )
     except subprocess.TimeoutExpired:
         raise SpellError(
@@ -99,12 +98,6 @@ def rehearse(jobs: Sequence[Build]) -> list[Rehearsal]:
         Rehearsal([Rank(**rank) for rank in a["ranks"]], a["hf_weights"], a["hf_parameters"])
         for a in answers["rehearsals"]
     ]
-
-
-def _without_torchrun() -> dict[str, str]:
-    return {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    }
 
 
 # Everything below runs in the process of the rehearsal.

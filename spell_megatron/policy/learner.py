@@ -193,7 +193,9 @@ class Learner:
             loss=total,
             grad_norm=float(np.mean(lengths)),
             lr=self.optimizer.param_groups[0]["lr"],
-            said=dict(zip(self.surrogate.metrics, said / max(batch.response_tokens, 1), strict=True)),
+            said=dict(
+                zip(self.surrogate.metrics, (said / max(batch.response_tokens, 1)).tolist(), strict=True)
+            ),
             tokens=tokens,
             scores=Scores(old, merged.entropy) if old is not None else merged,
             expert_load=self.expert_load.per_layer(),

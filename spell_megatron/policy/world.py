@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeAlias, TypeVar
 
 import megatron.core  # noqa: F401  (the patches need it imported)
@@ -60,7 +59,7 @@ def _keep_freed_memory() -> None:
 
 
 def start_world(layout: Layout, *, seed: int, timeout_seconds: float, secret: str = "") -> World:
-    """Join the process group that torchrun's variables describe (or make one of a single process).
+    """Join the process group that RANK, WORLD_SIZE and MASTER_PORT tell of (or make one of a single process).
 
     Collectives that outlast `timeout_seconds` fail instead of hanging. Ranks that were given a `secret` let nobody
     in who does not know it: raises RendezvousError where somebody tries.
@@ -72,7 +71,7 @@ def start_world(layout: Layout, *, seed: int, timeout_seconds: float, secret: st
     else:
         _keep_freed_memory()
     if not dist.is_initialized():
-        _join(timeout_seconds, secret, "cpu:gloo,cuda:nccl" if cuda else "gloo")
+        rendezvous.join("cpu:gloo,cuda:nccl" if cuda else "gloo", secret, timeout_seconds)
     mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
         **megatron_sizes(layout),
@@ -127,16 +126,3 @@ def agreed(value: Value, group: Group) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
-
-
-def _join(seconds: float, secret: str, backend: str) -> None:
-    among_ranks = "RANK" in os.environ and "MASTER_PORT" in os.environ
-    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if among_ranks else (0, 1)
-    if rendezvous.all_here(size):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where others can come
-    store = rendezvous.meet(rank, size, secret, seconds)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
-    )
-    if secret and size > 1:
-        rendezvous.prove(dist.distributed_c10d._get_default_group(), secret.encode())

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from spell_megatron.selfplay.roles import ROLES
 from spell_megatron.selfplay.tasks import TASKS
+from spell_megatron.terminal import label
 
 Rows = Sequence[Mapping[str, float | None]]
 Series = tuple[np.ndarray, np.ndarray]
@@ -55,6 +56,7 @@ COLUMNS = 60
 _SIZE = (5.4, 2.7)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.edgecolor": GRID,
@@ -182,20 +184,18 @@ def lines(
     def make(rows: Rows) -> str | None:
         found = [(points, *wanted[name]) for name in wanted if (points := series(rows, name)) is not None]
         if log:
-            found = [
-                ((s[v > 0], v[v > 0]), label, colour) for (s, v), label, colour in found if (v > 0).any()
-            ]
+            found = [((s[v > 0], v[v > 0]), name, colour) for (s, v), name, colour in found if (v > 0).any()]
         return _figure(lambda axes: draw(axes, found)) if found else None
 
     def draw(axes: Axes, found: list[tuple[Series, str, str]]) -> None:
         ends = []
-        for points, label, colour in found:
+        for points, name, colour in found:
             steps, values = _averaged(points[0], POINTS), _averaged(points[1], POINTS)
             smooth = np.exp(_smooth(np.log(values))) if log else _smooth(values)
             if len(steps) >= 20:
                 axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
             axes.plot(steps, smooth, color=colour, marker="o" if len(steps) < 8 else None, markersize=4)
-            ends.append((label, float(smooth[-1]), colour))
+            ends.append((label(name), float(smooth[-1]), colour))
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(numticks=6))
@@ -248,7 +248,7 @@ def stack(prefix: str, colours: Mapping[str, str], *, share: bool) -> Draw:
         for part, values in zip(parts, table, strict=True):
             others += part not in colours
             alpha = 0.85 if part in colours else max(0.25, 0.85 - 0.2 * others)
-            label = _OUTCOMES.get(part, part.replace("_", " "))
+            name = label(_OUTCOMES.get(part, part.replace("_", " ")))
             colour = colours.get(part, MUTED)
             axes.bar(
                 edges[:-1],
@@ -259,7 +259,7 @@ def stack(prefix: str, colours: Mapping[str, str], *, share: bool) -> Draw:
                 color=colour,
                 alpha=alpha,
                 linewidth=0,
-                label=label,
+                label=name,
             )
             base += values
         if share:

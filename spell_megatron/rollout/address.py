@@ -7,21 +7,19 @@ both ask every request for a secret (`door`).
 
 from __future__ import annotations
 
-import os
-import re
-import secrets
-import stat
+import hmac
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout import door
+from spell_megatron.secret import new_secret
 
-_SHORTEST = 16
-"""Characters of a secret: fewer could be guessed."""
-_PRINTABLE = re.compile(r"[!-~]+")
+
+class Unproven(httpx.RequestError):
+    """Whoever listens at an address does not know its secret. It was not sent, and neither was the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,53 +34,65 @@ class Address:
     secret: str = field(default="", repr=False)
 
     def client(self, **arguments: Any) -> httpx.Client:
-        """A client of this server; `arguments` are httpx's."""
+        """A client of this server; `arguments` are httpx's. Raises Unproven where somebody else answers at its port."""
         if self.socket:  # a transport has limits of its own
             limits = arguments.pop("limits", httpx.Limits())
             arguments["transport"] = httpx.HTTPTransport(uds=self.socket, limits=limits)
-        return httpx.Client(base_url=self.url, headers=self._headers, **arguments)
+        return httpx.Client(base_url=self.url, auth=self._auth, **arguments)
 
     def async_client(self, **arguments: Any) -> httpx.AsyncClient:
+        """The same, asynchronous."""
         if self.socket:
             limits = arguments.pop("limits", httpx.Limits())
             arguments["transport"] = httpx.AsyncHTTPTransport(uds=self.socket, limits=limits)
-        return httpx.AsyncClient(base_url=self.url, headers=self._headers, **arguments)
+        return httpx.AsyncClient(base_url=self.url, auth=self._auth, **arguments)
 
     @property
-    def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.secret}"} if self.secret else {}
+    def _auth(self) -> httpx.Auth | None:
+        if not self.secret:
+            return None
+        return _Known(self.secret) if self.socket else _Proven(self.secret)
 
     def __str__(self) -> str:
         return self.socket or self.url
 
 
-def new_secret() -> str:
-    return secrets.token_hex(32)
+class _Known(httpx.Auth):
+    """Sends the secret, where its user alone can listen."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        request.headers["Authorization"] = f"Bearer {self._secret}"
+        yield request
 
 
-def write_secret(file: Path) -> None:
-    """Keep a new secret in a file that only its user can read. Raises FileExistsError where there is one."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as out:
-        os.fchmod(descriptor, 0o600)  # whatever the umask takes away
-        out.write(new_secret() + "\n")
+class _Proven(_Known):
+    """Has the door prove itself before every request, as `door` says: by the next one another may have its port."""
 
-
-def read_secret(file: Path) -> str:
-    """The secret in a file. Raises EngineError where it is missing, too short, or open to other users."""
-    try:
-        with file.open(encoding="ascii") as opened:
-            found = os.fstat(opened.fileno())
-            text = opened.read(4096).strip()
-    except (OSError, ValueError) as error:
-        raise EngineError(f"cannot read the engines' secret {file}: {error}") from None
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise EngineError(
-            f"the engines' secret {file} can be read by others than its user: chmod 600, and make a new one"
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        nonce = new_secret()
+        hello = httpx.Request(
+            "GET",
+            request.url.join("/"),
+            headers={"Authorization": f"{door.SCHEME} {nonce}"},
+            extensions=request.extensions,  # its time limits
         )
-    if len(text) < _SHORTEST or not _PRINTABLE.fullmatch(text):
-        raise EngineError(
-            f"the engines' secret {file} is not one line of at least {_SHORTEST} printable characters:"
-            f" openssl rand -hex 32 >{file}"
-        )
-    return text
+        answer = yield hello
+        stream = answer.extensions.get("network_stream")
+        where = door.place(stream.get_extra_info("server_addr") if stream else None)
+        words = answer.headers.get("WWW-Authenticate", "").split(" ")
+        theirs, proof = words[1:] if len(words) == 3 else ("", "")
+        if not hmac.compare_digest(
+            proof.encode(), door.server_seal(self._secret, nonce, theirs, where).encode()
+        ):
+            raise Unproven(
+                f"whoever listens at {request.url.netloc.decode()} does not know the secret of this server: another"
+                " run's server may have this port, rollout.servers.secret_file may not be that of its own, or a"
+                f" tunnel or a map of ports lies before it (it was reached as {where})",
+                request=hello,
+            )
+        seal = door.client_seal(self._secret, nonce, theirs, where)
+        request.headers["Authorization"] = f"{door.SCHEME} {nonce} {seal}"
+        yield request

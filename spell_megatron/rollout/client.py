@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from spell_megatron.rollout import experts
-from spell_megatron.rollout.address import Address
+from spell_megatron.rollout.address import Address, Unproven
 from spell_megatron.rollout.dialect import SERVED_NAME, Route, sampling_parameters
 from spell_megatron.rollout.engine import EngineError, versions_of
 from spell_megatron.types import Experts, Rollout, Tokens
@@ -26,7 +26,7 @@ class Unavailable(EngineError):
 
 
 class TurnedAway(Unavailable):
-    """Somebody answers there, and wants another secret."""
+    """Somebody answers there who does not know our secret, or wants another."""
 
 
 class Aborted(EngineError):
@@ -107,6 +107,8 @@ class Client:
     async def _json(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         try:
             response = await self._http.request(method, path, **arguments)
+        except Unproven as error:
+            raise TurnedAway(str(error)) from None
         except (
             httpx.HTTPError,
             RuntimeError,

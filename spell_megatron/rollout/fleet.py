@@ -24,7 +24,7 @@ import torch
 from spell_megatron.config import Config
 from spell_megatron.config import Rollout as Settings
 from spell_megatron.rollout import backend, dialect
-from spell_megatron.rollout.address import Address, read_secret
+from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.client import Aborted, Unavailable
 from spell_megatron.rollout.dispatch import Dispatcher
 from spell_megatron.rollout.engine import (
@@ -52,6 +52,7 @@ from spell_megatron.rollout.health import (
 from spell_megatron.rollout.member import Member, Surroundings
 from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer.manifest import Manifest
+from spell_megatron.secret import read_secret
 from spell_megatron.topology import LOCAL, Topology
 from spell_megatron.types import Rollout, Tokens
 from tokenizer.ends import end_tokens

@@ -62,14 +62,14 @@ def _keep(command: list[str], outer: int, telling: int) -> int:
     for number in _ENDS:
         signal.signal(number, lambda *_: None)  # that it came is in the pipe
     _adopt()
-    _dies_with(outer, signal.SIGTERM)
+    dies_with(outer, signal.SIGTERM)
     keeper = os.getpid()
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         start_new_session=True,
-        preexec_fn=lambda: _dies_with(keeper, signal.SIGKILL),  # this process has one thread
+        preexec_fn=lambda: dies_with(keeper, signal.SIGKILL),  # this process has one thread
     )
     os.write(telling, str(child.pid).encode())
     os.write(sys.stdout.fileno(), f"{child.pid}\n".encode())
@@ -103,7 +103,7 @@ def _adopt() -> None:
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _dies_with(parent: int, number: signal.Signals) -> None:
+def dies_with(parent: int, number: signal.Signals) -> None:
     """Have the kernel send this process a signal when its parent ends, or raise it where that was before."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:

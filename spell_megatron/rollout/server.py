@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,25 +16,16 @@ from typing import Any
 
 import httpx
 
-import spell_megatron
 from spell_megatron.config import Rollout
+from spell_megatron.interpreter import environment, python
 from spell_megatron.rollout import backend, dialect, door, guard, private_folder
-from spell_megatron.rollout.address import Address, new_secret
+from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError
+from spell_megatron.secret import new_secret
 from spell_megatron.topology import visible
 
 _LOG_LINES, _LOG_BYTES = 15, 64 << 10
 """Characters of the end of a log in a message."""
-# What torchrun tells its workers would make a server take itself for one of them.
-_TORCHRUN = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +65,16 @@ class Launch:
             ),
             **where,
         }
-        return [sys.executable, "-m", backend.current().server, *_flags(arguments)]
+        return python(backend.current().server, *_flags(arguments))
 
     def environment(self, sockets: str, secret: str) -> dict[str, str]:
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in _TORCHRUN and not name.startswith(("TORCHELASTIC_", dialect.PREFIX))
-        }
-        package = str(Path(spell_megatron.__file__).parent.parent)
+        inherited = {n: value for n, value in environment().items() if not n.startswith(dialect.PREFIX)}
         ours = dialect.server_environment(backend.current(), self.scratch, sockets, self.transfer)
         variables = {
             **inherited,
             **dialect.passed_variables(self.settings, ours),
             **ours,
             door.VARIABLE: secret,
-            "PYTHONPATH": os.pathsep.join(filter(None, [package, inherited.get("PYTHONPATH")])),
         }
         if self.devices:
             variables["CUDA_VISIBLE_DEVICES"] = visible(self.devices, inherited.get("CUDA_VISIBLE_DEVICES"))
@@ -126,7 +110,7 @@ class Server:
                 where = {"uds": str(sockets / "http")}
                 address = Address("http://engine", where["uds"], secret)
             process = subprocess.Popen(
-                [sys.executable, "-m", guard.__name__, *launch.command(where)],
+                python(guard.__name__, *launch.command(where)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -379,7 +379,7 @@ def _described(group: int, collected: Collected, dropped: frozenset[int]) -> str
 
 
 def ranks_of_a_node(world: World, config: Config) -> int:
-    """Ranks that share a node: as torchrun says, else as many as `cluster.nodes` makes of the world."""
+    """Ranks that share a node: as whoever started them says, else as many as `cluster.nodes` makes of the world."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, world.size // config.cluster.nodes)
 
 

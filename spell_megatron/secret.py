@@ -1,0 +1,64 @@
+"""What the processes of a run know each other by: a secret that only their user can read, and what it seals."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+
+from spell_megatron.types import SpellError
+
+PORT_PIPE, RANKS_SECRET = "SPELL_PORT_PIPE", "SPELL_RANKS_SECRET"
+"""Of a rank's environment, by who started it on this machine: the descriptor of a pipe through which rank 0 tells the
+others the port of its store, and what ranks know each other by that have no secret of their run."""
+_DIGEST = "sha256"
+DIGEST_BYTES = 32
+_SHORTEST = 16
+"""Characters of a secret: fewer could be guessed."""
+_PRINTABLE = re.compile(r"[!-~]+")
+
+
+def new_secret() -> str:
+    return secrets.token_hex(32)
+
+
+def write_secret(file: Path) -> None:
+    """Keep a new secret in a file that only its user can read. Raises FileExistsError where there is one."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as out:
+        os.fchmod(descriptor, 0o600)  # whatever the umask takes away
+        out.write(new_secret() + "\n")
+
+
+def read_secret(file: Path) -> str:
+    """The secret in a file. Raises SpellError where it is missing, too short, or open to other users."""
+    try:
+        with file.open(encoding="ascii") as opened:
+            found = os.fstat(opened.fileno())
+            text = opened.read(4096).strip()
+    except (OSError, ValueError) as error:
+        raise SpellError(f"cannot read the secret {file}: {error}") from None
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise SpellError(
+            f"the secret {file} can be read by others than its user: chmod 600, and make a new one"
+        )
+    if len(text) < _SHORTEST or not _PRINTABLE.fullmatch(text):
+        raise SpellError(
+            f"the secret {file} is not one line of at least {_SHORTEST} printable characters:"
+            f" openssl rand -hex 32 >{file}"
+        )
+    return text
+
+
+def seal(key: bytes, *parts: bytes) -> bytes:
+    """What only somebody who knows the key can make of these parts."""
+    whole = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    return hmac.digest(key, whole, _DIGEST)
+
+
+def sealed(proof: bytes, key: bytes, *parts: bytes) -> bool:
+    """Whether a proof is their seal. Takes as long whatever the proof is."""
+    return hmac.compare_digest(proof, seal(key, *parts))
