@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import ssl
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,20 +39,22 @@ class Address:
 
     def client(self, **arguments: Any) -> httpx.Client:
         """A client of this server; `arguments` are httpx's."""
-        if self.socket:  # a transport has limits of its own
-            limits = arguments.pop("limits", httpx.Limits())
-            arguments["transport"] = httpx.HTTPTransport(uds=self.socket, limits=limits)
-        return httpx.Client(base_url=self.url, headers=self._headers, **arguments)
+        return httpx.Client(**self._arguments(httpx.HTTPTransport, arguments))
 
     def async_client(self, **arguments: Any) -> httpx.AsyncClient:
-        if self.socket:
-            limits = arguments.pop("limits", httpx.Limits())
-            arguments["transport"] = httpx.AsyncHTTPTransport(uds=self.socket, limits=limits)
-        return httpx.AsyncClient(base_url=self.url, headers=self._headers, **arguments)
+        """The same for a coroutine."""
+        return httpx.AsyncClient(**self._arguments(httpx.AsyncHTTPTransport, arguments))
 
-    @property
-    def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.secret}"} if self.secret else {}
+    def _arguments(self, transport: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.secret}"} if self.secret else {}
+        arguments = {"base_url": self.url, "headers": headers, **arguments}
+        if not self.url.startswith("https:"):
+            # httpx reads every certificate of the machine for each client, some 25 ms; here none is shown.
+            arguments.setdefault("verify", ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))  # which trusts nobody
+        if self.socket:  # a transport has limits of its own
+            own = {name: arguments.pop(name) for name in ("limits", "verify") if name in arguments}
+            arguments["transport"] = transport(uds=self.socket, **own)
+        return arguments
 
     def __str__(self) -> str:
         return self.socket or self.url
