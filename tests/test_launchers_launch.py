@@ -145,6 +145,33 @@ def test_overrides_of_a_profile_reach_every_depth() -> None:
     assert _split([*theirs, *ours]) == ([text.removeprefix("cluster.") for text in ours], theirs)
 
 
+def test_a_mapping_of_a_profiles_keys_means_what_each_of_them_means() -> None:
+    env = {"A": "1", "B": "no", "C": "'a: b #c'", "D": "07"}
+    apart = [
+        "cluster.nodes=2",
+        "cluster.time=1:00:00",
+        "cluster.setup=[module load a, echo b]",
+        "cluster.exclusive=yes",
+        "cluster.sbatch.constraint=h100&fast",
+        "cluster.gpus_per_node=",
+        "cluster.gpu_memory_gib=90",
+        *(f"cluster.env.{name}={value}" for name, value in env.items()),
+    ]
+    together = [
+        "cluster={nodes: 2, time: 1:00:00, setup: [module load a, echo b], exclusive: yes, gpu_memory_gib: 90,"
+        " gpus_per_node: , sbatch: {constraint: h100&fast}, env: {A: 1, B: no, C: 'a: b #c', D: 07}}"
+    ]
+    assert _split(together)[1] == _split(apart)[1] == ["cluster.gpu_memory_gib=90"]
+    assert load_profile("h100", _split(together)[0]) == load_profile("h100", _split(apart)[0])
+    assert load_profile("h100", _split(together)[0]).partition == "batch"
+    with pytest.raises(ProfileError, match=r"cluster\.env: HF_TOKEN on a command line"):
+        load_profile("h100", _split(["cluster={env: {HF_TOKEN: x}}"])[0])
+    for text in ("cluster={nodes: 2", "cluster=2", "cluster=[nodes]"):
+        assert _split([text]) == ([], [text])
+        with pytest.raises(ConfigError, match="cluster"):
+            load_config("toy", [text])
+
+
 def test_a_home_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launchers.profile.OWN", Path("~nobody-here/clusters"))
     assert "h100" in list_profiles()
