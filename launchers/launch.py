@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
+
+from rich.text import Text
 
 from launchers import check, local, slurm
 from launchers.job import Job, prepare
@@ -16,6 +19,7 @@ from launchers.machines import machines
 from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.config import Cluster, ConfigError, load_config, written
 from spell_megatron.config.yamltext import Plain, load_yaml
+from spell_megatron.pulse import Pulse, clock
 from spell_megatron.selfplay import prompts_of
 from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
@@ -106,7 +110,8 @@ def _local(job: Job, dryrun: bool) -> int:
     if dryrun:
         sys.stdout.write(shlex.join(local.command(job)) + "\n")
         return 0
-    return local.run(job)
+    with Pulse(Text, Terminal(stderr=True)):  # what is started speaks for itself
+        return local.run(job)
 
 
 def _slurm(job: Job, dryrun: bool) -> int:
@@ -120,9 +125,17 @@ def _slurm(job: Job, dryrun: bool) -> int:
         return 0
     slurm.check_accepted(job.sbatch)
     job_id = slurm.submit(job.sbatch)
+    standing, began = f"job {job_id} is submitted", time.monotonic()
+
+    def note(text: str) -> None:
+        nonlocal standing
+        standing = text
+        console.note(text)
+
     console.note(f"job {job_id} submitted; run folder {job.run}")
     try:
-        end = slurm.follow(job, job_id, sys.stdout, console.note)
+        with Pulse(lambda: Text(f"{standing} {clock(time.monotonic() - began)}"), console):
+            end = slurm.follow(job, job_id, sys.stdout, note)
     except KeyboardInterrupt:
         console.note(
             f"job {job_id} goes on without being watched: scancel {job_id} ends it; its logs: {job.logs}"

@@ -11,19 +11,23 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+import launchers
 from launchers import check, engines, launch, local, script, slurm
 from launchers import job as jobs
 from launchers.job import Job, prepare, read_by
-from launchers.launch import _split
+from launchers.launch import _slurm, _split
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
+from spell_megatron import pulse
 from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
 from spell_megatron.record import RunFolder
 from spell_megatron.run.preemption import REQUEUE, attempt
@@ -587,6 +591,29 @@ def test_an_attempt_that_goes_back_to_the_queue_does_not_end_the_job(
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
     job = Job(attempt.run, Profile(), ONE)
     assert slurm.follow(job, "40001", io.StringIO(), lambda note: None).code == 7
+
+
+def test_a_job_in_the_queue_is_no_silence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+
+    def state(job_id: str) -> slurm.State:
+        told.append(capsys.readouterr().err)
+        if "".join(told).count("job 7 is pending 0:0") < 2:
+            return slurm.State("PENDING")
+        return slurm.State("COMPLETED", 0)
+
+    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 0.02)
+    monkeypatch.setattr(slurm, "job_state", state)
+    monkeypatch.setattr(
+        slurm, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.01))
+    )
+    monkeypatch.setattr(slurm, "check_accepted", lambda file: None)
+    monkeypatch.setattr(slurm, "submit", lambda file: "7")
+    monkeypatch.setattr(launchers, "nemo", SimpleNamespace(write=lambda job: ""), raising=False)
+    assert _slurm(Job(tmp_path, Profile(), ONE), dryrun=False) == 0
+    assert "job 7 is completed" in "".join(told)
 
 
 # This machine
