@@ -99,7 +99,6 @@ ARGUMENTS = {
     "corpus": ["texts"],
     "prompts": ["out"],
     "report": ["run"],
-    "doctor": [],
     "seed-model": ["out"],
     "plan": ["toy"],
     "launch": ["toy"],
@@ -126,12 +125,11 @@ def test_every_command_is_heard_from_while_it_imports_and_of_many_ranks_one(
             time.sleep(0.05)
         raise SpellError("enough")
 
-    assert {command.name for command in cli.app.registered_commands} == {*ARGUMENTS, "watch"}
-    for command, arguments in ARGUMENTS.items():
+    for command in {str(command.name) for command in cli.app.registered_commands} - {"watch"}:
         lines.clear()
         with monkeypatch.context() as patched:
             patched.setattr(builtins, "__import__", slow)
-            CliRunner().invoke(cli.app, [command, *arguments])
+            CliRunner().invoke(cli.app, [command, *ARGUMENTS.get(command, [])])
         assert lines[-1] == "error enough"
         assert set(lines[:-1]) == (
             {f"{'evaluate' if command == 'eval' else command} 0:00"} if rank == "0" else set()
