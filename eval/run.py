@@ -26,7 +26,7 @@ from eval.report import Report
 from eval.runner import Settings
 from spell_megatron.config import Rollout
 from spell_megatron.files import hf_config, weights_dtype
-from spell_megatron.record import working
+from spell_megatron.pulse import working
 from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 

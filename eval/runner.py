@@ -30,7 +30,7 @@ from eval.benchmark import Benchmark, Item, Mode, ProtocolName, Terms
 from eval.endpoint import EndpointDied, Refused, Source, Unanswered
 from eval.journal import Journal, Record, key_of
 from eval.prompting import Codec, build
-from spell_megatron.record.pulse import Pulse, clock
+from spell_megatron.pulse import Pulse, clock
 from spell_megatron.terminal import Terminal
 
 PATIENCE = 20

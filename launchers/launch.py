@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from rich.text import Text
 
 from launchers import check, local, slurm
 from launchers.job import Job, prepare
 from launchers.machines import machines
 from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
-from spell_megatron.config import Cluster, load_config
+from spell_megatron.config import Cluster, ConfigError, load_config, written
+from spell_megatron.config.yamltext import Plain, load_yaml
+from spell_megatron.pulse import Pulse, clock
 from spell_megatron.selfplay import prompts_of
 from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
@@ -31,8 +37,9 @@ def launch(
     """Run a recipe to its end; returns the exit code of the job. A run on this machine takes this process' place.
 
     `overrides` are the recipe's `key=value`; `cluster.key=value` changes a key of the profile, where it has
-    that key. With `dryrun` the sbatch file (or the local command) is printed and nothing started; the run
-    folder it names is there, so that the printed file works. Raises SpellError where the launch cannot work.
+    that key, and `cluster={…}` several. With `dryrun` the sbatch file (or the local command) is printed and
+    nothing started; the run folder it names is there, so that the printed file works. Raises SpellError where
+    the launch cannot work.
     """
     if executor not in ("local", "slurm"):
         raise ProfileError(f"no executor {executor!r}: give local or slurm")
@@ -58,9 +65,29 @@ def launch(
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides of the profile (without their prefix), and of the recipe, whose `cluster` has keys of its own."""
+    overrides = [one for text in overrides for one in _unfolded(text)]
     recipes = {field.name for field in fields(Cluster)} - {field.name for field in fields(Profile)}
     ours = [text for text in overrides if text.startswith(PREFIX) and _key(text) not in recipes]
     return [text.removeprefix(PREFIX) for text in ours], [text for text in overrides if text not in ours]
+
+
+def _unfolded(override: str) -> list[str]:
+    """`cluster={env: {X: 1}}` as the overrides `cluster.env.X=1`; any other one as it is."""
+    key, _, value = override.partition("=")
+    if key.strip() + "." != PREFIX:
+        return [override]
+    with suppress(ConfigError):  # whoever reads the whole override says what is wrong with it
+        if isinstance(found := load_yaml(value), dict):
+            return list(_leaves(found, PREFIX))
+    return [override]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={value if isinstance(value, Plain) else written(value)}"
 
 
 def _key(override: str) -> str:
@@ -97,9 +124,17 @@ def _slurm(job: Job, dryrun: bool) -> int:
         return 0
     slurm.check_accepted(job.sbatch)
     job_id = slurm.submit(job.sbatch)
+    standing, began = f"job {job_id} is submitted", time.monotonic()
+
+    def note(text: str) -> None:
+        nonlocal standing
+        standing = text
+        console.note(text)
+
     console.note(f"job {job_id} submitted; run folder {job.run}")
     try:
-        end = slurm.follow(job, job_id, sys.stdout, console.note)
+        with Pulse(lambda: Text(f"{standing} {clock(time.monotonic() - began)}"), console):
+            end = slurm.follow(job, job_id, sys.stdout, note)
     except KeyboardInterrupt:
         console.note(
             f"job {job_id} goes on without being watched: scancel {job_id} ends it; its logs: {job.logs}"

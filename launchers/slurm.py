@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launchers.job import REQUEUED, Job
-from spell_megatron.terminal import tidy
+from spell_megatron.terminal import Terminal, tidy
 from spell_megatron.types import SpellError
 
 _COMMAND_SECONDS = 120.0
@@ -172,6 +172,7 @@ class _Logs:
                 self.open[path] = self.stack.enter_context(file)
             for line in self.open[path]:
                 out.write(tidy(_FIRST_RANK.sub("", line)))
+                Terminal.printed = time.monotonic()
         out.flush()
 
     def _paths(self) -> Iterator[Path]:

@@ -11,8 +11,10 @@ if __name__ == "__main__" and not sys.flags.safe_path:  # `python -m`, without w
 
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -22,6 +24,7 @@ import typer
 from rich.text import Text
 
 from spell_megatron.interpreter import check_rooms
+from spell_megatron.pulse import Pulse, clock, working
 from spell_megatron.run.preemption import listen
 from spell_megatron.terminal import Terminal, log_to_stderr, say
 from spell_megatron.types import SpellError
@@ -72,7 +75,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             )  # "Triton not available", on every CPU
         try:
             check_rooms()
-            function(*args, **kwargs)
+            with _heard(function.__name__):
+                function(*args, **kwargs)
         except typer.Exit:
             raise
         except SpellError as error:
@@ -84,6 +88,14 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
 
     return run
+
+
+def _heard(name: str) -> AbstractContextManager[object]:
+    """A line whenever a command is silent for long, whatever it does: imports from a cold file system take minutes."""
+    if name == "watch" or os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    began = time.monotonic()
+    return Pulse(lambda: Text(f"{name.replace('_', '-')} {clock(time.monotonic() - began)}"), _err)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +169,6 @@ def _show(summary: Any, as_json: bool) -> None:
 @command
 def import_hf(folder: Path, out: Path, family: Families = None, debug: Debug = False) -> None:
     """Turn a Hugging Face model folder into a Megatron checkpoint."""
-    from spell_megatron.record import working
     from spell_megatron.tools.convert import import_hf as convert
 
     with working(f"importing {folder}"):
@@ -167,7 +178,6 @@ def import_hf(folder: Path, out: Path, family: Families = None, debug: Debug = F
 @command
 def export_hf(source: Path, out: Path, debug: Debug = False) -> None:
     """Write the policy of a run (or of one checkpoint) as a Hugging Face model folder."""
-    from spell_megatron.record import working
     from spell_megatron.tools.convert import export_hf as convert
 
     with working(f"exporting {source}"):
@@ -179,7 +189,6 @@ def parity(
     model: Path, tokens: int = 256, family: Families = None, json: Json = False, debug: Debug = False
 ) -> None:
     """Compare the log-probs of Hugging Face, Megatron and vLLM on the same tokens."""
-    from spell_megatron.record import working
     from spell_megatron.tools.parity import compare
 
     with working(f"comparing the log-probs of {model}"):
@@ -205,7 +214,6 @@ def corpus(
     """Show what a run would read: clusters, lengths, duplicates, what is left out and why, samples."""
     from spell_megatron.corpus import survey
     from spell_megatron.corpus.survey import meant
-    from spell_megatron.record import working
 
     config = meant(source, overrides or [])
     count, how = _counter(config.model.path)
@@ -291,7 +299,6 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 @command
 def seed_model(out: Path, seed: int = 0, debug: Debug = False) -> None:
     """Make the toy world's seed model from nothing: tokenizer, random weights, supervised warm-up."""
-    from spell_megatron.record import working
     from spell_megatron.warmup import make_seed_model
 
     with working("making the seed model"):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -49,12 +50,19 @@ def say(text: str) -> None:
 class Terminal(Console):
     """A console that prints text as it stands: brackets are no markup, and only its own escapes are."""
 
+    printed: ClassVar[float] = time.monotonic()
+    """When any of them has last printed."""
+
     def __init__(self, **arguments: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **arguments)
 
     def note(self, message: str | Text, style: str = "") -> None:
         """Print a message, whose lines are as long as they are."""
         self.print(message, style=style, soft_wrap=True)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        Terminal.printed = time.monotonic()
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):

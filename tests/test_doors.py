@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -123,6 +124,19 @@ def test_a_secret_is_its_users_alone(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(SpellError, match="secret"):
             read_secret(file)
+
+
+@pytest.mark.unit
+def test_only_where_something_is_encrypted_certificates_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise PermissionError("the machine's certificates")
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", read)
+    for address in (Address("http://engine", "/tmp/socket"), Address("http://127.0.0.1:80")):
+        address.client(trust_env=False).close()
+        asyncio.run(address.async_client(trust_env=False).aclose())
+    with pytest.raises(PermissionError):
+        Address("https://engine.example").client(trust_env=False)
 
 
 @pytest.mark.unit

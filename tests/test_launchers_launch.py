@@ -11,19 +11,23 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+import launchers
 from launchers import check, engines, local, script, slurm
 from launchers import job as jobs
 from launchers.job import Job, prepare, read_by
-from launchers.launch import _split, launch
+from launchers.launch import _slurm, _split, launch
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
+from spell_megatron import pulse
 from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
 from spell_megatron.record import RunFolder
 from spell_megatron.run.preemption import REQUEUE, attempt
@@ -143,6 +147,33 @@ def test_overrides_of_a_profile_reach_every_depth() -> None:
     ours = ["cluster.env.X=1", "cluster.nodes=2", "cluster.sbatch.constraint=a"]
     theirs = ["cluster.gpu_memory_gib=80", "steps=1"]
     assert _split([*theirs, *ours]) == ([text.removeprefix("cluster.") for text in ours], theirs)
+
+
+def test_a_mapping_of_a_profiles_keys_means_what_each_of_them_means() -> None:
+    env = {"A": "1", "B": "no", "C": "'a: b #c'", "D": "07"}
+    apart = [
+        "cluster.nodes=2",
+        "cluster.time=1:00:00",
+        "cluster.setup=[module load a, echo b]",
+        "cluster.exclusive=yes",
+        "cluster.sbatch.constraint=h100&fast",
+        "cluster.gpus_per_node=",
+        "cluster.gpu_memory_gib=90",
+        *(f"cluster.env.{name}={value}" for name, value in env.items()),
+    ]
+    together = [
+        "cluster={nodes: 2, time: 1:00:00, setup: [module load a, echo b], exclusive: yes, gpu_memory_gib: 90,"
+        " gpus_per_node: , sbatch: {constraint: h100&fast}, env: {A: 1, B: no, C: 'a: b #c', D: 07}}"
+    ]
+    assert _split(together)[1] == _split(apart)[1] == ["cluster.gpu_memory_gib=90"]
+    assert load_profile("h100", _split(together)[0]) == load_profile("h100", _split(apart)[0])
+    assert load_profile("h100", _split(together)[0]).partition == "batch"
+    with pytest.raises(ProfileError, match=r"cluster\.env: HF_TOKEN on a command line"):
+        load_profile("h100", _split(["cluster={env: {HF_TOKEN: x}}"])[0])
+    for text in ("cluster={nodes: 2", "cluster=2", "cluster=[nodes]"):
+        assert _split([text]) == ([], [text])
+        with pytest.raises(ConfigError, match="cluster"):
+            load_config("toy", [text])
 
 
 def test_a_home_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,6 +591,29 @@ def test_an_attempt_that_goes_back_to_the_queue_does_not_end_the_job(
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
     job = Job(attempt.run, Profile(), ONE)
     assert slurm.follow(job, "40001", io.StringIO(), lambda note: None).code == 7
+
+
+def test_a_job_in_the_queue_is_no_silence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+
+    def state(job_id: str) -> slurm.State:
+        told.append(capsys.readouterr().err)
+        if "".join(told).count("job 7 is pending 0:0") < 2:
+            return slurm.State("PENDING")
+        return slurm.State("COMPLETED", 0)
+
+    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 0.02)
+    monkeypatch.setattr(slurm, "job_state", state)
+    monkeypatch.setattr(
+        slurm, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.01))
+    )
+    monkeypatch.setattr(slurm, "check_accepted", lambda file: None)
+    monkeypatch.setattr(slurm, "submit", lambda file: "7")
+    monkeypatch.setattr(launchers, "nemo", SimpleNamespace(write=lambda job: ""), raising=False)
+    assert _slurm(Job(tmp_path, Profile(), ONE), dryrun=False) == 0
+    assert "job 7 is completed" in "".join(told)
 
 
 # This machine

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from spell_megatron import pulse
 from spell_megatron.config import Config, dump_config, load_config
 from spell_megatron.record import (
     Console,
@@ -32,11 +33,9 @@ from spell_megatron.record import (
     RunFolder,
     forget_episodes,
     logging_to,
-    pulse,
     read_metrics,
     same_episodes,
     step_line,
-    working,
     write_report,
 )
 from spell_megatron.record.folder import JsonLines, read_lines
@@ -400,19 +399,6 @@ def test_without_a_terminal_a_long_phase_is_no_silence(monkeypatch: pytest.Monke
     told = output.getvalue()
     time.sleep(0.2)
     assert output.getvalue() == told, "nobody speaks when the run has ended"
-
-
-def test_whatever_lasts_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 0.05)
-    output = io.StringIO()
-    with working("importing [a]", Terminal(file=output, force_terminal=False, width=9)):
-        _wait_for(lambda: output.getvalue().count("importing [a] 0:00\n") > 1)
-    told = output.getvalue()
-    time.sleep(0.2)
-    assert output.getvalue() == told
-    with working("short", Terminal(file=output, force_terminal=False)):
-        pass
-    assert output.getvalue() == told, "what does not last says nothing"
 
 
 def _wait_for(true: Callable[[], bool]) -> None:

@@ -6,9 +6,12 @@ import json
 import socket
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,12 +159,44 @@ def test_what_is_handed_over_in_memory_arrives_bucket_by_bucket(monkeypatch: pyt
     sender.close()
 
 
+def test_a_bucket_stands_while_the_next_one_is_staged_and_what_was_gathered_for_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from spell_megatron.rollout.transfer import shm
+
+    monkeypatch.setattr(shm, "_BUCKET_BYTES", 1024)
+    gathered: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for number in range(40):
+            most = max(most, sum(ref() is not None for ref in gathered))
+            tensor = torch.full((25 + 7 * (number % 5),), float(number))
+            gathered.append(weakref.ref(tensor))
+            yield str(number), tensor
+            del tensor
+
+    buffer = shm.Buffer(8)
+    before: list[tuple[str, torch.Tensor]] = []
+    seen = []
+    for bucket, offsets in buffer.stage(stream()):
+        for name, tensor in before + bucket:
+            assert torch.equal(tensor, torch.full_like(tensor, float(name)))
+        assert [tensor.storage_offset() * 4 for _, tensor in bucket] == offsets
+        seen += [name for name, _ in bucket]
+        before = bucket
+    assert seen == [str(number) for number in range(40)]
+    assert most <= 1
+    buffer.close()
+
+
 def test_every_worker_takes_the_memory_of_its_own_rank_and_else_of_one_on_its_node() -> None:
     from spell_megatron.rollout.transfer.shm import Buffer
 
-    buffers = [Buffer(), Buffer()]
+    buffers = [Buffer(8), Buffer(8)]
     for rank, buffer in enumerate(buffers):
-        buffer.stage([("a", torch.full((2,), float(rank)))])
+        list(buffer.stage([("a", torch.full((2,), float(rank)))]))
 
     def taken(number: int, names: list[tuple[str, str]]) -> float:
         worker = Neighbour(number)
@@ -185,6 +220,43 @@ def test_every_worker_takes_the_memory_of_its_own_rank_and_else_of_one_on_its_no
     buffers[0].close()
     with pytest.raises(EngineError, match="no rank of the trainer shares memory"):
         taken(1, names)
+
+
+def test_who_waits_for_a_message_of_vllms_leaves_the_core_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    from spell_megatron.rollout.cpu_start import sleep_soon
+
+    patched = (
+        (shm_broadcast.SpinCondition, "__init__"),
+        (shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS"),
+    )
+    for owner, name in patched:
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    sleep_soon()
+    queue = shm_broadcast.MessageQueue(1, 1, [0], max_chunk_bytes=4096, max_chunks=4)
+    thread: Future[int] = Future()
+
+    def read() -> list[int]:
+        reader = shm_broadcast.MessageQueue.create_from_handle(queue.export_handle(), 0)
+        thread.set_result(threading.get_native_id())
+        reader.wait_until_ready()
+        return [reader.dequeue(timeout=60) for _ in range(21)]
+
+    def state() -> str:
+        time.sleep(0.02)
+        return Path(f"/proc/self/task/{thread.result()}/stat").read_text().rpartition(")")[2].split()[0]
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        queue.wait_until_ready()
+        for number in range(20):
+            queue.enqueue(number)
+            time.sleep(0.001 * (number % 4))
+        states = [state() for _ in range(20)]
+        queue.enqueue(20)
+        assert reading.result() == list(range(21))
+    assert states.count("S") > 10
 
 
 def test_the_extension_sums_what_a_model_is_given() -> None:

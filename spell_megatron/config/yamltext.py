@@ -62,6 +62,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.text)
+_Dumper.add_representer(Plain, _Dumper.text)
 
 
 def load_yaml(text: str) -> Any:

@@ -7,7 +7,6 @@ from spell_megatron.record.journal import Journal, forget_episodes, same_episode
 from spell_megatron.record.lock import RunLock, locked
 from spell_megatron.record.logs import logging_to
 from spell_megatron.record.metrics import Metrics, read_metrics
-from spell_megatron.record.pulse import working
 from spell_megatron.record.report import write_report
 
 __all__ = [
@@ -25,6 +24,5 @@ __all__ = [
     "read_metrics",
     "same_episodes",
     "step_line",
-    "working",
     "write_report",
 ]

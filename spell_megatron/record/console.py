@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.live import Live as Screen
 from rich.text import Text
 
-from spell_megatron.record.pulse import Pulse, clock
+from spell_megatron.pulse import Pulse, clock
 from spell_megatron.selfplay.roles import ROLES
 from spell_megatron.terminal import Terminal
 
@@ -93,10 +93,10 @@ class Console:
     def done(self, step: int, metrics: Mapping[str, float]) -> None:
         self._seconds = [*self._seconds[-9:], time.monotonic() - self._began]
         self._phase = ""
-        self._pulse.print(step_line(step, self._total, metrics))
+        self.terminal.note(step_line(step, self._total, metrics))
 
     def note(self, text: str) -> None:
-        self._pulse.print(Text(text))
+        self.terminal.note(text)
 
     def _standing(self) -> Text:
         return self._bar() or Text(f"{clock(time.monotonic() - self._began)} since the last step")

@@ -8,7 +8,8 @@ both ask every request for a secret (`door`).
 from __future__ import annotations
 
 import hmac
-from collections.abc import Generator
+import ssl
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,17 +36,21 @@ class Address:
 
     def client(self, **arguments: Any) -> httpx.Client:
         """A client of this server; `arguments` are httpx's. Raises Unproven where somebody else answers at its port."""
-        if self.socket:  # a transport has limits of its own
-            limits = arguments.pop("limits", httpx.Limits())
-            arguments["transport"] = httpx.HTTPTransport(uds=self.socket, limits=limits)
-        return httpx.Client(base_url=self.url, auth=self._auth, **arguments)
+        return httpx.Client(**self._arguments(httpx.HTTPTransport, arguments))
 
     def async_client(self, **arguments: Any) -> httpx.AsyncClient:
         """The same, asynchronous."""
-        if self.socket:
-            limits = arguments.pop("limits", httpx.Limits())
-            arguments["transport"] = httpx.AsyncHTTPTransport(uds=self.socket, limits=limits)
-        return httpx.AsyncClient(base_url=self.url, auth=self._auth, **arguments)
+        return httpx.AsyncClient(**self._arguments(httpx.AsyncHTTPTransport, arguments))
+
+    def _arguments(self, transport: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+        arguments = {"base_url": self.url, "auth": self._auth, **arguments}
+        if not self.url.startswith("https:"):
+            # httpx reads every certificate of the machine for each client, some 25 ms; here none is shown.
+            arguments.setdefault("verify", ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))  # which trusts nobody
+        if self.socket:  # a transport has limits of its own
+            own = {name: arguments.pop(name) for name in ("limits", "verify") if name in arguments}
+            arguments["transport"] = transport(uds=self.socket, **own)
+        return arguments
 
     @property
     def _auth(self) -> httpx.Auth | None:

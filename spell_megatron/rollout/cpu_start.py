@@ -6,14 +6,24 @@ vLLM looks at a model's class in a process of its own, so that CUDA is not initi
 On a CPU it also spawns its engine core and its worker, for the sake of libraries that bind threads to cores, which
 ours are not. Each of these processes imports vLLM anew, ten seconds of a core. Here the class is looked at where it is
 asked for, and the others are forked. (vllm 0.32: model_executor/models/registry.py:1079, platforms/cpu.py:409.)
+
+Core and worker look for each other's messages without a pause until none has come for a second. Where nothing but GPUs
+computes, that costs nobody anything; here every look is taken from who computes.
+(distributed/device_communicators/shm_broadcast.py:117.)
 """
 
 from __future__ import annotations
 
 import os
+from functools import partialmethod
 from typing import Any
 
 from spell_megatron.rollout.dialect import START_METHOD
+
+_LOOK_SECONDS = 2e-3
+"""After a message, for the next one. ZeroMQ may drop a call that comes within a millisecond of another."""
+_RECHECK_MILLISECONDS = 100
+"""Of sleep at most: a call that was lost all the same costs no more."""
 
 
 def look_at_models_here() -> None:
@@ -36,11 +46,21 @@ def fork() -> None:
     CpuPlatform.check_and_update_config = staticmethod(configure_and_fork)
 
 
+def sleep_soon() -> None:
+    """Have whoever waits for a message of core or worker sleep until it is called, soon after the last one."""
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    condition = shm_broadcast.SpinCondition
+    condition.__init__ = partialmethod(condition.__init__, busy_loop_s=_LOOK_SECONDS)
+    shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = _RECHECK_MILLISECONDS
+
+
 def main() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     look_at_models_here()
     fork()
+    sleep_soon()
     serve()
 
 

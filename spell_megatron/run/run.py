@@ -23,7 +23,8 @@ from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, agreed
-from spell_megatron.record import RunFolder, RunLock, working
+from spell_megatron.pulse import working
+from spell_megatron.record import RunFolder, RunLock
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.residence import EngineResidence

@@ -28,6 +28,9 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from spell_megatron.rollout.transfer import shm
 from spell_megatron.rollout.transfer.manifest import STAGED_BYTES, Manifest
 
+_WIDEST = 8
+"""Bytes of an element, at most."""
+
 
 class LocalSender:
     """This rank's part of all transfers. Rank 0's client speaks to the servers, the others' is never asked."""
@@ -36,7 +39,7 @@ class LocalSender:
         self._way = way
         self._manifest = manifest
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self._buffer = shm.Buffer()
+        self._buffer = shm.Buffer(manifest.largest * _WIDEST)
 
     def send(
         self, weights: Iterable[tuple[str, torch.Tensor]], client: VLLMWeightSyncClient | None = None

@@ -1,8 +1,9 @@
 """Transfer through memory of the host: vLLM's `ipc` for engines and a trainer that compute on CPUs.
 
-Every rank of the trainer stages a bucket in a buffer of its own; every worker loads it from the buffer of one rank of
-its node, in place, while the ranks gather the next bucket. The memory belongs to no file: it is gone with the last
-process that has it open, however that ends, and no limit of /dev/shm applies to it.
+Every rank of the trainer stages its stream in a buffer of its own, tensor by tensor, so that what was gathered is given
+back at once; every worker loads a bucket from the buffer of one rank of its node, in place, while the ranks fill the
+other half. The memory belongs to no file: it is gone with the last process that has it open, however that ends, and no
+limit of /dev/shm applies to it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -28,11 +30,11 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from spell_megatron.rollout.engine import EngineError
-from spell_megatron.rollout.transfer.manifest import buckets, described
+from spell_megatron.rollout.transfer.manifest import described
 from spell_megatron.rollout.transfer.receiver import Receiver
 
 NAME = "shm"
-_BUCKET_BYTES = 256 << 20
+_BUCKET_BYTES = 128 << 20
 _ALIGNMENT = 64
 Bucket: TypeAlias = "list[tuple[str, torch.Tensor]]"
 
@@ -55,38 +57,55 @@ class ShmUpdate(WeightTransferUpdateInfo):
 
 
 class Buffer:
-    """Memory that processes of this node can open by its name. Grows where it must, under a new name."""
+    """Memory that processes of this node can open by its name, in two halves.
 
-    def __init__(self) -> None:
-        self._descriptor: int | None = None
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self.name = ("", "")
+    Each has room for a tensor of `largest` bytes; what was never written to takes no memory.
+    """
 
-    def stage(self, bucket: Bucket) -> list[int]:
-        """Copy tensors into it; returns where each one begins."""
-        offsets, end = [], 0
-        for _, tensor in bucket:
+    def __init__(self, largest: int) -> None:
+        self._half = _aligned(max(largest, _BUCKET_BYTES))
+        self._label = f"spell-{secrets.token_hex(8)}"
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Path and label."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}", self._label
+
+    def stage(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[Bucket, list[int]]]:
+        """Copy a stream into the halves in turn; yields what is in one, and where each tensor begins.
+
+        Who asks for the next bucket says that nobody reads the other half any more.
+        """
+        bucket: Bucket = []
+        offsets: list[int] = []
+        start = end = 0
+        for name, tensor in weights:
+            if bucket and end + tensor.nbytes > start + _BUCKET_BYTES:
+                yield bucket, offsets
+                bucket, offsets = [], []
+                start = end = self._half - start
+            place = _part(self._memory, end, tensor.dtype, tensor.shape)
+            place.copy_(tensor)
+            bucket.append((name, place))
             offsets.append(end)
-            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if end > len(self._memory):
-            self._allocate(max(end, _BUCKET_BYTES))
-        for (_, tensor), offset in zip(bucket, offsets, strict=True):
-            _part(self._memory, offset, tensor.dtype, tensor.shape).copy_(tensor)
-        return offsets
+            end += _aligned(tensor.nbytes)
+        if bucket:
+            yield bucket, offsets
 
     def close(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        vars(self).pop("_memory", None)
+        if "_descriptor" in vars(self):
+            os.close(vars(self).pop("_descriptor"))
 
-    def _allocate(self, size: int) -> None:
-        self.close()
-        label = f"spell-{secrets.token_hex(8)}"
-        self._descriptor = os.memfd_create(label)
-        os.ftruncate(self._descriptor, size)
-        self._memory = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
-        self.name = (f"/proc/{os.getpid()}/fd/{self._descriptor}", label)
+    @cached_property
+    def _descriptor(self) -> int:
+        descriptor = os.memfd_create(self._label)
+        os.ftruncate(descriptor, 2 * self._half)
+        return descriptor
+
+    @cached_property
+    def _memory(self) -> torch.Tensor:
+        return torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
 
 
 class ShmReceiver(Receiver[ShmInit, ShmUpdate]):
@@ -142,7 +161,7 @@ class ShmTrainerInit(TrainerInitInfo):
 
 
 class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
-    """The trainer's end, on every rank. Rank 0 tells the servers; the ranks meet before and after they read."""
+    """The trainer's end, on every rank. Rank 0 tells the servers; the ranks meet around what these read."""
 
     init_info_cls = ShmTrainerInit
     source: WeightSource
@@ -164,16 +183,15 @@ class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
         return cls(client, source, init_info.buffer, is_sender=init_info.is_sender)
 
     def send_weights(self) -> None:
+        names = _everyones(self._buffer.name)
         if self.is_sender:
             self.client.start_weight_update()
         loaded: Future[None] | None = None
         with ThreadPoolExecutor(1) as pool:
-            for bucket in buckets(self.source, _BUCKET_BYTES):
+            for bucket, offsets in self._buffer.stage(self.source):
                 if loaded is not None:
                     loaded.result()
-                _meet()  # nobody reads the bucket before
-                offsets = self._buffer.stage(bucket)
-                names = _everyones(self._buffer.name)  # and nobody is still writing this one
+                _meet()  # everybody has staged this bucket, and the one before was read
                 if self.is_sender:
                     loaded = pool.submit(
                         self.client.update_weights, asdict(ShmUpdate(*described(bucket), offsets, names))
@@ -183,6 +201,10 @@ class ShmTrainer(TrainerWeightTransferEngine[ShmTrainerInit]):
             _meet()  # who goes on may write the next version
         if self.is_sender:
             self.client.finish_weight_update()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _part(memory: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ In a terminal something moves. Elsewhere, in a file or a job's log, a line is du
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,33 +17,44 @@ from spell_megatron.terminal import Terminal
 
 SILENCE_SECONDS = 55.0
 """Without a terminal, a line is due when nothing was printed for so long."""
+_LOOK_SECONDS = 1.0
+_speakers: list[Pulse] = []
+"""Those whose blocks have begun and not ended, the innermost last: it alone speaks."""
 
 
 class Pulse:
-    """Prints lines, and one of `standing` whenever there was none for long: on a thread, until the block ends."""
+    """Prints a line of `standing` whenever no `Terminal` has printed for long: on a thread, until the block ends.
+
+    Where others have the word, `standing` is empty.
+    """
 
     def __init__(self, standing: Callable[[], Text], terminal: Terminal) -> None:
         self._standing, self._terminal = standing, terminal
-        self._printed = time.monotonic()
         self._end = threading.Event()
-        self._speaker = threading.Thread(target=self._speak, name="pulse", daemon=True)
 
     def __enter__(self) -> Pulse:
+        _speakers.append(self)
         if not self._terminal.is_terminal and not self._terminal.quiet:
-            self._speaker.start()
+            speaker = threading.Thread(target=self._speak, name="pulse", daemon=True)
+            # No signal is this thread's: one that a run blocks in all of its threads would end the process here.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            speaker.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
-
-    def print(self, line: Text) -> None:
-        self._printed = time.monotonic()
-        self._terminal.note(line)
+        _speakers.remove(self)
 
     def _speak(self) -> None:
-        while not self._end.wait(max(0.0, self._printed + SILENCE_SECONDS - time.monotonic())):
-            if time.monotonic() - self._printed >= SILENCE_SECONDS:
-                self.print(self._standing())
+        while not self._end.wait(min(_LOOK_SECONDS, _due() or _LOOK_SECONDS)):
+            if _speakers[-1:] == [self] and not _due() and (line := self._standing()):
+                self._terminal.note(line)
+
+
+def _due() -> float:
+    """Seconds until a line is."""
+    return max(0.0, Terminal.printed + SILENCE_SECONDS - time.monotonic())
 
 
 @contextmanager
