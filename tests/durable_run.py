@@ -25,7 +25,8 @@ from torch import Tensor
 from spell_megatron.config import load_config
 from spell_megatron.rollout.engine import EngineStats
 from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.run import driver, resume, train
+from spell_megatron.run import driver
+from spell_megatron.run.train import resume, train
 from spell_megatron.types import Rollout, Tokens
 from tokenizer.chat import ChatTokenizer
 
