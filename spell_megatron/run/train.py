@@ -86,7 +86,11 @@ def _summary(run: RunFolder, steps: int) -> Summary:
     scores = [
         {
             "mean": row["heldout/mean"],
-            "by_task": {k.removeprefix("heldout/"): v for k, v in row.items() if k.startswith("heldout/doc")},
+            "by_task": {
+                key.removeprefix("heldout/"): value
+                for key, value in row.items()
+                if key.startswith("heldout/") and key != "heldout/mean"
+            },
         }
         for row in read_metrics(run)
         if row.get("heldout/mean") is not None
