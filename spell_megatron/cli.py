@@ -31,6 +31,8 @@ from spell_megatron.types import SpellError
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line about NUMA at every start of vLLM
 os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that libraries start
+if path := os.environ.get("PYTHONPATH"):  # jobs and servers start in folders of their own
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, path.split(os.pathsep))))
 
 app = typer.Typer(
     name="spell-megatron",
