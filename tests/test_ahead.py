@@ -30,6 +30,7 @@ def opened(play, ahead: int, last: int) -> Iterator[Ahead]:
         plays.close()
 
 
+@pytest.mark.long
 @settings(max_examples=60)
 @given(
     ahead=st.integers(0, 3),

@@ -94,6 +94,7 @@ def dressed(letter: str) -> list[str]:
     return [letter, letter.lower(), chr(0xFF21 + place), chr(0x24B6 + place), chr(0x1F150 + place)]
 
 
+@pytest.mark.long
 def test_every_letter_is_recalled_alike_and_always() -> None:
     """About 19,000 phrasings for each letter; a bias of one would be a bias of the reward."""
     phrasings = [
@@ -358,6 +359,7 @@ def test_a_remark_about_the_answer_is_not_the_answer(
 MARKS = "’‘“”„«»–—‐‑…·。、！？：；（）【】「」¿¡′″‚‹›\u200b\u00ad\u2060ʼ"
 
 
+@pytest.mark.long
 @settings(max_examples=400)
 @given(
     st.text(st.characters(categories=("Lu", "Ll", "Lo", "Nd")), min_size=1, max_size=20),

@@ -15,6 +15,7 @@ def part(name: str) -> doctor.Finding:
     return found
 
 
+@pytest.mark.long
 def test_this_installation_can_train() -> None:
     doctor.examine().check()
     assert part("vllm").state == "ok"

@@ -176,6 +176,7 @@ def test_output_limits_follow_the_protocol_and_the_kind_of_model():
     assert (helmet.shortest, mrcr.cut) == (65_536, "skip")
 
 
+@pytest.mark.long
 def test_tables_name_the_protocol(tmp_path):
     for protocol in ("paper", "official"):
         one = report(SIX, protocol)

@@ -240,6 +240,7 @@ def test_official_and_bracketed_verdicts_are_both_kept(tmp_path):
     assert spell.metrics["judge says yes (bracketed)"] == 1.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("judge", "reason"),
     [

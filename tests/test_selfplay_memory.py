@@ -62,6 +62,7 @@ entries = st.tuples(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=200)
 @given(st.integers(0, 4), st.lists(entries, max_size=40))
 def test_no_ring_is_ever_too_long_and_the_state_is_all_of_it(size: int, stored: list):

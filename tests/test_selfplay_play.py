@@ -246,6 +246,7 @@ def test_memory_is_read_as_the_round_began():
     assert all(e.history for e in result.episodes if e.round == 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "check_"),
     [

@@ -98,6 +98,7 @@ def test_clusters_have_six_to_eight_documents() -> None:
     assert set(sizes) == {6, 7, 8}
 
 
+@pytest.mark.long
 def test_training_and_held_out_share_no_document() -> None:
     train = {document.text for index in range(2000) for document in toy_cluster(0, index, TRAIN).documents}
     held = {document.text for index in range(2000) for document in toy_cluster(0, index, HELD_OUT).documents}
