@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from benchmarks.common import SMALL, random_group, run_ranks, show
 from benchmarks.memory import PeakMemory
 from spell_megatron.checkpoint import Checkpoints, load_learner
-from spell_megatron.config import Layout, Optimizer, Policy
+from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.plan.parameters import held
 from spell_megatron.plan.saving import read_bytes, saved_bytes
 from spell_megatron.policy.layout import check_layout
@@ -37,8 +37,8 @@ LAYER = 16 * WIDTH**2
 
 def measure(folder: Path, scratch: Path) -> list[dict[str, Any]]:
     """This rank's rows: two saves and a load."""
-    world = start_world(Layout(), seed=0, timeout_seconds=600)
-    policy = Policy(dtype="bfloat16", optimizer=Optimizer(distributed=True, overlap=True))
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=600)
+    policy = PolicyConfig(dtype="bfloat16", optimizer=OptimizerConfig(distributed=True, overlap=True))
     learner = Learner(policy, folder, world)
     learner.update(TrainBatch((random_group(20, 2, 5),) * world.size))
     [part], shape = held(learner.shape, policy.layout), check_layout(policy.layout, learner.shape, world.size)

@@ -25,7 +25,7 @@ import typer
 
 from benchmarks.common import random_group, run_ranks, save_model, show
 from benchmarks.memory import LiveBytes, PeakMemory
-from spell_megatron.config import Layout, Policy
+from spell_megatron.config import LayoutConfig, PolicyConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import TrainBatch
@@ -43,8 +43,8 @@ SHAPE: dict[str, Any] = {
 
 def run(folder: Path, tokens: int, cp: int, recompute: Any) -> dict[str, float]:
     """Body of one rank: bytes, seconds and the loss."""
-    layout = Layout(context=cp)
-    policy = Policy(layout=layout, dtype="float32", stream_tokens=tokens, recompute=recompute)
+    layout = LayoutConfig(context=cp)
+    policy = PolicyConfig(layout=layout, dtype="float32", stream_tokens=tokens, recompute=recompute)
     learner = Learner(policy, folder, start_world(layout, seed=0, timeout_seconds=1800))
     learner.gradients(TrainBatch((random_group(64, REPLIES, 8),)))  # what is made only once is there
     batch = TrainBatch((random_group(tokens - REPLIES * REPLY, REPLIES, REPLY),))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spell_megatron.config import Sampling
+from spell_megatron.config import SamplingConfig
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.catalogue import architecture
 from spell_megatron.policy.head import Sampled
@@ -18,7 +18,7 @@ LENGTHS = (4096, 16_384, 32_768, 100_000)
 ASSUMED = Assumptions()
 PEAK = ASSUMED.peak_flops
 """bfloat16 operations a second that an H100 SXM is sold with."""
-SAMPLED = Sampled(Sampling().temperature, Sampling().top_p)
+SAMPLED = Sampled(SamplingConfig().temperature, SamplingConfig().top_p)
 """What every recipe samples from."""
 
 

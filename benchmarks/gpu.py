@@ -31,7 +31,7 @@ from benchmarks.common import EXPERTS, SMALL, median_seconds, random_group, save
 from benchmarks.device import LENGTHS, PEAK, G, device_name, random_model
 from benchmarks.layers import layer_classes
 from benchmarks.switches import BASE, NOT_HERE, settings, step, try_step
-from spell_megatron.config import Dtype, Layout, Policy
+from spell_megatron.config import Dtype, LayoutConfig, PolicyConfig
 from spell_megatron.policy.attention import attend
 from spell_megatron.policy.learner import Learner, main_gradient
 from spell_megatron.policy.spans import plan_spans
@@ -50,7 +50,7 @@ Peak = Annotated[float, typer.Option(help="Operations a second that the GPU is s
 @app.command()
 def precision(as_json: AsJson = False) -> None:
     """Loss, log-probs and gradients of small models; transformers in bfloat16 stands beside ours."""
-    world, cases = start_world(Layout(), seed=0, timeout_seconds=600), []
+    world, cases = start_world(LayoutConfig(), seed=0, timeout_seconds=600), []
     with tempfile.TemporaryDirectory() as scratch:
         for family, folder in families(Path(scratch)).items():
             for by, errors in errors_of(folder, world).items():
@@ -68,7 +68,7 @@ def errors_of(folder: Path, world: World) -> dict[str, dict[str, float]]:
     precisions: tuple[Dtype, ...] = ("bfloat16", "float32")
     for dtype in precisions:
         for shared in (True, False):
-            policy = Policy(dtype=dtype, share_prompts=shared, stream_tokens=8192)
+            policy = PolicyConfig(dtype=dtype, share_prompts=shared, stream_tokens=8192)
             ours = _ours(Learner(policy, folder, world), batch)
             errors[f"ours, {dtype}, {'shared' if shared else 'packed'}"] = _apart(ours, truth)
     return errors
@@ -140,7 +140,7 @@ def attention(
     as_json: AsJson = False,
 ) -> None:
     """Forward and backward of one layer's attention: a group that shares its prompt, against SDPA on each sequence."""
-    world = start_world(Layout(), seed=0, timeout_seconds=600)
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=600)
     shape = (heads, kv_heads, head_dim)
     cases = [
         group_attention(prompt, max(prompt // 32, 1), shape, world, rounds) for prompt in tokens or LENGTHS
@@ -198,7 +198,7 @@ def layers(
 ) -> None:
     """Forward and backward of attention, of the MLP or the experts, and of the head, each alone."""
     policy, cases = _policy(spec=spec), list[dict[str, Any]]()
-    world = start_world(Layout(), seed=0, timeout_seconds=1800)
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=1800)
     for entry, length, folder in _models(model, tokens):
         for name, measured in layer_classes(
             policy, folder, shared_group(length, folder), world, rounds, peak
@@ -247,7 +247,7 @@ def switches(
     show(f"training steps, one switch at a time, on {device_name()}", cases, as_json)
 
 
-def _policy(**changes: Any) -> Policy:
+def _policy(**changes: Any) -> PolicyConfig:
     return replace(BASE, **changes)
 
 

@@ -36,7 +36,15 @@ from benchmarks.common import EXPERTS, random_group, save_model
 from benchmarks.device import PEAK, device_name, random_model
 from benchmarks.layers import layer_classes
 from benchmarks.switches import BASE, settings, try_step
-from spell_megatron.config import Dtype, Layout, Optimizer, Policy, Rollout, Servers, load_config
+from spell_megatron.config import (
+    Dtype,
+    LayoutConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RolloutConfig,
+    ServersConfig,
+    load_config,
+)
 from spell_megatron.placement import Phase, Placement
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
@@ -90,9 +98,9 @@ class _Pair:
         self._model = _model(scratch / "model")
         dtype: Dtype = "bfloat16" if CUDA else "float32"
         self._bound = _BOUNDS[dtype]
-        policy = Policy(dtype=dtype, stream_tokens=4096, optimizer=Optimizer(lr=1e-2))
-        self._learner = Learner(policy, self._model, start_world(Layout(), seed=0, timeout_seconds=300))
-        self._settings = Rollout(
+        policy = PolicyConfig(dtype=dtype, stream_tokens=4096, optimizer=OptimizerConfig(lr=1e-2))
+        self._learner = Learner(policy, self._model, start_world(LayoutConfig(), seed=0, timeout_seconds=300))
+        self._settings = RolloutConfig(
             dtype=dtype,
             max_model_len=1024,
             max_num_seqs=32,
@@ -101,7 +109,7 @@ class _Pair:
             gpu_memory=0.5,
             eager=not graphs,
             placement="colocated",
-            servers=Servers(count=1, verify="checksum", start_seconds=180, sync_seconds=60),
+            servers=ServersConfig(count=1, verify="checksum", start_seconds=180, sync_seconds=60),
         )
         self._placement = Placement()
         self._placement.admit(LearnerResidence(self._learner))
@@ -235,7 +243,7 @@ def loop(scratch: Path, graphs: bool) -> Iterator[Check]:
 
 def numerics(scratch: Path, graphs: bool) -> Iterator[Check]:
     """bfloat16 as near to float32 as that of transformers, and float32 exact (`benchmarks.gpu precision`)."""
-    world = start_world(Layout(), seed=0, timeout_seconds=300)
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=300)
     families = gpu.families(scratch)
 
     def checked(folder: Path) -> Callable[[], Figures]:
@@ -264,7 +272,7 @@ _COMPARED = ("log-probs, mean", "gradients")
 
 def speed(scratch: Path, graphs: bool) -> Iterator[Check]:
     """Attention, classes of layers, and steps with every switch (`benchmarks.gpu attention`, `layers`, `switches`)."""
-    world = start_world(Layout(), seed=0, timeout_seconds=300)
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=300)
     lengths = (16_384, 100_000) if CUDA else (256,)
     shape = (32, 4, 128) if CUDA else (4, 2, 32)
     for length in lengths:
@@ -284,7 +292,7 @@ def _layers_and_steps(model: str, length: int, folder: Path, most: int | None) -
     folder = random_model(name, int(layers), folder) if name else save_model(folder / "small", **EXPERTS)
     group, policy = gpu.shared_group(length, folder), replace(BASE, stream_tokens=length)
     title = model or "a small model"
-    world = start_world(Layout(), seed=0, timeout_seconds=300)
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=300)
     for layer, measured in layer_classes(policy, folder, group, world, 3, PEAK):
         yield f"{layer} of {title}", measured
     stop_world()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.common import median_seconds
 from benchmarks.device import ASSUMED, SAMPLED
-from spell_megatron.config import Policy
+from spell_megatron.config import PolicyConfig
 from spell_megatron.plan.workload import Work, batch_work, forward_work, group_lengths
 from spell_megatron.policy.head import token_logprobs
 from spell_megatron.policy.model import build_chunks
@@ -24,7 +24,7 @@ from spell_megatron.weights.shape import ModelShape, model_shape
 
 
 def layer_classes(
-    policy: Policy, folder: Path, group: Group, world: World, rounds: int, peak: float
+    policy: PolicyConfig, folder: Path, group: Group, world: World, rounds: int, peak: float
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Attention with its projections, the MLP or experts with their router, and the head on the group's answers; what
     measures each. Weights are random."""

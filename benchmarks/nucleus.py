@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common import median_seconds, show
 from megatron_patches.cpu_products import product
-from spell_megatron.config import Layout
+from spell_megatron.config import LayoutConfig
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.world import start_world, stop_world
 
@@ -33,7 +33,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
-    world, cases = start_world(Layout(), seed=0, timeout_seconds=600), list[dict[str, Any]]()
+    world, cases = start_world(LayoutConfig(), seed=0, timeout_seconds=600), list[dict[str, Any]]()
     like: dict[str, Any] = {"device": world.device}
     like["dtype"] = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     weight = torch.randn(vocabulary, hidden, **like).requires_grad_()

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.common import save_model
 from benchmarks.resync_ranks import measure_servers, units
-from spell_megatron.config import Layout, Policy, Rollout
+from spell_megatron.config import LayoutConfig, PolicyConfig, RolloutConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout import backend
@@ -55,7 +55,9 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     """Median seconds of a plain copy, of the export alone, of export and transfer to either engine, of sampling."""
     save_model(folder / "model", **SHAPE)
     learner = Learner(
-        Policy(dtype="float32"), folder / "model", start_world(Layout(), seed=0, timeout_seconds=600)
+        PolicyConfig(dtype="float32"),
+        folder / "model",
+        start_world(LayoutConfig(), seed=0, timeout_seconds=600),
     )
     try:
         packed, unpacked = (_engine(learner, folder, rounds, packs=packs) for packs in (True, False))
@@ -77,7 +79,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 
 def _engine(learner: Learner, folder: Path, rounds: int, *, packs: bool) -> dict[str, float]:
     """Medians over rounds in which each kind of work has its turn; the first one warms up."""
-    settings = Rollout(dtype="float32", max_model_len=512, max_num_seqs=64, kv_cache_mib=256)
+    settings = RolloutConfig(dtype="float32", max_model_len=512, max_num_seqs=64, kv_cache_mib=256)
     backend.prepare(folder / "vllm")
     with _packing(packs):
         engine = InProcessEngine(folder / "model", settings, scratch=folder / "vllm", stop=())

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import run_ranks
-from spell_megatron.config import Layout, Policy, Rollout, Servers
+from spell_megatron.config import LayoutConfig, PolicyConfig, RolloutConfig, ServersConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.engine import Engine
@@ -29,14 +29,14 @@ from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.follower import FollowerEngine
 
 RANKS = 2
-LAYOUTS = {"DP2": Layout(), "TP2": Layout(tensor=2, sequence=True)}
-SETTINGS = Rollout(
+LAYOUTS = {"DP2": LayoutConfig(), "TP2": LayoutConfig(tensor=2, sequence=True)}
+SETTINGS = RolloutConfig(
     dtype="float32",
     max_model_len=512,
     max_num_seqs=16,
     max_batched_tokens=512,
     kv_cache_mib=32,
-    servers=Servers(count=2, start_seconds=600),
+    servers=ServersConfig(count=2, start_seconds=600),
 )
 Transfer = Literal["shm", "gloo"]
 
@@ -64,7 +64,7 @@ def _rank(model: Path, scratch: Path, transfer: Transfer, rounds: int) -> list[d
                     if world.is_main
                     else FollowerEngine(model, transfer, scratch=vllm)
                 )
-            learner = Learner(Policy(dtype="float32", layout=layout), model, world)
+            learner = Learner(PolicyConfig(dtype="float32", layout=layout), model, world)
             seconds, written = _measured(learner, engine, version * (rounds + 2), rounds)
             copies = {f"{work} / copy": seconds[work] / seconds["copy"] for work in ("export", "resync")}
             rows.append(

@@ -20,7 +20,7 @@ import typer
 
 from benchmarks.common import random_group, run_ranks, save_model, show
 from benchmarks.memory import PeakMemory
-from spell_megatron.config import Layout, Policy
+from spell_megatron.config import LayoutConfig, PolicyConfig
 from spell_megatron.policy.learner import Learner, main_gradient
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import TrainBatch
@@ -32,8 +32,8 @@ PACKED_TOKENS, FEW_LAYERS = 50_000, 2
 
 def run(folder: Path, prompt: int, reply: int, budget: int, share: bool, rounds: int) -> dict[str, Any]:
     """Body of one process: best seconds, bytes of the peak above the model's, and the gradients."""
-    policy = Policy(dtype="float32", stream_tokens=budget, share_prompts=share)
-    learner = Learner(policy, folder, start_world(Layout(), seed=0, timeout_seconds=3600))
+    policy = PolicyConfig(dtype="float32", stream_tokens=budget, share_prompts=share)
+    learner = Learner(policy, folder, start_world(LayoutConfig(), seed=0, timeout_seconds=3600))
     learner.gradients(TrainBatch((random_group(64, G, 8),)))  # what is made only once is there
     batch, seconds = TrainBatch((random_group(prompt, G, reply),)), []
     with PeakMemory() as peak:

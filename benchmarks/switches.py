@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.common import median_seconds
 from benchmarks.device import ASSUMED, SAMPLED
-from spell_megatron.config import Cluster, Config, Layout, Optimizer, Policy
+from spell_megatron.config import ClusterConfig, Config, LayoutConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.plan.parameters import held
 from spell_megatron.plan.traffic import step_traffic
 from spell_megatron.plan.update import update_costs
@@ -23,13 +23,13 @@ from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import Group, SpellError, TrainBatch
 from spell_megatron.weights.shape import ModelShape, model_shape
 
-BASE = Policy(recompute="full", optimizer=Optimizer(distributed=True))
+BASE = PolicyConfig(recompute="full", optimizer=OptimizerConfig(distributed=True))
 NOT_HERE = "not here"
 _NO_SWITCHES = {"layout", "loss", "dtype", "freeze_router", "router_dtype", "router_replay"}
 """Keys of the policy that say what is computed, and not how."""
 
 
-def settings(base: Policy = BASE) -> Iterator[tuple[str, Policy, Sampled]]:
+def settings(base: PolicyConfig = BASE) -> Iterator[tuple[str, PolicyConfig, Sampled]]:
     """The base, then every switch alone at each of its other values: `key=value`, the policy, what it samples from.
 
     A switch is a key that is a yes or no, or one of a few words; keys that are added join by themselves.
@@ -55,10 +55,10 @@ def _others(config: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def step(
-    policy: Policy, folder: Path, group: Group, rounds: int, peak: float, sampled: Sampled = SAMPLED
+    policy: PolicyConfig, folder: Path, group: Group, rounds: int, peak: float, sampled: Sampled = SAMPLED
 ) -> dict[str, Any]:
     """One update by a group, timed: its work, as a share of `peak` too, the planner's time, the memory that it took."""
-    world = start_world(Layout(), seed=0, timeout_seconds=1800)
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=1800)
     try:
         learner, batch = Learner(policy, folder, world, sampled=sampled), TrainBatch((group,))
         if torch.cuda.is_available():
@@ -83,7 +83,7 @@ def step(
 
 
 def try_step(
-    policy: Policy, folder: Path, group: Group, rounds: int, peak: float, sampled: Sampled
+    policy: PolicyConfig, folder: Path, group: Group, rounds: int, peak: float, sampled: Sampled
 ) -> dict[str, Any]:
     """`step`; where this machine cannot do that, why not."""
     try:
@@ -92,9 +92,9 @@ def try_step(
         return {NOT_HERE: str(error).splitlines()[0].partition(":")[0]}
 
 
-def predicted(policy: Policy, shape: ModelShape, batch: TrainBatch) -> float:
+def predicted(policy: PolicyConfig, shape: ModelShape, batch: TrainBatch) -> float:
     """Seconds of the update on one H100, by the planner."""
-    config = Config(policy=policy, cluster=Cluster(nodes=1, gpus_per_node=1))
+    config = Config(policy=policy, cluster=ClusterConfig(nodes=1, gpus_per_node=1))
     world, parts = check_layout(policy.layout, shape, 1), held(shape, policy.layout)
     lengths, shared = list(group_lengths(batch)), policy.share_prompts
     tokens = sum(prompt * (1 if shared else len(replies)) + sum(replies) for prompt, replies in lengths)

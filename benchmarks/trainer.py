@@ -19,7 +19,7 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import EXPERTS, SMALL, save_model, show
-from spell_megatron.config import Layout, Optimizer, Policy
+from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import Group, Sample, TrainBatch
@@ -30,8 +30,10 @@ SEQUENCES, LENGTH, LR = 4, 1024, 1e-4
 def measure(name: str, shape: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
     save_model(folder, **shape)
     whole = SEQUENCES * LENGTH
-    policy = Policy(dtype="float32", stream_tokens=whole, head_chunk=whole, optimizer=Optimizer(lr=LR))
-    learner = Learner(policy, folder, start_world(Layout(), seed=0, timeout_seconds=600))
+    policy = PolicyConfig(
+        dtype="float32", stream_tokens=whole, head_chunk=whole, optimizer=OptimizerConfig(lr=LR)
+    )
+    learner = Learner(policy, folder, start_world(LayoutConfig(), seed=0, timeout_seconds=600))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=LR)
     ids = torch.randint(SMALL["vocab_size"], (SEQUENCES, LENGTH))

@@ -18,7 +18,7 @@ import psutil
 import typer
 
 from benchmarks.common import show
-from spell_megatron.config import Corpus, Record, Source
+from spell_megatron.config import CorpusConfig, RecordConfig, SourceConfig
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.record import Archive, Metrics, RunFolder
 from spell_megatron.record.folder import JsonLines, replace_text
@@ -37,10 +37,10 @@ class Weeks:
         for number in range(400):
             (texts / f"{number}.txt").write_text(f"{number} " + f"word{number} " * 20)
         self.run = RunFolder.create(folder, "weeks")
-        corpus = Corpus(sources=(Source(path=str(texts), group_by="random"),), cluster_tokens=100)
+        corpus = CorpusConfig(sources=(SourceConfig(path=str(texts), group_by="random"),), cluster_tokens=100)
         self._sampler = ClusterSampler(corpus, lambda text: len(text) // 4, 0)
         self._memory, self._metrics = Memory(3, limit=100), Metrics(self.run, after=-1)
-        self._archive = Archive(self.run, Record(keep_rollouts=KEPT, old_rollouts="remove"))
+        self._archive = Archive(self.run, RecordConfig(keep_rollouts=KEPT, old_rollouts="remove"))
         self.saved = self.run.checkpoints / "state.json"
 
     def step(self, step: int) -> None:

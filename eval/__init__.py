@@ -5,7 +5,7 @@ evaluate(["docmath"], models=["out/step-200/hf"], data=Path("data"), max_input=[
 
 from eval.benchmarks import list_benchmarks
 from eval.comparison import Comparison, compare
-from eval.endpoint import EndpointDied, Limits
+from eval.endpoint import EndpointDied, RequestLimits
 from eval.live import live_benchmarks
 from eval.report import Report, read_report
 from eval.reward import reward_judge
@@ -17,8 +17,8 @@ __all__ = [
     "EndpointDied",
     "Evaluation",
     "JudgeSettings",
-    "Limits",
     "Report",
+    "RequestLimits",
     "Settings",
     "compare",
     "evaluate",

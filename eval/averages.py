@@ -19,7 +19,7 @@ RELEASE = "mean of six"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class PartScores:
     """The questions of one part: their scores, and the stratum of each where the part is a mean of several."""
 
     scores: Sequence[float]
@@ -63,7 +63,7 @@ def average(results: Sequence[Result], columns: Columns, limit: int | None) -> F
     return figure(scores, strata, weights)
 
 
-def _part(results: Sequence[Result], part: str, limit: int | None) -> Sample | None:
+def _part(results: Sequence[Result], part: str, limit: int | None) -> PartScores | None:
     """What was measured of `mrcr/needles=2` or of `docmath` at a limit; None where that is nothing."""
     name, _, subset = part.partition("/")
     label, _, value = subset.partition("=")
@@ -74,7 +74,7 @@ def _part(results: Sequence[Result], part: str, limit: int | None) -> Sample | N
                 item for item in result.questions if not label or result.labels[item].get(label) == value
             ]
             strata = [_stratum(result.labels[item], macro) for item in chosen]
-            return Sample([result.questions[item] for item in chosen], strata) if chosen else None
+            return PartScores([result.questions[item] for item in chosen], strata) if chosen else None
     return None
 
 

@@ -16,7 +16,7 @@ from spell_megatron.types import SpellError
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PaperTable:
     """One table at one input limit: the paper's rows, in percent, and our figure for each column and their average."""
 
     table: Table
@@ -39,7 +39,7 @@ class Beside:
     name: str
     model: str
     scoring: Sequence[str]
-    parts: Sequence[Part]
+    parts: Sequence[PaperTable]
 
     def to_json(self) -> dict[str, Any]:
         parts = [
@@ -81,7 +81,9 @@ def beside(report: Report, model: str) -> Beside:
         for limit in limits(report.results):
             ours = [average(report.results, {name: of}, limit) for name, of in one.columns.items()]
             if (paper := rows(one, model, limit)) and any(ours):
-                parts.append(Part(one, limit, paper, [*ours, average(report.results, one.columns, limit)]))
+                parts.append(
+                    PaperTable(one, limit, paper, [*ours, average(report.results, one.columns, limit)])
+                )
     if not parts:
         known = [
             f"{one.name}: {' '.join(sum(one.columns.values(), ()))}"

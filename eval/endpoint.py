@@ -50,7 +50,7 @@ class _Transient(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """`timeout` is seconds for one answer, `wait` the longest pause between two of the `tries`.
 
     `rate` bounds requests a second; how many run at once is the caller's matter.
@@ -62,7 +62,7 @@ class Limits:
     rate: float = math.inf
 
 
-class Source(Protocol):
+class CompletionSource(Protocol):
     """Where completions come from: an endpoint, or the live engines of a training run."""
 
     identity: Sequence[str]
@@ -88,7 +88,7 @@ class Endpoint:
         *,
         model: str = "",
         api_key: str = "",
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         identity: Sequence[str] = (),
     ) -> None:
         plain = str(url).rstrip("/").removesuffix("/v1")
@@ -109,7 +109,7 @@ class Endpoint:
         """Ids that end a completion, besides the server's own."""
         self.shows_special = False
         """Ask for special tokens in the text, because the tags of thought are among them."""
-        self._limits = limits or Limits()
+        self._limits = limits or RequestLimits()
         self._turn = 0.0
         self._client = address.async_client(
             timeout=httpx.Timeout(self._limits.timeout, connect=min(30.0, self._limits.timeout)),

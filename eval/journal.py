@@ -24,7 +24,7 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
 
 
-class Journal:
+class KeyedJournal:
     """Records by key. Use as a context manager; `damaged` counts lines that could not be read."""
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class Journal:
             ) from None
         self._read()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> KeyedJournal:
         return self
 
     def __exit__(

@@ -20,7 +20,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from eval.benchmark import Ask, Grade, Item, Mode, Unjudged, Unreadable, Verdict
 from eval.endpoint import Endpoint, Refused, Unanswered
-from eval.journal import Journal, key_of
+from eval.journal import KeyedJournal, key_of
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.reading.thoughts import strip_thinking
 from spell_megatron.types import Question
@@ -65,14 +65,14 @@ def _usable(reply: str) -> str | None:
 
 
 @dataclass
-class Judge:
+class JudgeModel:
     """Replies of one judge model, each asked for once: they are kept in a journal.
 
     The endpoint's own limits should allow a single try: the tries are counted here.
     """
 
     endpoint: Endpoint
-    journal: Journal
+    journal: KeyedJournal
     concurrency: int = 16
     longest_wait: float = 30.0
 

@@ -10,7 +10,7 @@ from eval.benchmark import Completion
 from eval.benchmarks import find
 from eval.endpoint import Unanswered
 from eval.measure import load, measure, plan
-from eval.prompting import Codec
+from eval.prompting import ChatCodec
 from eval.runner import Settings
 from spell_megatron.config import Config
 from spell_megatron.rollout.engine import Engine, EngineError
@@ -20,7 +20,7 @@ from spell_megatron.terminal import Terminal
 class LiveSource:
     """Completions by a rollout engine at its present version of the weights."""
 
-    def __init__(self, engine: Engine, codec: Codec, run: str, max_model_len: int | None = None) -> None:
+    def __init__(self, engine: Engine, codec: ChatCodec, run: str, max_model_len: int | None = None) -> None:
         self._engine = engine
         self._codec = codec
         self.identity: Sequence[str] = (run, f"version {engine.version}")
@@ -62,7 +62,7 @@ class LiveBenchmarks:
         data = Path(settings.data).expanduser() if settings.data else None
         self._loaded = load(find(settings.benchmarks), data, self._console)
 
-    async def __call__(self, engine: Engine, codec: Codec, home: Path) -> dict[str, float]:
+    async def __call__(self, engine: Engine, codec: ChatCodec, home: Path) -> dict[str, float]:
         """Scores under `eval/<benchmark>`; answers and tables go to `home`."""
         source = LiveSource(engine, codec, home.name, self._config.rollout.max_model_len)
         plans = plan(self._loaded, [self._config.heldout.max_input], codec, self._settings)

@@ -13,13 +13,13 @@ from pathlib import Path
 from eval.averages import averages
 from eval.benchmark import Benchmark, Item
 from eval.data import Data
-from eval.endpoint import EndpointDied, Source
-from eval.journal import Journal
-from eval.judge import Judge
-from eval.prompting import Codec, prefills_thinking
+from eval.endpoint import CompletionSource, EndpointDied
+from eval.journal import KeyedJournal
+from eval.judge import JudgeModel
+from eval.prompting import ChatCodec, prefills_thinking
 from eval.report import Report
 from eval.results import summarise
-from eval.runner import Plan, Runner, Settings, progress_bar
+from eval.runner import BenchmarkPlan, Runner, Settings, progress_bar
 from eval.scoring import collect, score
 from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
@@ -29,21 +29,21 @@ Loaded = tuple[Benchmark, list[Item], Counter[str]]
 
 
 async def measure(
-    source: Source,
-    codec: Codec,
-    plans: list[Plan],
+    source: CompletionSource,
+    codec: ChatCodec,
+    plans: list[BenchmarkPlan],
     settings: Settings,
     home: Path,
     name: str,
     *,
-    judge: Judge | None = None,
+    judge: JudgeModel | None = None,
     console: Terminal,
 ) -> Report:
     """Ask, grade, judge and write the tables of one source of completions. The core of `evaluate`.
 
     An endpoint that dies does not lose what is done: the tables are written, then the error goes on.
     """
-    with Journal(home / "journal.jsonl") as journal:
+    with KeyedJournal(home / "journal.jsonl") as journal:
         runner = Runner(source, codec, journal, settings, console)
         died: EndpointDied | None = None
         try:
@@ -94,18 +94,22 @@ def _reasons(bad: Counter[str]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
 
 
-def plan(loaded: Sequence[Loaded], limits: Sequence[int], codec: Codec, settings: Settings) -> list[Plan]:
+def plan(
+    loaded: Sequence[Loaded], limits: Sequence[int], codec: ChatCodec, settings: Settings
+) -> list[BenchmarkPlan]:
     """Long benchmarks once per limit, short ones once without, on the terms of the protocol."""
     plans = []
     for benchmark, items, bad in loaded:
         terms = benchmark.terms(settings.protocol)
         chosen = benchmark.select(items, codec.count, terms)[: settings.limit]
         for limit in sorted(set(limits)) if benchmark.long else [None]:
-            plans.append(Plan(benchmark, terms, limit, chosen, Counter(bad)))
+            plans.append(BenchmarkPlan(benchmark, terms, limit, chosen, Counter(bad)))
     return plans
 
 
-async def _score(runner: Runner, plans: Sequence[Plan], name: str, home: Path, judge: Judge | None) -> Report:
+async def _score(
+    runner: Runner, plans: Sequence[BenchmarkPlan], name: str, home: Path, judge: JudgeModel | None
+) -> Report:
     """Grade and judge. Every scored sample becomes a line of `samples.jsonl`."""
     prefilled, results = prefills_thinking(runner.codec), []
     with (home / "samples.jsonl").open("w", encoding="utf-8", errors="replace") as stream:

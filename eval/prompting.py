@@ -14,7 +14,7 @@ from eval.benchmark import Cut, Item, Message
 from spell_megatron.selfplay.reading.thoughts import opens_thought
 
 
-class Codec(Protocol):
+class ChatCodec(Protocol):
     """What is needed of a tokenizer (`tokenizer.chat.ChatTokenizer`)."""
 
     def conversation(self, messages: Sequence[Message]) -> list[int]: ...
@@ -34,7 +34,7 @@ class Prompt:
     whole: int
 
 
-def build(cut: Cut, item: Item, codec: Codec, limit: int | None) -> Prompt:
+def build(cut: Cut, item: Item, codec: ChatCodec, limit: int | None) -> Prompt:
     """Template, encode and cut one item. `limit` is in tokens, None for no limit."""
     ids = codec.conversation(item.messages)
     if limit is None or len(ids) <= limit:
@@ -52,12 +52,12 @@ def middle_cut(ids: Sequence[int], limit: int) -> list[int]:
     return [*ids[:front], *ids[len(ids) - (limit - front) :]]
 
 
-def prefills_thinking(codec: Codec) -> bool:
+def prefills_thinking(codec: ChatCodec) -> bool:
     """Whether the chat template itself opens `<think>` at the end of a prompt."""
     return opens_thought(codec.conversation(({"role": "user", "content": "?"},)), codec.decode)
 
 
-def _head_cut(item: Item, codec: Codec, limit: int) -> list[int] | None:
+def _head_cut(item: Item, codec: ChatCodec, limit: int) -> list[int] | None:
     """Drop tokens from the end of the context until the prompt fits; None if the rest alone is too long."""
     context = codec.encode(item.context)
     ids = codec.conversation(item.messages)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eval.benchmark import Benchmark
-from eval.runner import Plan
-from eval.scoring import Sample
+from eval.runner import BenchmarkPlan
+from eval.scoring import ScoredAnswer
 from eval.statistics import Figure, figure, mean_pass, pass_at_k, pass_at_k_bootstrap
 
 
@@ -51,7 +51,7 @@ class Result:
 
 
 def summarise(
-    plan: Plan, samples: Sequence[Sample], per_question: int, skipped: int, judge_name: str
+    plan: BenchmarkPlan, samples: Sequence[ScoredAnswer], per_question: int, skipped: int, judge_name: str
 ) -> Result:
     """Figures of one plan. `per_question` is how many samples each question should have."""
     scored = [sample for sample in samples if sample.score is not None]
@@ -91,7 +91,7 @@ def summarise(
     )
 
 
-def _by_question(samples: Sequence[Sample], rule: bool = False) -> dict[str, list[float]]:
+def _by_question(samples: Sequence[ScoredAnswer], rule: bool = False) -> dict[str, list[float]]:
     questions: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         value = sample.rule if rule else sample.score
@@ -137,7 +137,7 @@ def _natural(name: str) -> tuple[float, str]:
     return (float(digits) + name.startswith("over "), "") if digits.isdigit() else (math.inf, name)
 
 
-def _metrics(samples: Sequence[Sample]) -> dict[str, float]:
+def _metrics(samples: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Means over samples of the secondary figures, the judge's readings among them."""
     values: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
@@ -148,7 +148,7 @@ def _metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return {name: sum(group) / len(group) for name, group in values.items()}
 
 
-def _problems(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
+def _problems(plan: BenchmarkPlan, samples: Sequence[ScoredAnswer]) -> dict[str, int]:
     problems: Counter[str] = Counter()
     problems.update({f"row not used: {reason}": count for reason, count in plan.bad.items()})
     problems.update({f"request failed: {reason}": count for reason, count in plan.failed.items()})

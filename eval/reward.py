@@ -12,10 +12,10 @@ import logging
 import os
 from collections import OrderedDict
 
-from eval.endpoint import Endpoint, Limits, Refused, Unanswered
+from eval.endpoint import Endpoint, Refused, RequestLimits, Unanswered
 from eval.journal import key_of
 from eval.judge import bracketed_verdict
-from spell_megatron.config import Config, ExternalJudge
+from spell_megatron.config import Config, ExternalJudgeConfig
 from spell_megatron.selfplay.ports import Opinion
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import Question
@@ -34,9 +34,9 @@ LONGEST_WAIT = 30.0
 class RewardJudge:
     """Satisfies `selfplay.ports.Judge`. For one event loop, in which it opens its endpoint when it is first asked."""
 
-    def __init__(self, settings: ExternalJudge, api_key: str = "") -> None:
+    def __init__(self, settings: ExternalJudgeConfig, api_key: str = "") -> None:
         self._settings, self._prompts = settings, Prompts("full")
-        limits = Limits(settings.timeout_seconds, settings.tries, LONGEST_WAIT)
+        limits = RequestLimits(settings.timeout_seconds, settings.tries, LONGEST_WAIT)
         self._endpoint = Endpoint(settings.url, model=settings.model, api_key=api_key, limits=limits)
         self._places = asyncio.Semaphore(settings.concurrency)
         self._opening = asyncio.Lock()

@@ -16,15 +16,15 @@ from eval.benchmark import Benchmark
 from eval.benchmarks import find
 from eval.beside import Beside, beside
 from eval.comparison import Comparison, compare
-from eval.endpoint import Endpoint, Limits
-from eval.journal import Journal
-from eval.judge import Judge
+from eval.endpoint import Endpoint, RequestLimits
+from eval.journal import KeyedJournal
+from eval.judge import JudgeModel
 from eval.measure import Loaded, load, measure, plan, say
 from eval.paper import find_model
 from eval.plot import plot
 from eval.report import Report
 from eval.runner import Settings
-from spell_megatron.config import Rollout
+from spell_megatron.config import RolloutConfig
 from spell_megatron.files import hf_config, weights_dtype
 from spell_megatron.pulse import working
 from spell_megatron.terminal import Terminal
@@ -79,8 +79,8 @@ def evaluate(
     max_input: Sequence[int] = (16_384,),
     settings: Settings | None = None,
     judge: JudgeSettings | None = None,
-    serving: Rollout | None = None,
-    limits: Limits | None = None,
+    serving: RolloutConfig | None = None,
+    limits: RequestLimits | None = None,
     console: Terminal | None = None,
     beside_paper: str | None = None,
 ) -> Evaluation:
@@ -172,16 +172,16 @@ class _Work:
                 source, codec, plans, self.settings, home, name, judge=judge, console=self.console
             )
 
-    async def _judge(self, stack: AsyncExitStack, home: Path) -> Judge | None:
+    async def _judge(self, stack: AsyncExitStack, home: Path) -> JudgeModel | None:
         wanted = self.judge
         if not wanted.url:
             return None
-        limits = Limits(timeout=wanted.timeout, tries=1)
+        limits = RequestLimits(timeout=wanted.timeout, tries=1)
         endpoint = Endpoint(wanted.url, model=wanted.model, api_key=wanted.api_key, limits=limits)
-        verdicts = stack.enter_context(Journal(home / "verdicts.jsonl"))
-        return Judge(await stack.enter_async_context(endpoint), verdicts, wanted.concurrency)
+        verdicts = stack.enter_context(KeyedJournal(home / "verdicts.jsonl"))
+        return JudgeModel(await stack.enter_async_context(endpoint), verdicts, wanted.concurrency)
 
-    def serving(self, folder: Path) -> Rollout:
+    def serving(self, folder: Path) -> RolloutConfig:
         """A server with room for the longest input and output, in the precision of the weights.
 
         Raises SpellError where the model's window is smaller than an input limit.
@@ -198,7 +198,7 @@ class _Work:
         wanted = longest + output + RESERVE
         if window and wanted > window:
             say(self.console, f"{folder}: outputs end at the model's window of {window} tokens")
-        return Rollout(
+        return RolloutConfig(
             dtype="float32" if weights_dtype(config) == "float32" else "bfloat16",
             max_model_len=min(wanted, window or wanted),
         )

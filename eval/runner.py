@@ -27,9 +27,9 @@ from rich.progress import (
 from rich.text import Text
 
 from eval.benchmark import Benchmark, Item, Mode, ProtocolName, Terms
-from eval.endpoint import EndpointDied, Refused, Source, Unanswered
-from eval.journal import Journal, Record, key_of
-from eval.prompting import Codec, build
+from eval.endpoint import CompletionSource, EndpointDied, Refused, Unanswered
+from eval.journal import KeyedJournal, Record, key_of
+from eval.prompting import ChatCodec, build
 from spell_megatron.pulse import Pulse, clock
 from spell_megatron.terminal import Terminal
 
@@ -57,7 +57,7 @@ class Settings:
 
 
 @dataclass
-class Plan:
+class BenchmarkPlan:
     """One benchmark at one input limit, and what went wrong on the way. `bad` counts unusable rows."""
 
     benchmark: Benchmark
@@ -77,9 +77,9 @@ class Plan:
 class Runner:
     """Asks a source for all samples of some plans. `codec` is the tokenizer of the source's model."""
 
-    source: Source
-    codec: Codec
-    journal: Journal
+    source: CompletionSource
+    codec: ChatCodec
+    journal: KeyedJournal
     settings: Settings
     console: Terminal
 
@@ -89,21 +89,21 @@ class Runner:
         )
         self._failures_in_a_row = 0
 
-    def samples(self, plan: Plan) -> int:
+    def samples(self, plan: BenchmarkPlan) -> int:
         return 1 if plan.terms.greedy else self.settings.samples
 
-    def records(self, plan: Plan, item: Item) -> Iterator[tuple[int, Record]]:
+    def records(self, plan: BenchmarkPlan, item: Item) -> Iterator[tuple[int, Record]]:
         """What the journal has of one item: sample index and record."""
         base = self._item_key(plan, item)
         for index in range(self.samples(plan)):
             if (record := self.journal.get(self._sample_key(plan, item, base, index))) is not None:
                 yield index, record
 
-    def skipped(self, plan: Plan, item: Item) -> bool:
+    def skipped(self, plan: BenchmarkPlan, item: Item) -> bool:
         """Whether the item did not fit into the limit."""
         return key_of("skip", self._item_key(plan, item)) in self.journal
 
-    async def ask(self, plans: list[Plan]) -> None:
+    async def ask(self, plans: list[BenchmarkPlan]) -> None:
         """Fill the journal. Raises EndpointDied; samples that fail are counted in their plan."""
         total = sum(len(plan.items) * self.samples(plan) for plan in plans)
         with progress_bar(self.console) as bar:
@@ -118,7 +118,7 @@ class Runner:
                 raise died.exceptions[0] from None
 
     async def _feed(
-        self, plans: list[Plan], queue: asyncio.Queue[_Job | None], bar: Progress, task: TaskID
+        self, plans: list[BenchmarkPlan], queue: asyncio.Queue[_Job | None], bar: Progress, task: TaskID
     ) -> None:
         """Put what is missing into the queue, an item's samples together: a prefix cache likes that."""
         for plan in plans:
@@ -136,7 +136,7 @@ class Runner:
         for _ in range(self.settings.concurrency):
             await queue.put(None)
 
-    async def _jobs(self, plan: Plan, item: Item, base: str, missing: dict[int, str]) -> list[_Job]:
+    async def _jobs(self, plan: BenchmarkPlan, item: Item, base: str, missing: dict[int, str]) -> list[_Job]:
         """Requests for the missing samples of an item; none where its prompt does not fit."""
         prompt = await asyncio.to_thread(build, plan.terms.cut, item, self.codec, plan.max_input)
         if prompt.ids is None:
@@ -196,17 +196,17 @@ class Runner:
         }
         self.journal.append(job.key, {**job.facts, **answer})
 
-    def _max_tokens(self, plan: Plan, item: Item) -> int:
+    def _max_tokens(self, plan: BenchmarkPlan, item: Item) -> int:
         return self.settings.max_tokens or plan.terms.output(item, self.settings.thinking)
 
-    def _item_key(self, plan: Plan, item: Item) -> str:
+    def _item_key(self, plan: BenchmarkPlan, item: Item) -> str:
         messages = [dict(message) for message in item.messages]
         return key_of(
             *(list(self.source.identity), self._tokenizer, plan.benchmark.name, plan.terms.cut),
             *(item.id, messages, plan.max_input),
         )
 
-    def _sample_key(self, plan: Plan, item: Item, base: str, index: int) -> str:
+    def _sample_key(self, plan: BenchmarkPlan, item: Item, base: str, index: int) -> str:
         settings = self.settings
         sampling = [0.0, 1.0] if plan.terms.greedy else [settings.temperature, settings.top_p]
         seed = plan.benchmark.seed(item, index, settings.seed)
@@ -215,7 +215,7 @@ class Runner:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    plan: Plan
+    plan: BenchmarkPlan
     item: Item
     ids: list[int]
     key: str

@@ -15,8 +15,8 @@ from typing import Any
 
 from eval.benchmark import Benchmark, Completion, Grade, Item, Mode, Unjudged, Unreadable, final_answer
 from eval.journal import Record
-from eval.judge import Judge
-from eval.runner import Plan, Runner
+from eval.judge import JudgeModel
+from eval.runner import BenchmarkPlan, Runner
 from spell_megatron.bounded import Bounded, TooMuch
 
 GRADING_SECONDS = 30.0
@@ -30,7 +30,7 @@ BINS = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
 
 
 @dataclass(slots=True)
-class Sample:
+class ScoredAnswer:
     """One scored answer. `score` is None where a judge should have decided and did not: see `unjudged`."""
 
     item: str
@@ -50,7 +50,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class GradedAnswer:
     """What the journal holds of one sample, and the rule's grade; a text says why there is no grade."""
 
     item: Item
@@ -59,7 +59,7 @@ class Answered:
     grade: Grade | str
 
 
-def collect(plan: Plan, runner: Runner, thinking_prefilled: bool) -> list[Answered]:
+def collect(plan: BenchmarkPlan, runner: Runner, thinking_prefilled: bool) -> list[GradedAnswer]:
     """Everything that was answered, in the order of the items, graded by the rule."""
     found = [(item, index, record) for item in plan.items for index, record in runner.records(plan, item)]
     benchmark, mode = plan.benchmark, runner.settings.mode
@@ -77,15 +77,21 @@ def collect(plan: Plan, runner: Runner, thinking_prefilled: bool) -> list[Answer
         if benchmark.isolated
         else (_grade(*t) for t in tasks)
     )
-    return [Answered(*entry, TOO_LONG if g is None else g) for entry, g in zip(found, grades, strict=True)]
+    return [
+        GradedAnswer(*entry, TOO_LONG if g is None else g) for entry, g in zip(found, grades, strict=True)
+    ]
 
 
 async def score(
-    plan: Plan, answers: Sequence[Answered], judge: Judge | None, mode: Mode, done: Callable[[], None]
-) -> list[Sample]:
+    plan: BenchmarkPlan,
+    answers: Sequence[GradedAnswer],
+    judge: JudgeModel | None,
+    mode: Mode,
+    done: Callable[[], None],
+) -> list[ScoredAnswer]:
     """Samples with their final scores; asks the judge for those that need one. `done` is called for each."""
 
-    async def one(answered: Answered) -> Sample:
+    async def one(answered: GradedAnswer) -> ScoredAnswer:
         sample = await _score(plan.benchmark, answered, judge, mode)
         done()
         return sample
@@ -93,7 +99,9 @@ async def score(
     return list(await asyncio.gather(*map(one, answers)))
 
 
-async def _score(benchmark: Benchmark, answered: Answered, judge: Judge | None, mode: Mode) -> Sample:
+async def _score(
+    benchmark: Benchmark, answered: GradedAnswer, judge: JudgeModel | None, mode: Mode
+) -> ScoredAnswer:
     sample, grade = _ruled(benchmark, answered), answered.grade
     if judge is None or not benchmark.judged or isinstance(grade, str) or not grade.shown:
         return sample
@@ -114,13 +122,13 @@ async def _score(benchmark: Benchmark, answered: Answered, judge: Judge | None, 
     return sample
 
 
-def _ruled(benchmark: Benchmark, answered: Answered) -> Sample:
+def _ruled(benchmark: Benchmark, answered: GradedAnswer) -> ScoredAnswer:
     """The sample as the rule alone sees it."""
     record, grade = answered.record, answered.grade
     labels = dict(record["labels"])
     if benchmark.long:
         labels["input tokens"] = _bin(record["input"])
-    sample = Sample(
+    sample = ScoredAnswer(
         item=answered.item.id,
         index=answered.index,
         labels=labels,

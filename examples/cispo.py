@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spell_megatron.config import Loss
+from spell_megatron.config import LossConfig
 from spell_megatron.policy.loss import Surrogate, TokenTerms
 
 
-def compute(terms: TokenTerms, log_ratio: Tensor, loss: Loss) -> tuple[Tensor, ...]:
+def compute(terms: TokenTerms, log_ratio: Tensor, loss: LossConfig) -> tuple[Tensor, ...]:
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(max=1.0 + loss.clip_high)
     return weight * terms.weights * terms.logprobs, ratio > weight

@@ -45,7 +45,7 @@ class Summariser(Role):
         summaries = (strip_thinking(turn.text) for turn in self._turns([episode]))
         return [*documents, *(Document("summary", text, "Summary") for text in summaries if text)]
 
-    def earn(self, episode: Episode, settings: config.SelfPlay) -> Episode:
+    def earn(self, episode: Episode, settings: config.SelfPlayConfig) -> Episode:
         earned = episode.mean_reward if episode.answered else None
         turns = (replace(t, reward=earned) if t.role == self.name else t for t in episode.turns)
         return replace(episode, turns=tuple(turns))

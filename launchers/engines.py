@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from spell_megatron.config import Config, Servers, load_config
+from spell_megatron.config import Config, ServersConfig, load_config
 from spell_megatron.record.folder import RunFolder
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.server import Launch, Server
@@ -66,7 +66,7 @@ class _Kept:
 def launches(run: Path, settings: Config, count: int) -> list[Launch]:
     """The servers of this node, each with its share of the GPUs, listening under the node's own name."""
     rollout, host = settings.rollout, socket.gethostname()
-    servers: Servers = replace(rollout.servers, host=host)
+    servers: ServersConfig = replace(rollout.servers, host=host)
     found = backend.here(settings)
     seats = found.servers(found.engines[-1].node)  # every node that is served like this has the same
     scratch = run / "engine" / host

@@ -25,7 +25,7 @@ REQUEUED = "requeued-"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PreparedRun:
     """A prepared run. `needs` are the folders outside the run's that its ranks read."""
 
     run: Path
@@ -55,13 +55,13 @@ class Job:
         return self.run.name
 
 
-def prepare(config: Config, profile: Profile, on: Machines) -> Job:
+def prepare(config: Config, profile: Profile, on: Machines) -> PreparedRun:
     """Make the run folder of a configuration. Raises SpellError where it cannot be written."""
     config = absolute(recorded(config, on))
     with private(config.record.group_readable):
         folder = RunFolder.create(config.runs, config.name)
         folder.save_config(dump_config(config))
-        job = Job(folder.path, profile, on, tuple(read_by(config)), TRAINER, ENGINES)
+        job = PreparedRun(folder.path, profile, on, tuple(read_by(config)), TRAINER, ENGINES)
         job.logs.mkdir()
         write_secret(job.secret)
     return job

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from rich.text import Text
 
 from launchers import check, local, slurm
-from launchers.job import Job, prepare
+from launchers.job import PreparedRun, prepare
 from launchers.machines import machines
 from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
-from spell_megatron.config import Cluster, ConfigError, load_config, written
+from spell_megatron.config import ClusterConfig, ConfigError, load_config, written
 from spell_megatron.config.yamltext import Plain, load_yaml
 from spell_megatron.pulse import Pulse, clock
 from spell_megatron.selfplay import prompts_of
@@ -66,7 +66,7 @@ def launch(
 def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides of the profile (without their prefix), and of the recipe, whose `cluster` has keys of its own."""
     overrides = [one for text in overrides for one in _unfolded(text)]
-    recipes = {field.name for field in fields(Cluster)} - {field.name for field in fields(Profile)}
+    recipes = {field.name for field in fields(ClusterConfig)} - {field.name for field in fields(Profile)}
     ours = [text for text in overrides if text.startswith(PREFIX) and _key(text) not in recipes]
     return [text.removeprefix(PREFIX) for text in ours], [text for text in overrides if text not in ours]
 
@@ -106,14 +106,14 @@ def _profile(executor: str, cluster: str, overrides: list[str]) -> Profile:
     )
 
 
-def _local(job: Job, dryrun: bool) -> int:
+def _local(job: PreparedRun, dryrun: bool) -> int:
     if dryrun:
         sys.stdout.write(shlex.join(local.command(job)) + "\n")
         return 0
     local.run(job)
 
 
-def _slurm(job: Job, dryrun: bool) -> int:
+def _slurm(job: PreparedRun, dryrun: bool) -> int:
     from launchers import nemo
 
     console = Terminal(stderr=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from launchers import ranks
-from launchers.job import Job
+from launchers.job import PreparedRun
 from launchers.machines import Machines
 from spell_megatron.config import Config
 from spell_megatron.interpreter import environment, python
@@ -26,7 +26,7 @@ def here(config: Config) -> Machines:
     return Machines(gpus=gpus, ranks=topology(alone, cuda=True, gpus=gpus).ranks)
 
 
-def command(job: Job) -> list[str]:
+def command(job: PreparedRun) -> list[str]:
     """The command line. A single process needs no starter."""
     trainer = ["-P", *job.trainer, str(job.run)]
     if job.machines.ranks == 1:
@@ -34,7 +34,7 @@ def command(job: Job) -> list[str]:
     return python(ranks.__name__, str(job.machines.ranks), *trainer)
 
 
-def run(job: Job) -> NoReturn:
+def run(job: PreparedRun) -> NoReturn:
     """Become the run: its signals, terminal and exit code are those of this process."""
     sys.stdout.flush()
     words = command(job)

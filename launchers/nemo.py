@@ -27,7 +27,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
     from nemo_run.core.execution.slurm import SlurmJobDetails
 
 from launchers import script
-from launchers.job import Job
+from launchers.job import PreparedRun
 from launchers.profile import Profile
 from spell_megatron.record.folder import private
 
@@ -66,13 +66,13 @@ def refusals(job_folder: Path) -> list[str]:
     return faults
 
 
-def write(job: Job) -> str:
+def write(job: PreparedRun) -> str:
     """Write `job.sbatch`, and return its text. It may hold secrets (`cluster.env`): no other user can read it."""
     with private(group_readable=False):
         return _write(job)
 
 
-def _write(job: Job) -> str:
+def _write(job: PreparedRun) -> str:
     home = get_nemorun_home()
     work = job.run / "launch"
     set_nemorun_home(str(work))
@@ -101,7 +101,7 @@ def _write(job: Job) -> str:
     return text
 
 
-def _add(experiment: nemo_run.Experiment, job: Job) -> None:
+def _add(experiment: nemo_run.Experiment, job: PreparedRun) -> None:
     """The job's steps: its ranks, and the vLLM servers of the nodes where the launcher starts them."""
     on, ranks = job.machines, _step(script.rank_command(job))
     if not on.serving:
@@ -148,7 +148,7 @@ def _headers(profile: Profile) -> dict[str, str | bool]:
     }
 
 
-def _executor(job: Job, srun: list[str]) -> nemo_run.SlurmExecutor:
+def _executor(job: PreparedRun, srun: list[str]) -> nemo_run.SlurmExecutor:
     profile, on = job.profile, job.machines
     return nemo_run.SlurmExecutor(
         account=profile.account or None,

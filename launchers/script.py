@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 
-from launchers.job import REQUEUED, Job
+from launchers.job import REQUEUED, PreparedRun
 from spell_megatron.run.preemption import REQUEUE
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that kernels take short-lived ports from
@@ -75,7 +75,7 @@ export ENGINES="[$${engines#,}]\""""
 )
 
 
-def setup_lines(job: Job) -> str:
+def setup_lines(job: PreparedRun) -> str:
     """Bash for the batch script, after `nodes` and `head_node` are known and before srun."""
     profile = job.profile
     attempt = "SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}"
@@ -103,7 +103,7 @@ def setup_lines(job: Job) -> str:
     return "\n".join(lines)
 
 
-def rank_command(job: Job) -> str:
+def rank_command(job: PreparedRun) -> str:
     """What srun starts once per rank: the ranks' numbers under the names that torch reads, then Python."""
     words = [_python(job), "-P", *map(shlex.quote, (*job.trainer, str(job.run)))]
     if job.machines.engine_nodes:
@@ -114,7 +114,7 @@ def rank_command(job: Job) -> str:
     return _RANK.substitute(command=" ".join(words), failed=shlex.quote(str(job.logs / _FAILED)))
 
 
-def engine_command(job: Job) -> str:
+def engine_command(job: PreparedRun) -> str:
     """What srun starts once on each engine node."""
     words = shlex.join((*job.engines, str(job.run)))
     return f'exec {_python(job)} -P {words} "$ENGINE_PORT" {job.machines.servers}'
@@ -124,7 +124,7 @@ def exports(env: Mapping[str, str]) -> list[str]:
     return [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
 
 
-def mounts(job: Job) -> list[str]:
+def mounts(job: PreparedRun) -> list[str]:
     """The profile's mounts, and what the run needs besides, under the paths that it has on the host."""
     given = list(job.profile.mounts)
     for path in (job.run, *job.needs):
@@ -133,7 +133,7 @@ def mounts(job: Job) -> list[str]:
     return given
 
 
-def _python(job: Job) -> str:
+def _python(job: PreparedRun) -> str:
     return "python" if job.profile.venv or job.profile.container else shlex.quote(sys.executable)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from launchers.job import REQUEUED, Job
+from launchers.job import REQUEUED, PreparedRun
 from spell_megatron.terminal import Terminal, tidy
 from spell_megatron.types import SpellError
 
@@ -63,7 +63,7 @@ _REMEDIES = (
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class JobState:
     """A job: SLURM's word for it, the exit code it stands for (None while the job goes on), its restarts."""
 
     name: str
@@ -102,7 +102,7 @@ def submit(file: Path) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def job_state(job_id: str) -> State | None:
+def job_state(job_id: str) -> JobState | None:
     """A job's state now; None where nobody knows it any more, or SLURM does not answer."""
     done = _slurm("scontrol", "show", "job", "--oneliner", job_id)
     if done.returncode == 0:
@@ -116,13 +116,13 @@ def job_state(job_id: str) -> State | None:
     return None
 
 
-def follow(job: Job, job_id: str, out: TextIO, note: Callable[[str], None]) -> State:
+def follow(job: PreparedRun, job_id: str, out: TextIO, note: Callable[[str], None]) -> JobState:
     """Copy the logs of all attempts to `out` until the job has ended; `note` gets changes of its state.
 
     Raises SpellError where SLURM has lost the job.
     """
     began = last_known = time.monotonic()
-    shown: State | None = None
+    shown: JobState | None = None
     with ExitStack() as stack:
         logs = _Logs(job.logs, job_id, stack)
         while True:
@@ -143,7 +143,7 @@ def follow(job: Job, job_id: str, out: TextIO, note: Callable[[str], None]) -> S
             time.sleep(min(_SLOWEST_POLL, 1 + (now - began) / 60))
 
 
-def failures(job: Job, job_id: str) -> list[str]:
+def failures(job: PreparedRun, job_id: str) -> list[str]:
     """What srun said about ranks that failed, oldest first: `task 1: Exited with exit code 3`."""
     try:
         text = (job.logs / f"batch-{job_id}.log").read_text(encoding="utf-8", errors="replace")
@@ -184,15 +184,15 @@ class _Logs:
 _FIRST_RANK = re.compile(r"^ *0: ")  # srun labels every line with its rank; the first one's goes without
 
 
-def _state(name: str, code: str, attempt: int = 0) -> State:
+def _state(name: str, code: str, attempt: int = 0) -> JobState:
     if name not in _ENDED:
-        return State(name, attempt=attempt)
+        return JobState(name, attempt=attempt)
     exit_code, _, number = code.partition(":")
     value = int(exit_code or 0) or (128 + int(number) if number.isdigit() and int(number) else 0)
-    return State(name, 0 if name == "COMPLETED" else value or _ENDED[name], attempt)
+    return JobState(name, 0 if name == "COMPLETED" else value or _ENDED[name], attempt)
 
 
-def _requeued(job: Job, job_id: str, state: State) -> bool:
+def _requeued(job: PreparedRun, job_id: str, state: JobState) -> bool:
     """Whether the attempt sent itself back to the queue: its batch script is killed meanwhile, and the job
     looks as if it had ended by a signal until SLURM has counted the restart."""
     return (job.logs / f"{REQUEUED}{job_id}-{state.attempt}").exists()

@@ -30,7 +30,7 @@ class TooMuch(Exception):
     """The work took more time or memory than it was given; the message says which."""
 
 
-class Failed(Exception):
+class WorkFailed(Exception):
     """The work raised an exception, which the message names."""
 
 
@@ -74,7 +74,7 @@ class Bounded:
         if fault == MemoryError.__name__:
             raise TooMuch(f"it took more than {self._memory >> 20} MiB of memory")
         if fault:
-            raise Failed(f"{fault}: {answer}")
+            raise WorkFailed(f"{fault}: {answer}")
         return answer
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ Part = Literal["parameters", "optimizer", "engine weights", "engine cache"]
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class PhaseMemory:
     """What a phase has in memory, and what may be lost when it begins: nobody reads that before it is overwritten."""
 
     holds: frozenset[Part] = frozenset()
@@ -27,13 +27,13 @@ class Memory:
 class Phase(Enum):
     """A part of the step, with what is in memory. `optimizer` stands for gradients, too."""
 
-    BUILD = Memory()
+    BUILD = PhaseMemory()
     """The engine is made: it measures what is free, and takes a share of it."""
-    GENERATE = Memory(frozenset({"engine weights", "engine cache"}))
-    UPDATE = Memory(frozenset({"parameters", "optimizer"}), loses=frozenset({"engine weights"}))
+    GENERATE = PhaseMemory(frozenset({"engine weights", "engine cache"}))
+    UPDATE = PhaseMemory(frozenset({"parameters", "optimizer"}), loses=frozenset({"engine weights"}))
     """A resync follows, which brings the engine new weights."""
-    RESYNC = Memory(frozenset({"parameters", "engine weights"}), loses=frozenset({"engine weights"}))
-    SAVE = Memory(frozenset({"parameters", "optimizer"}))
+    RESYNC = PhaseMemory(frozenset({"parameters", "engine weights"}), loses=frozenset({"engine weights"}))
+    SAVE = PhaseMemory(frozenset({"parameters", "optimizer"}))
 
 
 class Resident(Protocol):

@@ -38,8 +38,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     """Megatron's parallel state for one process."""
-    from spell_megatron.config import Layout
+    from spell_megatron.config import LayoutConfig
     from spell_megatron.policy.world import start_world, stop_world
 
-    yield start_world(Layout(), seed=0, timeout_seconds=60)
+    yield start_world(LayoutConfig(), seed=0, timeout_seconds=60)
     stop_world()

@@ -165,12 +165,12 @@ def _run_case(case: Case) -> list[Result]:
     from reference import relative_error
 
     from megatron_patches import cpu_products
-    from spell_megatron.config import Layout, Optimizer, Policy
+    from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
     from spell_megatron.policy.learner import Learner, main_gradient
     from spell_megatron.policy.world import start_world
 
     results, for_small = [], (cpu_products._WORTH_IT, cpu_products._GRAIN)
-    world = start_world(Layout(**case.layout), seed=0, timeout_seconds=120)
+    world = start_world(LayoutConfig(**case.layout), seed=0, timeout_seconds=120)
     for kind in case.kinds:
         folder, batch, expected = _reference(kind, json.dumps(case.model), "router_replay" in case.policy)
         for shared in (True, False):
@@ -180,9 +180,9 @@ def _run_case(case: Case) -> list[Result]:
             # keeps the rounding of the weights out of the difference.
             # A step that is large beside the weights: their difference has all its digits.
             large = {"lr": 100.0, "max_growth": 1e9}
-            optimizer = Optimizer(**large, eps=1.0, weight_decay=0.0, clip_grad=1e9, **case.optimizer)
-            policy = Policy(
-                layout=Layout(**case.layout),
+            optimizer = OptimizerConfig(**large, eps=1.0, weight_decay=0.0, clip_grad=1e9, **case.optimizer)
+            policy = PolicyConfig(
+                layout=LayoutConfig(**case.layout),
                 optimizer=optimizer,
                 dtype="float32",
                 stream_tokens=192,

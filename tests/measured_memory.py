@@ -32,17 +32,17 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def measure(case: dict[str, Any]) -> dict[str, int]:
     """One learner, one update: this rank's bytes."""
-    from spell_megatron.config import Layout, Optimizer, Policy
+    from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
     from spell_megatron.policy.learner import Learner
     from spell_megatron.policy.residence import torch_optimizers
     from spell_megatron.policy.world import start_world
     from spell_megatron.types import Group, Sample, TrainBatch
 
-    policy = Policy(
+    policy = PolicyConfig(
         **{
             **case["policy"],
-            "layout": Layout(**case.get("layout", {})),
-            "optimizer": Optimizer(**case.get("optimizer", {})),
+            "layout": LayoutConfig(**case.get("layout", {})),
+            "optimizer": OptimizerConfig(**case.get("optimizer", {})),
         }
     )
     world = start_world(policy.layout, seed=0, timeout_seconds=120)

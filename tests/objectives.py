@@ -9,26 +9,26 @@ from pathlib import Path
 import torch
 from reference import random_batch
 
-from spell_megatron.config import Layout, Loss, Optimizer, Policy
+from spell_megatron.config import LayoutConfig, LossConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World, start_world, stop_world
 from spell_megatron.types import TrainBatch
 
 OBJECTIVES = {
-    "ppo": Loss(clip_low=0.1, clip_high=0.15, importance_cap=1.1, entropy=0.02),
-    "gspo by group, with kl": Loss(
+    "ppo": LossConfig(clip_low=0.1, clip_high=0.15, importance_cap=1.1, entropy=0.02),
+    "gspo by group, with kl": LossConfig(
         ratio="sequence", normalisation="group_mean", clip_low=0.02, clip_high=0.03, kl=0.5
     ),
-    "dr. grpo": Loss(normalisation="sequence_length", max_response_tokens=32),
+    "dr. grpo": LossConfig(normalisation="sequence_length", max_response_tokens=32),
 }
 LAYOUTS = {
-    "cp2": Layout(context=2),
-    "tp2+sp": Layout(tensor=2, sequence=True),
-    "pp2": Layout(pipeline=2),
-    "dp2": Layout(),
+    "cp2": LayoutConfig(context=2),
+    "tp2+sp": LayoutConfig(tensor=2, sequence=True),
+    "pp2": LayoutConfig(pipeline=2),
+    "dp2": LayoutConfig(),
 }
 # An eps of the gradients' size: Adam's step is then no mere sign of them, which rounding could flip.
-OPTIMIZER = Optimizer(lr=2e-2, eps=1e-2, weight_decay=0.0, clip_grad=1e9)
+OPTIMIZER = OptimizerConfig(lr=2e-2, eps=1e-2, weight_decay=0.0, clip_grad=1e9)
 
 
 def batch_with_engine() -> TrainBatch:
@@ -49,9 +49,11 @@ def batch_with_engine() -> TrainBatch:
     )
 
 
-def updated(folder: Path, world: World, layout: Layout, loss: Loss) -> tuple[float, dict[str, torch.Tensor]]:
+def updated(
+    folder: Path, world: World, layout: LayoutConfig, loss: LossConfig
+) -> tuple[float, dict[str, torch.Tensor]]:
     """The clipped share and the weights after one batch in two minibatches, so that ratios are not one."""
-    policy = Policy(
+    policy = PolicyConfig(
         layout=layout, loss=loss, optimizer=OPTIMIZER, dtype="float32", stream_tokens=192, head_chunk=16, minibatches=2
     )  # fmt: skip
     learner = Learner(policy, folder, world)

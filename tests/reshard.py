@@ -16,18 +16,18 @@ from reference import random_batch
 
 from spell_megatron.checkpoint import Checkpoints, load_learner
 from spell_megatron.checkpoint.write import HostCopy, Staged
-from spell_megatron.config import Layout, Optimizer, Policy
+from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 
 
 def main() -> None:
-    mode, folder, layout = sys.argv[1], Path(sys.argv[2]), Layout(**json.loads(sys.argv[3]))
+    mode, folder, layout = sys.argv[1], Path(sys.argv[2]), LayoutConfig(**json.loads(sys.argv[3]))
     torch.set_num_threads(1)
     world = start_world(layout, seed=0, timeout_seconds=120)
     # An eps of the gradients' size: Adam's step is then no mere sign of them, which rounding could flip.
-    optimizer = Optimizer(lr=1e-2, eps=1e-2, weight_decay=0.0, distributed=True)
-    policy = Policy(layout=layout, dtype="float32", stream_tokens=512, optimizer=optimizer)
+    optimizer = OptimizerConfig(lr=1e-2, eps=1e-2, weight_decay=0.0, distributed=True)
+    policy = PolicyConfig(layout=layout, dtype="float32", stream_tokens=512, optimizer=optimizer)
     learner = Learner(policy, folder / "model", world)
     batch, checkpoints = random_batch(256), Checkpoints(folder / "checkpoints", background=True)
     read = 0

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from spell_megatron.config import Layout, Optimizer, Policy, Rollout, Servers
+from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig, RolloutConfig, ServersConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.world import World, start_world, stop_world
@@ -37,12 +37,15 @@ from spell_megatron.types import Group, Sample, TrainBatch
 
 LAYOUTS = {
     2: {
-        "tp2": Layout(tensor=2, sequence=True),
-        "dp2": Layout(),
-        "pp2": Layout(pipeline=2),
-        "ep2": Layout(expert=2),
+        "tp2": LayoutConfig(tensor=2, sequence=True),
+        "dp2": LayoutConfig(),
+        "pp2": LayoutConfig(pipeline=2),
+        "ep2": LayoutConfig(expert=2),
     },
-    4: {"tp2pp2": Layout(tensor=2, sequence=True, pipeline=2), "ep2pp2": Layout(expert=2, pipeline=2)},
+    4: {
+        "tp2pp2": LayoutConfig(tensor=2, sequence=True, pipeline=2),
+        "ep2pp2": LayoutConfig(expert=2, pipeline=2),
+    },
 }
 STEPS = 2
 FAULTS = {"stopped": (1, signal.SIGSTOP), "killed": (0, signal.SIGKILL)}
@@ -50,14 +53,14 @@ FAULTS = {"stopped": (1, signal.SIGSTOP), "killed": (0, signal.SIGKILL)}
 BUCKET_BYTES = 48 << 10
 """So little that layers are cut in pieces, and that one tensor does not fit."""
 # A rate so large that stale weights would show at once.
-POLICY = Policy(dtype="float32", stream_tokens=512, optimizer=Optimizer(lr=1e-2))
-SETTINGS = Rollout(
+POLICY = PolicyConfig(dtype="float32", stream_tokens=512, optimizer=OptimizerConfig(lr=1e-2))
+SETTINGS = RolloutConfig(
     dtype="float32",
     max_model_len=128,
     max_num_seqs=16,
     max_batched_tokens=512,
     kv_cache_mib=32,
-    servers=Servers(count=2, transfer="shm", verify="checksum", start_seconds=300, sync_seconds=10),
+    servers=ServersConfig(count=2, transfer="shm", verify="checksum", start_seconds=300, sync_seconds=10),
 )
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -76,7 +79,7 @@ class Following:
     def fleet(self) -> Fleet | None:
         return self._engine if isinstance(self._engine, Fleet) else None
 
-    def through(self, layouts: dict[str, Layout], faults: bool) -> None:
+    def through(self, layouts: dict[str, LayoutConfig], faults: bool) -> None:
         """Train in every layout; `stale` is the gap of the batch before, which older weights made."""
         try:
             for name, layout in layouts.items():
@@ -96,7 +99,7 @@ class Following:
             if self._engine is not None:
                 self._engine.close()
 
-    def _begin(self, layout: Layout) -> None:
+    def _begin(self, layout: LayoutConfig) -> None:
         self._world = start_world(layout, seed=0, timeout_seconds=600)
         scratch = self._scratch / "vllm"
         if self._engine is None and self._world.is_main:

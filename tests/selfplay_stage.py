@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spell_megatron.config import Sampling
-from spell_megatron.config import SelfPlay as Settings
+from spell_megatron.config import SamplingConfig
+from spell_megatron.config import SelfPlayConfig as Settings
 from spell_megatron.selfplay import Prompts
 from spell_megatron.selfplay.episode import Episode, Judgement, Response
 from spell_megatron.selfplay.play import SelfPlay
@@ -154,7 +154,7 @@ def settings(**changes: Any) -> Settings:
         "documents": 3,
         "concurrency": 16,
     }
-    lengths = Sampling(questioner_tokens=400, responder_tokens=400, verifier_tokens=100)
+    lengths = SamplingConfig(questioner_tokens=400, responder_tokens=400, verifier_tokens=100)
     return Settings(**(values | {"sampling": lengths} | changes))
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from selfplay_stage import Corpus, Engine, act, cluster, episode, response, selfplay, settings
 
-from spell_megatron.config import Beyond, ConfigError, Stage, load_config
+from spell_megatron.config import BeyondConfig, ConfigError, StageConfig, load_config
 from spell_megatron.selfplay import Play, step_metrics
 from spell_megatron.selfplay.advantages import standardise_by
 from spell_megatron.selfplay.baselines import DECAY, Baselines
@@ -31,7 +31,7 @@ STD = math.sqrt(1 / 3)  # of two ones and two zeros, with n - 1
 
 
 def play(generator: Engine | None = None, corpus: Corpus | None = None, changes=None, **beyond) -> Play:
-    chosen = settings(beyond=Beyond(**beyond), **(changes or {}))
+    chosen = settings(beyond=BeyondConfig(**beyond), **(changes or {}))
     room = selfplay(chosen, generator=generator or Engine(), clusters=corpus or Corpus())
     return asyncio.run(room.play(0))
 
@@ -67,7 +67,7 @@ def test_evidence_counts_in_advantages_alone():
     weights = {}
     for weight in (0.0, 0.5):
         chosen = settings(
-            questions=1, failure_ratio=0.0, train_questioner=False, beyond=Beyond(evidence=weight)
+            questions=1, failure_ratio=0.0, train_questioner=False, beyond=BeyondConfig(evidence=weight)
         )
         [group] = compose(made, chosen, random.Random(0)).train.groups
         weights[weight] = [sample.weights[0] for sample in group.samples]
@@ -183,7 +183,7 @@ def test_questions_are_compared_with_those_about_as_many_documents():
         )
         for i, (reward, count) in enumerate([(1.0, 2), (0.0, 2), (0.5, 5), (0.1, 5), (0.9, 7)])
     ]
-    chosen = settings(questions=5, failure_ratio=0.0, beyond=Beyond(questioner_peers="task_documents"))
+    chosen = settings(questions=5, failure_ratio=0.0, beyond=BeyondConfig(questioner_peers="task_documents"))
     batch = compose(made, chosen, random.Random(0))
     weights = [
         g.samples[0].weights[0]
@@ -205,7 +205,7 @@ def test_a_running_mean_outlives_the_batch_and_the_run():
 
 
 def test_a_restored_room_has_its_baselines():
-    chosen = settings(beyond=Beyond(questioner_baseline="ema"))
+    chosen = settings(beyond=BeyondConfig(questioner_baseline="ema"))
 
     async def two(room) -> Play:
         await room.play(0)
@@ -224,15 +224,15 @@ def test_a_restored_room_has_its_baselines():
 
 
 def test_stages_of_length():
-    stages = (Stage(10, 60), Stage(0, 25), Stage(20, 1000))
+    stages = (StageConfig(10, 60), StageConfig(0, 25), StageConfig(20, 1000))
     assert [tokens_at(step, stages) for step in (0, 9, 10, 19, 25)] == [25, 25, 60, 60, 1000]
-    assert tokens_at(5, (Stage(10, 60),)) is None
+    assert tokens_at(5, (StageConfig(10, 60),)) is None
     whole = cluster(0, 8)  # texts of 20 characters
     assert len(whole.documents[0].text) == 20
     kept = [len(staged(whole, tokens, len).documents) for tokens in (None, 1000, 100, 65, 5)]
     assert kept == [8, 8, 5, 3, 2]
     assert staged(whole, 65, len).documents == whole.documents[:3]
-    result = play(stages=(Stage(0, 100),))
+    result = play(stages=(StageConfig(0, 100),))
     assert {e.cluster_documents for e in result.episodes} == {5}
 
 

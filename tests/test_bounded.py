@@ -11,7 +11,7 @@ import psutil
 import pytest
 from tokenizers_built import FAMILIES
 
-from spell_megatron.bounded import Bounded, Failed, TooMuch
+from spell_megatron.bounded import Bounded, TooMuch, WorkFailed
 from spell_megatron.types import SpellError
 from tokenizer import chat
 
@@ -101,7 +101,7 @@ def test_work_is_ended_and_goes_on() -> None:
     work.close()
     with pytest.raises(TooMuch, match="was ended"):
         Bounded("work_to_bound:die", seconds=5, memory=64 << 20)()
-    with pytest.raises(Failed, match=r"^ValueError: odd$"):
+    with pytest.raises(WorkFailed, match=r"^ValueError: odd$"):
         Bounded("work_to_bound:fail", seconds=5, memory=64 << 20)("odd")
 
 

@@ -26,10 +26,10 @@ from spell_megatron.checkpoint import Checkpoints, files, load_learner, open_che
 from spell_megatron.checkpoint.boxes import Box
 from spell_megatron.checkpoint.files import digests
 from spell_megatron.checkpoint.index import read_index
-from spell_megatron.checkpoint.parts import Part
+from spell_megatron.checkpoint.parts import TensorPart
 from spell_megatron.checkpoint.read import read_parts
 from spell_megatron.checkpoint.write import Staged
-from spell_megatron.config import Dtype, Layout, Optimizer, Policy
+from spell_megatron.config import Dtype, LayoutConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.interpreter import python
 from spell_megatron.plan.parameters import held
 from spell_megatron.plan.saving import saved_bytes
@@ -50,8 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("qwen3_tied", tmp_path_factory.mktemp("models") / "model", seed=1)
 
 
-def policy(dtype: Dtype = "float32", **optimizer: bool) -> Policy:
-    return Policy(dtype=dtype, stream_tokens=512, optimizer=Optimizer(lr=1e-3, warmup_steps=4, **optimizer))
+def policy(dtype: Dtype = "float32", **optimizer: bool) -> PolicyConfig:
+    return PolicyConfig(
+        dtype=dtype, stream_tokens=512, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=4, **optimizer)
+    )
 
 
 POLICIES = {
@@ -66,7 +68,7 @@ POLICIES = {
 @pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("background", [False, True])
 def test_a_resumed_learner_goes_on_bit_by_bit(
-    world: World, folder: Path, tmp_path: Path, settings: Policy, background: bool
+    world: World, folder: Path, tmp_path: Path, settings: PolicyConfig, background: bool
 ) -> None:
     """In the background, too: what is written is the state at `save`, though the weights change meanwhile."""
     batch = random_batch(256)
@@ -106,7 +108,7 @@ def test_an_optimizer_may_move_to_host_memory_and_back(
 
 @pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
 def test_a_learner_that_never_stepped_can_be_saved(
-    world: World, folder: Path, tmp_path: Path, settings: Policy
+    world: World, folder: Path, tmp_path: Path, settings: PolicyConfig
 ) -> None:
     learner = Learner(settings, folder, world)
     checkpoints = Checkpoints(tmp_path)
@@ -332,7 +334,7 @@ def test_the_layout_may_change_between_save_and_resume(
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     for one, (world, layout) in zip(found, (before, after), strict=True):
-        planned = planned_bytes(tmp_path / "model", Layout(**layout), world)
+        planned = planned_bytes(tmp_path / "model", LayoutConfig(**layout), world)
         assert max(rank["staged"] for rank in one["bytes"]) == pytest.approx(planned, rel=0.1)
     assert 0.9 <= max(rank["read"] for rank in found[1]["bytes"]) / planned <= most
 
@@ -345,14 +347,14 @@ def whole_tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
         assert isinstance(tensor, TensorStorageMetadata)
         size = tuple(tensor.size)
         data = tensors[key] = torch.empty(size, dtype=tensor.properties.dtype)
-        read_parts(found.learner, index, [Part(key, size, Box((0,) * len(size), size), data)])
+        read_parts(found.learner, index, [TensorPart(key, size, Box((0,) * len(size), size), data)])
     return tensors
 
 
-def planned_bytes(folder: Path, layout: Layout, size: int) -> int:
+def planned_bytes(folder: Path, layout: LayoutConfig, size: int) -> int:
     """Of the busiest rank."""
     shape = model_shape(folder)
-    policy, world = Policy(dtype="float32", layout=layout), check_layout(layout, shape, size)
+    policy, world = PolicyConfig(dtype="float32", layout=layout), check_layout(layout, shape, size)
     return max(saved_bytes(part, policy, world) for part in held(shape, layout))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from spell_megatron.config import RECIPES, ConfigError, Rollout, load_config
+from spell_megatron.config import RECIPES, ConfigError, RolloutConfig, load_config
 from spell_megatron.rollout import backend, dialect
 from spell_megatron.rollout.dialect import Route
 from spell_megatron.rollout.server import Launch
@@ -188,7 +188,7 @@ def test_every_flag_is_there(
 
 def test_who_never_sleeps_is_not_made_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(backend, "current", lambda: dialect.CUDA)
-    launch = Launch(tmp_path, Rollout(), tmp_path, tmp_path / "log", "nccl")
+    launch = Launch(tmp_path, RolloutConfig(), tmp_path, tmp_path / "log", "nccl")
     assert "--enable-sleep-mode" not in launch.command({"port": 8000})
 
 
@@ -221,7 +221,7 @@ def test_arguments_that_are_set_already_are_refused_by_their_owner(
     engine: dict[str, object], owner: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(owner)):
-        dialect.engine_arguments(Rollout(engine=engine), dialect.CPU)
+        dialect.engine_arguments(RolloutConfig(engine=engine), dialect.CPU)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_arguments_that_are_set_already_are_refused_by_their_owner(
     [("VLLM_SERVER_DEV_MODE", "set by this program"), ("LD_PRELOAD", "no variable of vLLM's")],
 )
 def test_variables_that_are_ours_or_not_vllms_are_refused(tmp_path: Path, name: str, said: str) -> None:
-    launch = Launch(tmp_path, Rollout(engine_environment={name: "1"}), tmp_path, tmp_path / "log")
+    launch = Launch(tmp_path, RolloutConfig(engine_environment={name: "1"}), tmp_path, tmp_path / "log")
     with pytest.raises(ConfigError, match=said):
         launch.environment(str(tmp_path), "secret")
 

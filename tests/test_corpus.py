@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.config import Corpus, HeldOut, Source
+from spell_megatron.config import CorpusConfig, HeldOutConfig, SourceConfig
 from spell_megatron.corpus import ClusterSampler, load_heldout
 from spell_megatron.corpus.cleaning import clean, fingerprint, sketch
 from spell_megatron.corpus.clustering import Filler, passages, similar
@@ -38,15 +38,15 @@ def prose(seed: int, length: int) -> str:
 
 def texts_of(path: Path, **options: object) -> tuple[list[Text], Skipped]:
     skipped = Skipped()
-    return list(read(Source(path=str(path), **options), skipped)), skipped  # type: ignore[arg-type]
+    return list(read(SourceConfig(path=str(path), **options), skipped)), skipped  # type: ignore[arg-type]
 
 
 def sampler_of(
     path: Path, *, tokens: int = 100, documents: int = 20, seed: int = 0, **options: object
 ) -> ClusterSampler:
-    source = Source(path=str(path), **options)  # type: ignore[arg-type]
+    source = SourceConfig(path=str(path), **options)  # type: ignore[arg-type]
     return ClusterSampler(
-        Corpus(sources=(source,), cluster_tokens=tokens, max_documents=documents), words, seed
+        CorpusConfig(sources=(source,), cluster_tokens=tokens, max_documents=documents), words, seed
     )
 
 
@@ -195,7 +195,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", offline)
     with pytest.raises(SpellError, match="org/name cannot be listed: the network is unreachable"):
-        ClusterSampler(Corpus(sources=(Source(path="org/name"),)), words, 0)
+        ClusterSampler(CorpusConfig(sources=(SourceConfig(path="org/name"),)), words, 0)
 
 
 def test_a_hub_data_set_is_read_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_a_hub_data_set_is_read_file_by_file(tmp_path: Path, monkeypatch: pytest
     names = ["README.md", "data/a.jsonl", "data/b.jsonl", "other/c.jsonl"]
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repo, repo_type: names)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name, repo_type: str(local))
-    texts = list(read(Source(path="org/name:data/*"), Skipped()))
+    texts = list(read(SourceConfig(path="org/name:data/*"), Skipped()))
     assert [(text.name, text.text) for text in texts] == [
         ("data/a.jsonl#1", "from the hub"), ("data/b.jsonl#1", "from the hub"),
     ]  # fmt: skip
@@ -392,7 +392,10 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path: Path) -> Non
     def interrupted(text: str) -> int:
         raise KeyboardInterrupt
 
-    corpus, folder = Corpus(sources=(Source(path=str(tmp_path / "a.txt")),)), tmp_path / "prepared"
+    corpus, folder = (
+        CorpusConfig(sources=(SourceConfig(path=str(tmp_path / "a.txt")),)),
+        tmp_path / "prepared",
+    )
     with pytest.raises(KeyboardInterrupt):
         ClusterSampler(corpus, interrupted, 0, folder)
     assert list(folder.iterdir()) == []
@@ -402,7 +405,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path: Path) -> Non
 def test_a_prepared_corpus_is_used_again_even_when_its_source_has_gone(tmp_path: Path) -> None:
     source, folder = tmp_path / "a.txt", tmp_path / "prepared"
     source.write_text(prose(1, 300))
-    corpus = Corpus(sources=(Source(path=str(source)),), cluster_tokens=100)
+    corpus = CorpusConfig(sources=(SourceConfig(path=str(source)),), cluster_tokens=100)
     before = ClusterSampler(corpus, words, 0, folder).draw(9)
     source.write_text("changed")
     assert ClusterSampler(corpus, words, 0, folder).draw(9) == before
@@ -418,7 +421,9 @@ def test_a_damaged_or_unwritable_preparation_is_one_clear_error(tmp_path: Path) 
         ClusterStore(tmp_path / "other.sqlite", "x")
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(SpellError, match="cannot write the prepared corpus"):
-        ClusterSampler(Corpus(sources=(Source(path=str(tmp_path / "a.txt")),)), words, 0, tmp_path / "a.txt")
+        ClusterSampler(
+            CorpusConfig(sources=(SourceConfig(path=str(tmp_path / "a.txt")),)), words, 0, tmp_path / "a.txt"
+        )
 
 
 # ---- sampling
@@ -438,19 +443,19 @@ def test_permutations_differ_and_mix() -> None:
 
 
 @pytest.fixture
-def two_sources(tmp_path: Path) -> Corpus:
+def two_sources(tmp_path: Path) -> CorpusConfig:
     """`news` of 7 clusters for two tasks, `reports` of 3 clusters for one."""
     write_lines(tmp_path / "news.jsonl", [{"text": prose(i, 9), "cluster": i // 2} for i in range(14)])
     write_lines(tmp_path / "reports.jsonl", [{"text": prose(99 + i, 9), "cluster": i // 2} for i in range(6)])
-    return Corpus(
+    return CorpusConfig(
         sources=(
-            Source(path=str(tmp_path / "news.jsonl"), weight=3, tasks=("doc_general_qa", "doc_mc")),
-            Source(path=str(tmp_path / "reports.jsonl"), weight=1, tasks=("docmath_qa",)),
+            SourceConfig(path=str(tmp_path / "news.jsonl"), weight=3, tasks=("doc_general_qa", "doc_mc")),
+            SourceConfig(path=str(tmp_path / "reports.jsonl"), weight=1, tasks=("docmath_qa",)),
         )
     )
 
 
-def test_an_epoch_brings_every_cluster_with_every_task_once(two_sources: Corpus) -> None:
+def test_an_epoch_brings_every_cluster_with_every_task_once(two_sources: CorpusConfig) -> None:
     sampler = ClusterSampler(two_sources, words, 0)
     assert sampler.domains == {"news": 7, "reports": 3}
     draws = [(cluster.id, task) for cluster, task in sampler.draw(400) if cluster.domain == "news"]
@@ -469,9 +474,9 @@ def test_a_source_that_is_capped_comes_again_and_again(tmp_path: Path) -> None:
     web = {"path": str(tmp_path / "web.jsonl"), "tasks": ("doc_general_qa", "doc_mc"), "weight": 2.0}
 
     def sampler(seed: int, **cap: int) -> ClusterSampler:
-        sources = (Source(**common, **cap), Source(**web, **cap))  # type: ignore[arg-type]
+        sources = (SourceConfig(**common, **cap), SourceConfig(**web, **cap))  # type: ignore[arg-type]
         limits = {"cluster_tokens": 40, "max_documents": 1}
-        return ClusterSampler(Corpus(sources=sources, **limits), words, seed)  # type: ignore[arg-type]
+        return ClusterSampler(CorpusConfig(sources=sources, **limits), words, seed)  # type: ignore[arg-type]
 
     capped = sampler(0, clusters=215)
     met = Counter((cluster.id, task) for cluster, task in capped.draw(70 * 48))
@@ -484,7 +489,7 @@ def test_a_source_that_is_capped_comes_again_and_again(tmp_path: Path) -> None:
     assert max(Counter((c.id, t) for c, t in sampler(0).draw(1000)).values()) == 1
 
 
-def test_sources_take_turns_by_weight_and_tasks_are_balanced(two_sources: Corpus) -> None:
+def test_sources_take_turns_by_weight_and_tasks_are_balanced(two_sources: CorpusConfig) -> None:
     drawn = ClusterSampler(two_sources, words, 0).draw(40)
     assert Counter(cluster.domain for cluster, _ in drawn) == {"news": 30, "reports": 10}
     assert Counter(task for _, task in drawn) == {"doc_general_qa": 15, "doc_mc": 15, "docmath_qa": 10}
@@ -493,7 +498,7 @@ def test_sources_take_turns_by_weight_and_tasks_are_balanced(two_sources: Corpus
 
 
 @pytest.mark.parametrize("done", [0, 1, 13, 14, 57])
-def test_a_restored_sampler_goes_on_to_the_very_draw(two_sources: Corpus, done: int) -> None:
+def test_a_restored_sampler_goes_on_to_the_very_draw(two_sources: CorpusConfig, done: int) -> None:
     whole = ClusterSampler(two_sources, words, 5)
     whole.draw(done)
     state = json.loads(json.dumps(whole.state()))
@@ -502,11 +507,13 @@ def test_a_restored_sampler_goes_on_to_the_very_draw(two_sources: Corpus, done: 
     assert resumed.draw(60) == whole.draw(60)
 
 
-def test_another_seed_is_another_order(two_sources: Corpus) -> None:
+def test_another_seed_is_another_order(two_sources: CorpusConfig) -> None:
     assert ClusterSampler(two_sources, words, 1).draw(20) != ClusterSampler(two_sources, words, 2).draw(20)
 
 
-def test_a_source_that_changed_starts_an_epoch(two_sources: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_source_that_changed_starts_an_epoch(
+    two_sources: CorpusConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     sampler = ClusterSampler(two_sources, words, 0)
     sampler.draw(33)
     state = sampler.state()
@@ -522,13 +529,13 @@ def test_a_source_that_changed_starts_an_epoch(two_sources: Corpus, caplog: pyte
 def test_equal_names_of_domains_are_refused(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder / "docs").mkdir(parents=True)
-    sources = tuple(Source(path=str(tmp_path / folder / "docs")) for folder in ("a", "b"))
+    sources = tuple(SourceConfig(path=str(tmp_path / folder / "docs")) for folder in ("a", "b"))
     with pytest.raises(SpellError, match="several corpus sources are called 'docs'"):
-        ClusterSampler(Corpus(sources=sources), words, 0)
+        ClusterSampler(CorpusConfig(sources=sources), words, 0)
 
 
 def test_the_toy_world_is_a_source_like_any_other() -> None:
-    corpus = Corpus(sources=(Source(path="toy"),), toy_clusters=50)
+    corpus = CorpusConfig(sources=(SourceConfig(path="toy"),), toy_clusters=50)
     drawn = ClusterSampler(corpus, words, 3).draw(150)
     assert len({(cluster.documents, task) for cluster, task in drawn}) == 150
     assert {cluster.domain for cluster, _ in drawn} == {"toy"}
@@ -536,11 +543,11 @@ def test_the_toy_world_is_a_source_like_any_other() -> None:
 
 
 def test_the_hard_world_is_one_too() -> None:
-    corpus = Corpus(sources=(Source(path="hard-small", domain="mine"),), toy_clusters=9)
+    corpus = CorpusConfig(sources=(SourceConfig(path="hard-small", domain="mine"),), toy_clusters=9)
     drawn = ClusterSampler(corpus, words, 3).draw(27)
     assert len({(cluster.documents, task) for cluster, task in drawn}) == 27
     assert {cluster.domain for cluster, _ in drawn} == {"mine"}
-    assert len(load_heldout(HeldOut(path="hard-small", questions=5))) == 5
+    assert len(load_heldout(HeldOutConfig(path="hard-small", questions=5))) == 5
 
 
 def test_held_out_questions_of_a_file_may_have_labels(tmp_path: Path) -> None:
@@ -549,7 +556,7 @@ def test_held_out_questions_of_a_file_may_have_labels(tmp_path: Path) -> None:
     path.write_text(
         "".join(json.dumps(row | more) + "\n" for more in ({}, {"labels": {"links": 3}}, {"labels": 3}))
     )
-    read = load_heldout(HeldOut(path=str(path), questions=2))
+    read = load_heldout(HeldOutConfig(path=str(path), questions=2))
     assert [question.labels for _, question in read] == [{}, {"links": "3"}]
     with pytest.raises(SpellError, match=r"line 3 is no held-out question.*labels"):
-        load_heldout(HeldOut(path=str(path), questions=3))
+        load_heldout(HeldOutConfig(path=str(path), questions=3))

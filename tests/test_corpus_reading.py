@@ -21,7 +21,7 @@ from pyarrow import ipc, parquet
 from typer.testing import CliRunner
 
 from spell_megatron.cli import app
-from spell_megatron.config import Corpus, Source
+from spell_megatron.config import CorpusConfig, SourceConfig
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.corpus.cleaning import clean
 from spell_megatron.corpus.reading import Skipped, Text, opened, read
@@ -35,7 +35,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
 
 def texts_of(path: Path, **options: str) -> tuple[list[Text], Skipped]:
     skipped = Skipped()
-    return list(read(Source(path=str(path), **options), skipped)), skipped  # type: ignore[arg-type]
+    return list(read(SourceConfig(path=str(path), **options), skipped)), skipped  # type: ignore[arg-type]
 
 
 def zstd(data: bytes) -> bytes:
@@ -206,7 +206,9 @@ def test_no_name_ends_the_corpus(tmp_path: Path) -> None:
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sampler = ClusterSampler(
-        Corpus(sources=(Source(path=str(tmp_path)),), cluster_tokens=50), lambda text: len(text.split()), 0
+        CorpusConfig(sources=(SourceConfig(path=str(tmp_path)),), cluster_tokens=50),
+        lambda text: len(text.split()),
+        0,
     )
     documents = {
         document.text: document

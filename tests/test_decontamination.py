@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from spell_megatron.config import ConfigError, Corpus, Source, load_config
+from spell_megatron.config import ConfigError, CorpusConfig, SourceConfig, load_config
 from spell_megatron.corpus import ClusterSampler, survey
 from spell_megatron.corpus.decontamination import SHINGLE, Benchmarks
 from spell_megatron.corpus.survey import meant
@@ -90,7 +90,9 @@ def test_a_corpus_without_what_the_benchmarks_ask_about(benchmarks: Path, tmp_pa
         f"{' '.join(prose(53, 50))} {QUESTION}",
     ]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    corpus = Corpus(sources=(Source(path=str(source), domain="web"),), benchmarks=(str(benchmarks),))
+    corpus = CorpusConfig(
+        sources=(SourceConfig(path=str(source), domain="web"),), benchmarks=(str(benchmarks),)
+    )
     sampler = ClusterSampler(corpus, lambda text: len(text.split()), 0, tmp_path / "prepared")
     [(cluster, _)] = sampler.draw(1)
     assert [document.id for document in cluster.documents] == ["web.jsonl#1", "web.jsonl#3", "web.jsonl#5"]
@@ -105,7 +107,7 @@ def test_a_corpus_without_what_the_benchmarks_ask_about(benchmarks: Path, tmp_pa
     ]
     again = ClusterSampler(corpus, lambda text: len(text.split()), 0, tmp_path / "prepared")
     assert again.draw(1)[0][0] == cluster
-    without = Corpus(sources=corpus.sources)
+    without = CorpusConfig(sources=corpus.sources)
     assert (
         ClusterSampler(without, lambda text: len(text.split()), 0, tmp_path / "prepared").facts["web"][
             "documents"

@@ -24,7 +24,7 @@ import traps
 import uvicorn
 from models import make_model
 
-from spell_megatron.config import Rollout, Servers
+from spell_megatron.config import RolloutConfig, ServersConfig
 from spell_megatron.rollout import door, private_folder
 from spell_megatron.rollout.address import Address, Unproven
 from spell_megatron.rollout.client import Client, TurnedAway, Unavailable
@@ -327,8 +327,8 @@ def test_folders_of_killed_servers_are_swept_and_no_others(
 @pytest.fixture(scope="module", params=["socket", "port"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     scratch = tmp_path_factory.mktemp("doors")
-    settings = Rollout(
-        dtype="float32", max_model_len=256, max_num_seqs=2, kv_cache_mib=32, servers=Servers(count=1)
+    settings = RolloutConfig(
+        dtype="float32", max_model_len=256, max_num_seqs=2, kv_cache_mib=32, servers=ServersConfig(count=1)
     )
     launch = Launch(
         make_model("qwen3", scratch / "model"), settings, scratch / "vllm", scratch / "log", "gloo", threads=1

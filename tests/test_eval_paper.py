@@ -15,8 +15,8 @@ from eval.comparison import compare
 from eval.paper import find_model, models, tables
 from eval.report import Report, read_report
 from eval.results import summarise
-from eval.runner import Plan
-from eval.scoring import Sample
+from eval.runner import BenchmarkPlan
+from eval.scoring import ScoredAnswer
 from spell_megatron.cli import app
 from spell_megatron.types import SpellError
 
@@ -30,10 +30,10 @@ def result(name: str, scores, limit: int | None = LIMIT, labels=None):
     labels = labels or [{}] * len(scores)
     items = [Item(str(i), (), "?", ("x",), label) for i, label in enumerate(labels)]
     samples = [
-        Sample(str(i), 0, label, score, score, "x", "stop", 1, False)
+        ScoredAnswer(str(i), 0, label, score, score, "x", "stop", 1, False)
         for i, (score, label) in enumerate(zip(scores, labels, strict=True))
     ]
-    return summarise(Plan(benchmark, benchmark.terms("paper"), limit, items), samples, 1, 0, "")
+    return summarise(BenchmarkPlan(benchmark, benchmark.terms("paper"), limit, items), samples, 1, 0, "")
 
 
 SIX = [

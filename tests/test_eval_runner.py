@@ -20,9 +20,9 @@ from eval.benchmark import Item, Terms
 from eval.benchmarks.helmet import Helmet
 from eval.comparison import compare
 from eval.data import Data
-from eval.endpoint import Endpoint, EndpointDied, Limits, Refused, Unanswered
-from eval.journal import Journal
-from eval.judge import TRIES, Judge
+from eval.endpoint import Endpoint, EndpointDied, Refused, RequestLimits, Unanswered
+from eval.journal import KeyedJournal
+from eval.judge import TRIES, JudgeModel
 from eval.live import LiveSource
 from eval.measure import measure, plan
 from eval.prompting import build, prefills_thinking
@@ -33,7 +33,7 @@ from spell_megatron.terminal import Terminal, line
 from spell_megatron.types import Rollout, SpellError
 
 pytestmark = pytest.mark.unit
-QUICK = Limits(timeout=5.0, tries=3, wait=0.02)
+QUICK = RequestLimits(timeout=5.0, tries=3, wait=0.02)
 SETTINGS = Settings(samples=4, concurrency=4)
 
 
@@ -69,7 +69,7 @@ def run(
     settings: Settings = SETTINGS,
     benchmark=None,
     judge: StandIn | None = None,
-    limits: Limits = QUICK,
+    limits: RequestLimits = QUICK,
     max_input: int = 1000,
 ) -> Report:
     async def go() -> Report:
@@ -79,9 +79,9 @@ def run(
             console = Terminal(file=io.StringIO())
             if judge is None:
                 return await measure(source, WordCodec(), plans, settings, home, "m", console=console)
-            with Journal(home / "verdicts.jsonl") as verdicts:
-                async with Endpoint(judge.url, limits=Limits(timeout=0.5, tries=1)) as asked:
-                    judging = Judge(asked, verdicts, longest_wait=0.02)
+            with KeyedJournal(home / "verdicts.jsonl") as verdicts:
+                async with Endpoint(judge.url, limits=RequestLimits(timeout=0.5, tries=1)) as asked:
+                    judging = JudgeModel(asked, verdicts, longest_wait=0.02)
                     return await measure(
                         source, WordCodec(), plans, settings, home, "m", judge=judging, console=console
                     )
@@ -126,7 +126,7 @@ def test_passing_faults_are_retried(tmp_path):
         return faults[number % 12 // 2] if number % 2 else right(kind, body, number)
 
     with StandIn(behave) as standin:
-        report = run(standin, tmp_path, limits=Limits(timeout=5.0, tries=20, wait=0.01))
+        report = run(standin, tmp_path, limits=RequestLimits(timeout=5.0, tries=20, wait=0.01))
     assert report.complete
     assert report.results[0].mean.value == 0.5
     assert not report.results[0].problems
@@ -142,7 +142,7 @@ def test_a_slow_answer_times_out_and_is_counted(tmp_path):
         return right(kind, body, number)
 
     with StandIn(behave) as standin:
-        report = run(standin, tmp_path, limits=Limits(timeout=3.0, tries=1))
+        report = run(standin, tmp_path, limits=RequestLimits(timeout=3.0, tries=1))
         done.set()
     [result] = report.results
     assert result.problems == {"request failed: timed out": 4}
@@ -187,7 +187,7 @@ def test_an_endpoint_that_dies_ends_the_run_and_keeps_what_is_done(tmp_path):
 
 def test_an_endpoint_that_lists_models_but_answers_nothing_counts_as_dead(tmp_path):
     with StandIn(lambda *_: (500, b"")) as standin, pytest.raises(EndpointDied, match="in a row"):
-        run(standin, tmp_path, limits=Limits(timeout=1.0, tries=1, wait=0.01))
+        run(standin, tmp_path, limits=RequestLimits(timeout=1.0, tries=1, wait=0.01))
 
 
 def test_nothing_at_the_endpoint(tmp_path):
@@ -346,20 +346,20 @@ def test_a_template_that_opens_thinking_is_noticed():
 
 def test_journal_survives_a_half_written_line_and_damage(tmp_path):
     path = tmp_path / "j.jsonl"
-    with Journal(path) as journal:
+    with KeyedJournal(path) as journal:
         journal.append("a", {"text": "1"})
         journal.append("b", {"text": "zwei ≠ 2"})
     with path.open("ab") as stream:
         stream.write(b"\xff garbage\n")
         stream.write(b'{"key": "c", "te')
-    with Journal(path) as journal:
+    with KeyedJournal(path) as journal:
         assert len(journal) == 2
         assert journal.damaged == 1
         assert journal.get("b") == {"text": "zwei ≠ 2"}
         journal.append("c", {"text": "3"})
         with pytest.raises(SpellError, match="another run"):
-            Journal(path)
-    with Journal(path) as journal:
+            KeyedJournal(path)
+    with KeyedJournal(path) as journal:
         assert journal.get("c") == {"text": "3"}
 
 
@@ -410,7 +410,7 @@ SHAPES: st.SearchStrategy[object] = st.recursive(
 
 @pytest.fixture(scope="module")
 def nowhere() -> Endpoint:
-    return Endpoint("http://127.0.0.1:9", limits=Limits(tries=1))
+    return Endpoint("http://127.0.0.1:9", limits=RequestLimits(tries=1))
 
 
 @settings(max_examples=100, deadline=None)
@@ -506,7 +506,7 @@ def test_a_rate_bounds_requests_a_second(tmp_path):
         return right(kind, body, number)
 
     with StandIn(behave) as standin:
-        limits = Limits(timeout=5.0, tries=1, rate=100.0)
+        limits = RequestLimits(timeout=5.0, tries=1, rate=100.0)
         run(standin, tmp_path, Settings(samples=2, concurrency=20), limits=limits)
     assert len(times) == 20
     assert max(times) - min(times) >= 19 / 100 - 0.05

@@ -13,7 +13,7 @@ from reference import random_batch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spell_megatron.config import Policy, load_config
+from spell_megatron.config import PolicyConfig, load_config
 from spell_megatron.plan import plan
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.estimate import estimate
@@ -167,7 +167,7 @@ def test_it_goes_through_megatron_and_back_bit_by_bit(folder: Path, tmp_path: Pa
 @pytest.mark.unit
 def test_it_computes_what_its_own_definition_does(folder: Path, world: World) -> None:
     batch = random_batch(CONFIG["n_vocab"], shapes=((40, (20, 9)),))
-    learner = Learner(Policy(dtype="float32"), folder, world, families=OTTER)
+    learner = Learner(PolicyConfig(dtype="float32"), folder, world, families=OTTER)
     model = Otter().double()
     model.load_state_dict(load_file(folder / "model.safetensors"))
     [group] = batch.groups

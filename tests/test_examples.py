@@ -16,7 +16,7 @@ from selfplay_stage import Corpus, Engine, act, role_of, selfplay, settings
 from summariser import Summariser
 from table import NO_CELL
 
-from spell_megatron.config import ConfigError, Loss, load_config
+from spell_megatron.config import ConfigError, LossConfig, load_config
 from spell_megatron.policy.loss import SURROGATES, TokenTerms, token_losses
 from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.run.train import train
@@ -150,7 +150,7 @@ def test_cispo_is_its_formula_and_no_token_loses_its_gradient() -> None:
     logprobs = torch.tensor([-0.1, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
     old, weights = torch.tensor([-0.1, -3.0, -1.0], dtype=torch.float64), torch.tensor([1.0, 2.0, -1.0])
     terms = TokenTerms(logprobs=logprobs, entropy=torch.zeros(3), weights=weights, old=old)
-    losses, clipped = token_losses(terms, Loss(clip_high=0.5), CISPO)
+    losses, clipped = token_losses(terms, LossConfig(clip_high=0.5), CISPO)
     losses.sum().backward()
     ratios = [1.0, 1.5, math.exp(-2.0)]
     expected = [-w * r for w, r in zip([1.0, 2.0, -1.0], ratios, strict=True)]

@@ -13,7 +13,7 @@ from models import make_model
 from reference import random_batch
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Optimizer, Policy
+from spell_megatron.config import OptimizerConfig, PolicyConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
 
@@ -26,8 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learner(folder: Path, world: World, **policy: object) -> Learner:
-    settings = {"dtype": "float32", "stream_tokens": 192, "optimizer": Optimizer(lr=1e-2), **policy}
-    return Learner(Policy(**settings), folder, world)  # type: ignore[arg-type]
+    settings = {"dtype": "float32", "stream_tokens": 192, "optimizer": OptimizerConfig(lr=1e-2), **policy}
+    return Learner(PolicyConfig(**settings), folder, world)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -35,7 +35,7 @@ def learner(folder: Path, world: World, **policy: object) -> Learner:
 def test_a_frozen_router_stays_bit_equal_and_a_free_one_moves(
     frozen: bool, distributed: bool, folder: Path, world: World
 ) -> None:
-    optimizer = Optimizer(lr=1e-2, weight_decay=0.1, distributed=distributed)
+    optimizer = OptimizerConfig(lr=1e-2, weight_decay=0.1, distributed=distributed)
     policy = learner(folder, world, freeze_router=frozen, optimizer=optimizer)
     before = {name: tensor.clone() for name, tensor in policy.weights()}
     policy.update(random_batch(256))

@@ -12,9 +12,9 @@ from selfplay_stage import Corpus, Engine, act, selfplay, settings
 
 from eval import endpoint as endpoint_module
 from eval import reward_judge
-from eval.endpoint import Endpoint, EndpointDied, Limits, Unanswered
+from eval.endpoint import Endpoint, EndpointDied, RequestLimits, Unanswered
 from eval.reward import KEY, RewardJudge
-from spell_megatron.config import ConfigError, ExternalJudge, load_config
+from spell_megatron.config import ConfigError, ExternalJudgeConfig, load_config
 from spell_megatron.selfplay import StarvedError, step_metrics
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.rewards import UNJUDGED
@@ -31,8 +31,8 @@ def strict(kind, body, number):
     return chat_reply("NO doubt. [[YES]]" if answer in (reference, "plum") else "Perhaps [[YES]]? [[NO]]")
 
 
-def external(server: StandIn, **changes) -> ExternalJudge:
-    return ExternalJudge(**({"url": server.url, "timeout_seconds": 5.0, "tries": 2} | changes))
+def external(server: StandIn, **changes) -> ExternalJudgeConfig:
+    return ExternalJudgeConfig(**({"url": server.url, "timeout_seconds": 5.0, "tries": 2} | changes))
 
 
 def asked(judge: RewardJudge, *answers: str) -> list:
@@ -119,7 +119,7 @@ def test_an_answer_that_trickles_ends_at_the_time_limit():
     async def go() -> None:
         server = await asyncio.start_server(trickle, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        source = Endpoint(url, model="m", limits=Limits(timeout=0.2, tries=1))
+        source = Endpoint(url, model="m", limits=RequestLimits(timeout=0.2, tries=1))
         with pytest.raises(Unanswered, match="timed out"):
             await source.chat("?", max_tokens=1, seed=0)
         server.close()
@@ -182,7 +182,7 @@ def test_a_judge_that_is_down_ends_the_run_with_its_name():
         with pytest.raises(StarvedError, match=r"unjudged.*selfplay\.external_judge"):
             played(server, place="rule", max_rounds=1)
         url = server.url
-    judge = ExternalJudge(url=url)
+    judge = ExternalJudgeConfig(url=url)
     with pytest.raises(EndpointDied, match="check the URL"):
         asked(RewardJudge(judge), "plum")
 

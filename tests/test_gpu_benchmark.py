@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import gpu
 from benchmarks.common import save_model
 from benchmarks.switches import settings
-from spell_megatron.config import Fusions, Optimizer, SelfPlay
+from spell_megatron.config import FusionsConfig, OptimizerConfig, SelfPlayConfig
 from spell_megatron.policy.world import World
 
 pytestmark = pytest.mark.unit
@@ -53,11 +53,11 @@ def test_every_command_runs_without_a_gpu(tmp_path: Path) -> None:
 def test_every_switch_of_the_policy_has_its_turn() -> None:
     """The key of each other than the base's, one at a time; what the policy computes stays."""
     name, base, sampled = next(every := settings())
-    assert sampled.top_p == SelfPlay().sampling.top_p < 1
+    assert sampled.top_p == SelfPlayConfig().sampling.top_p < 1
     found = {name: policy for name, policy, _ in every}
     flags = {
         f"{part}.{field.name}"
-        for part, kind in (("optimizer", Optimizer), ("fusions", Fusions))
+        for part, kind in (("optimizer", OptimizerConfig), ("fusions", FusionsConfig))
         for field in fields(kind)
         if field.type == "bool"
     }

@@ -11,7 +11,7 @@ import pytest
 import traps
 
 from launchers import local, script
-from launchers.job import Job
+from launchers.job import PreparedRun
 from launchers.machines import Machines
 from launchers.profile import Profile
 from spell_megatron import interpreter
@@ -70,14 +70,14 @@ def test_what_the_command_line_starts_is_told(folder: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_ranks_on_this_machine(folder: Path, tmp_path: Path, count: int) -> None:
-    job = Job(tmp_path, Profile(), Machines(ranks=count), trainer=("-c", IMPORTS))
+    job = PreparedRun(tmp_path, Profile(), Machines(ranks=count), trainer=("-c", IMPORTS))
     assert run(*local.command(job), env=environment()) == f"{tmp_path}\n"
     assert not traps.sprung(folder)
 
 
 def test_ranks_and_engines_of_a_job(folder: Path, tmp_path: Path) -> None:
     on = Machines(nodes=2, servers=1)
-    job = Job(tmp_path, Profile(), on, trainer=("-c", IMPORTS), engines=("-c", IMPORTS))
+    job = PreparedRun(tmp_path, Profile(), on, trainer=("-c", IMPORTS), engines=("-c", IMPORTS))
     for command in (script.rank_command(job), script.engine_command(job)):
         assert run("bash", "-c", command) == f"{tmp_path}\n"
     assert not traps.sprung(folder)

@@ -23,7 +23,7 @@ import yaml
 import launchers
 from launchers import check, engines, local, script, slurm
 from launchers import job as jobs
-from launchers.job import Job, prepare, read_by
+from launchers.job import PreparedRun, prepare, read_by
 from launchers.launch import _slurm, _split, launch
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
@@ -207,7 +207,7 @@ def test_a_prepared_run_holds_its_whole_configuration_with_absolute_paths(
 
 
 def test_containers_see_what_the_run_reads_once(tmp_path: Path) -> None:
-    job = Job(
+    job = PreparedRun(
         Path("/lustre/runs/a"),
         Profile(mounts=("/lustre:/lustre", "/scratch:/tmp")),
         ONE,
@@ -235,7 +235,7 @@ def test_each_rank_gets_its_numbers_and_the_run(tmp_path: Path, monkeypatch: pyt
     program = (
         "import os, sys; print(*(os.environ[k] for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')), sys.argv[1])"
     )
-    job = Job(tmp_path / "a b", Profile(), ONE, trainer=("-c", program))
+    job = PreparedRun(tmp_path / "a b", Profile(), ONE, trainer=("-c", program))
     slurm_says = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
     assert bash(script.rank_command(job), **slurm_says).stdout.strip() == f"5 16 1 {tmp_path / 'a b'}"
 
@@ -244,7 +244,7 @@ def test_the_job_ends_as_its_first_failing_rank_did(tmp_path: Path) -> None:
     """srun itself returns the highest code: that of a rank which it ended because another one had failed."""
     attempt = Attempt(tmp_path)
     for code in (7, 1):
-        job = Job(attempt.run, Profile(), ONE, trainer=("-c", f"raise SystemExit({code})"))
+        job = PreparedRun(attempt.run, Profile(), ONE, trainer=("-c", f"raise SystemExit({code})"))
         assert bash(script.rank_command(job), SLURM_JOB_ID="40001").returncode == code
     assert attempt.end("exit 143")[0] == 7
     assert Attempt(tmp_path / "other").end("exit 143")[0] == 143
@@ -254,7 +254,7 @@ def test_a_signal_is_for_the_rank_and_not_for_its_shell(tmp_path: Path) -> None:
     """As SLURM sends it, to all processes of the task at once."""
     program = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); os.killpg(0, signal.SIGTERM)"
     (tmp_path / "logs").mkdir()
-    job = Job(tmp_path, Profile(), ONE, trainer=("-c", program))
+    job = PreparedRun(tmp_path, Profile(), ONE, trainer=("-c", program))
     assert bash(script.rank_command(job), SLURM_JOB_ID="1").returncode == 75
 
 
@@ -268,7 +268,7 @@ class Attempt:
         self.asked = tmp_path / "asked"
         self._bin = tmp_path / "bin"
         self._bin.mkdir()
-        self.lines = script.setup_lines(Job(self.run, Profile(**profile), ONE))
+        self.lines = script.setup_lines(PreparedRun(self.run, Profile(**profile), ONE))
 
     def end(self, body: str, state: str = "RUNNING") -> tuple[int, bool]:
         """Exit code, and whether the job went back to the queue."""
@@ -340,7 +340,7 @@ def test_setup_lines_of_a_profile_come_before_the_ranks(tmp_path: Path) -> None:
 @needs_nemo
 class TestSbatch:
     @pytest.fixture
-    def job(self, tmp_path: Path) -> Job:
+    def job(self, tmp_path: Path) -> PreparedRun:
         profile = Profile(
             account="science", partition="h100", qos="high", memory="0", exclusive=True, time="1-12:00:00",
             warn_seconds=300, cpus_per_rank=12, sbatch={"constraint": "h100&fast", "spread-job": "true"},
@@ -352,7 +352,7 @@ class TestSbatch:
         )
 
     @staticmethod
-    def written(job: Job) -> str:
+    def written(job: PreparedRun) -> str:
         from launchers import nemo
 
         return nemo.write(job)
@@ -364,7 +364,7 @@ class TestSbatch:
             name: " ".join(shlex.split(value)) for name, _, value in (line.partition("=") for line in lines)
         }
 
-    def test_headers_say_what_the_profile_says(self, job: Job) -> None:
+    def test_headers_say_what_the_profile_says(self, job: PreparedRun) -> None:
         assert self.headers(self.written(job)) == {
             "account": "science",
             "comment": "spell-megatron",
@@ -386,13 +386,13 @@ class TestSbatch:
             "time": "1-12:00:00",
         }
 
-    def test_it_is_bash_and_stands_in_the_run_folder(self, job: Job) -> None:
+    def test_it_is_bash_and_stands_in_the_run_folder(self, job: PreparedRun) -> None:
         text = self.written(job)
         assert job.sbatch.read_text() == text
         checked = subprocess.run(["bash", "-n", str(job.sbatch)], capture_output=True, text=True)
         assert (checked.returncode, checked.stderr) == (0, "")
 
-    def test_ranks_are_tasks_of_one_srun_that_resumes_the_run(self, job: Job) -> None:
+    def test_ranks_are_tasks_of_one_srun_that_resumes_the_run(self, job: PreparedRun) -> None:
         (srun,) = (line for line in self.written(job).splitlines() if line.startswith("srun "))
         words = shlex.split(srun)
         assert words[-3:-1] == ["bash", "-c"]
@@ -401,10 +401,10 @@ class TestSbatch:
         assert Path(words[words.index("--chdir") + 1]).is_dir()
         assert "torchrun" not in srun
 
-    def test_the_environment_keeps_its_case_and_its_quotes(self, job: Job) -> None:
+    def test_the_environment_keeps_its_case_and_its_quotes(self, job: PreparedRun) -> None:
         assert f"export lower={shlex.quote(NASTY)}" in self.written(job)
 
-    def test_a_container_sees_run_and_model(self, job: Job) -> None:
+    def test_a_container_sees_run_and_model(self, job: PreparedRun) -> None:
         profile = replace(job.profile, container="nvcr.io#org/im age:1", mounts=("/data sets:/data",))
         (srun,) = (
             line
@@ -420,12 +420,12 @@ class TestSbatch:
         assert job.needs
         assert " python -P -m spell_megatron.cli resume" in words[-1]
 
-    def test_a_virtual_environment_is_activated(self, job: Job) -> None:
+    def test_a_virtual_environment_is_activated(self, job: PreparedRun) -> None:
         text = self.written(replace(job, profile=Profile(venv="/shared/my venv")))
         assert "source '/shared/my venv/bin/activate'" in text
         assert "; python -P -m spell_megatron.cli" in text
 
-    def test_engine_nodes_hold_servers_and_the_trainer_is_told_where(self, job: Job) -> None:
+    def test_engine_nodes_hold_servers_and_the_trainer_is_told_where(self, job: PreparedRun) -> None:
         text = self.written(replace(job, machines=replace(job.machines, engine_nodes=2, servers=4)))
         assert self.headers(text)["nodes"] == "6"
         trainer, engines = (shlex.split(line) for line in text.splitlines() if line.startswith("srun "))
@@ -445,7 +445,7 @@ class TestSbatch:
             load_config("toy", [f"rollout.servers.urls={found}"]).rollout.servers.urls[0] == "http://e:30016"
         )
 
-    def test_servers_beside_the_trainer_share_its_nodes(self, job: Job) -> None:
+    def test_servers_beside_the_trainer_share_its_nodes(self, job: PreparedRun) -> None:
         text = self.written(replace(job, machines=replace(job.machines, servers=2)))
         assert self.headers(text)["nodes"] == "4"
         trainer, engines = (shlex.split(line) for line in text.splitlines() if line.startswith("srun "))
@@ -583,13 +583,13 @@ def test_an_attempt_that_goes_back_to_the_queue_does_not_end_the_job(
     """Its batch script is killed by the requeue, and SLURM may call that a failure for some seconds."""
     attempt = Attempt(tmp_path, crash_retries=1)
     assert attempt.end("exit 134") == (134, True)
-    killed = [slurm.State("FAILED", 143, attempt=0)] * 4
-    again = [slurm.State(name, attempt=1) for name in ("PENDING", "RUNNING")]
-    failed = [slurm.State("FAILED", 7, attempt=1)] * 2
+    killed = [slurm.JobState("FAILED", 143, attempt=0)] * 4
+    again = [slurm.JobState(name, attempt=1) for name in ("PENDING", "RUNNING")]
+    failed = [slurm.JobState("FAILED", 7, attempt=1)] * 2
     states = iter([*killed, *again, *failed])
     monkeypatch.setattr(slurm, "job_state", lambda job_id: next(states))
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
-    job = Job(attempt.run, Profile(), ONE)
+    job = PreparedRun(attempt.run, Profile(), ONE)
     assert slurm.follow(job, "40001", io.StringIO(), lambda note: None).code == 7
 
 
@@ -598,11 +598,11 @@ def test_a_job_in_the_queue_is_no_silence(
 ) -> None:
     told: list[str] = []
 
-    def state(job_id: str) -> slurm.State:
+    def state(job_id: str) -> slurm.JobState:
         told.append(capsys.readouterr().err)
         if "".join(told).count("job 7 is pending 0:0") < 2:
-            return slurm.State("PENDING")
-        return slurm.State("COMPLETED", 0)
+            return slurm.JobState("PENDING")
+        return slurm.JobState("COMPLETED", 0)
 
     monkeypatch.setattr(pulse, "SILENCE_SECONDS", 0.02)
     monkeypatch.setattr(slurm, "job_state", state)
@@ -612,7 +612,7 @@ def test_a_job_in_the_queue_is_no_silence(
     monkeypatch.setattr(slurm, "check_accepted", lambda file: None)
     monkeypatch.setattr(slurm, "submit", lambda file: "7")
     monkeypatch.setattr(launchers, "nemo", SimpleNamespace(write=lambda job: ""), raising=False)
-    assert _slurm(Job(tmp_path, Profile(), ONE), dryrun=False) == 0
+    assert _slurm(PreparedRun(tmp_path, Profile(), ONE), dryrun=False) == 0
     assert "job 7 is completed" in "".join(told)
 
 
@@ -621,7 +621,7 @@ def test_a_job_in_the_queue_is_no_silence(
 
 def test_one_rank_runs_in_the_place_of_the_launcher(tmp_path: Path) -> None:
     code = "import os, sys; sys.exit(len(os.environ['GREETING']))"
-    job = Job(tmp_path, Profile(env={"GREETING": NASTY}), ONE, trainer=("-c", code))
+    job = PreparedRun(tmp_path, Profile(env={"GREETING": NASTY}), ONE, trainer=("-c", code))
     launcher = os.fork()
     if launcher == 0:
         try:
@@ -632,7 +632,7 @@ def test_one_rank_runs_in_the_place_of_the_launcher(tmp_path: Path) -> None:
 
 
 def test_several_ranks_are_started_by_a_starter_of_ours(tmp_path: Path) -> None:
-    words = local.command(Job(tmp_path, Profile(), Machines(gpus=4, ranks=4)))
+    words = local.command(PreparedRun(tmp_path, Profile(), Machines(gpus=4, ranks=4)))
     assert words[1:] == ["-P", "-m", "launchers.ranks", "4", "-P", *jobs.TRAINER, str(tmp_path)]
 
 

@@ -18,7 +18,7 @@ from models import KINDS, Kind, build_model, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Policy
+from spell_megatron.config import PolicyConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
 from spell_megatron.rollout.engine import EngineError
@@ -259,7 +259,7 @@ def logprobs(folder: Path, world: World) -> tuple[np.ndarray, np.ndarray]:
     draw = np.random.default_rng(0)
     prompt, reply = (tuple(map(int, draw.integers(3, 250, size))) for size in (20, 12))
     sample = Sample(reply, [0.0] * len(reply), [0.0] * len(reply))
-    learner = Learner(Policy(dtype="float32"), folder, world)
+    learner = Learner(PolicyConfig(dtype="float32"), folder, world)
     ours = learner.score(TrainBatch((Group(prompt, (sample,)),))).logprobs[0][0]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from reference import relative_error
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Layout, Loss
+from spell_megatron.config import LayoutConfig, LossConfig
 from spell_megatron.interpreter import python
 from spell_megatron.policy.world import World
 from spell_megatron.types import Group
@@ -78,7 +78,9 @@ def truth(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]
     return before, {n: p.detach() for n, p in model.named_parameters()}
 
 
-def objective(loss: Loss, own: Tensor, log_p: Tensor, old: Tensor, engine: Tensor, weights: Tensor) -> Tensor:
+def objective(
+    loss: LossConfig, own: Tensor, log_p: Tensor, old: Tensor, engine: Tensor, weights: Tensor
+) -> Tensor:
     """Of one response, summed over its tokens; `old` is the reference model's too, since no step was made."""
     ratio = (own - old).exp()
     if loss.ratio == "sequence":
@@ -100,7 +102,7 @@ def check(folder: Path, layout: str, name: str, clipped: float, after: dict[str,
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_process(name: str, folder: Path, world: World) -> None:
-    check(folder, "one process", name, *updated(folder, world, Layout(), OBJECTIVES[name]))
+    check(folder, "one process", name, *updated(folder, world, LayoutConfig(), OBJECTIVES[name]))
 
 
 def test_two_ranks_in_every_way(folder: Path, tmp_path: Path) -> None:

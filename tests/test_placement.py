@@ -11,7 +11,7 @@ import torch
 from models import make_model
 from reference import random_batch
 
-from spell_megatron.config import Layout, Optimizer, Policy
+from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.placement import Part, Phase, Placement
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.residence import LearnerResidence
@@ -131,7 +131,7 @@ def test_an_engine_leaves_as_a_whole_and_comes_back_in_parts() -> None:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    yield start_world(Layout(), seed=0, timeout_seconds=60)
+    yield start_world(LayoutConfig(), seed=0, timeout_seconds=60)
     stop_world()
 
 
@@ -141,10 +141,10 @@ def test_a_learner_is_the_same_when_it_comes_back(
     world: World, tmp_path: Path, distributed: bool, dtype: str
 ) -> None:
     folder = make_model("qwen3_tied", tmp_path / "model", seed=1)
-    policy = Policy(
+    policy = PolicyConfig(
         dtype=dtype,  # type: ignore[arg-type]
         stream_tokens=512,
-        optimizer=Optimizer(lr=1e-2, distributed=distributed),
+        optimizer=OptimizerConfig(lr=1e-2, distributed=distributed),
     )
     stayed, travelled = (Learner(policy, folder, world) for _ in range(2))
     placement = Placement()

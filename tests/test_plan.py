@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from models import KINDS, Kind, make_model
 
-from spell_megatron.config import RECIPES, Layout, Optimizer, Policy, load_config, model_recipes
+from spell_megatron.config import (
+    RECIPES,
+    LayoutConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    load_config,
+    model_recipes,
+)
 from spell_megatron.plan import ranking, search
 from spell_megatron.plan.activations import FullStream, activations
 from spell_megatron.plan.assumptions import GIB, Assumptions
@@ -101,8 +108,10 @@ def test_the_mixture_has_30_billion_parameters_of_which_3_are_active() -> None:
     assert active_parameters(shape) / 1e9 == pytest.approx(3.3, abs=0.06)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, sequence=True), Layout(pipeline=2, context=2)])
-def test_stages_hold_the_model_once(layout: Layout) -> None:
+@pytest.mark.parametrize(
+    "layout", [LayoutConfig(), LayoutConfig(tensor=2, sequence=True), LayoutConfig(pipeline=2, context=2)]
+)
+def test_stages_hold_the_model_once(layout: LayoutConfig) -> None:
     """Matrices are cut by TP, norms are copied; pipeline stages add up to the model."""
     parts = held(TINY, layout)
     norms = TINY.layers * (2 * TINY.hidden + 2 * TINY.head_dim) + TINY.hidden
@@ -140,7 +149,7 @@ def test_shared_prompts_save_what_the_repeated_prompts_cost() -> None:
 
 def test_earlier_stages_keep_more_microbatches() -> None:
     """1F1B: stage s of p keeps p - s microbatches, and never more than there are."""
-    policy = Policy(layout=Layout(pipeline=4), recompute="full")
+    policy = PolicyConfig(layout=LayoutConfig(pipeline=4), recompute="full")
     stream = FullStream(local=1000, whole=1000, rows=100)
     kept = [activations(TINY, policy, s, stream, 8, Assumptions()).microbatches for s in range(4)]
     assert kept == [4, 3, 2, 1]
@@ -149,7 +158,7 @@ def test_earlier_stages_keep_more_microbatches() -> None:
 
 def test_full_recompute_keeps_only_the_inputs_of_layers() -> None:
     stream = FullStream(local=1000, whole=1000, rows=100)
-    acts = activations(TINY, Policy(recompute="full"), 0, stream, 1, Assumptions())
+    acts = activations(TINY, PolicyConfig(recompute="full"), 0, stream, 1, Assumptions())
     angles = 1000 * TINY.head_dim * 4
     assert acts.kept == TINY.layers * 1000 * TINY.hidden * 2 + angles
 
@@ -264,4 +273,4 @@ def test_offloaded_state_leaves_the_gpu() -> None:
         for flag in ("false", "true")
     )
     assert (off.optimizer, off.host) == (0, on.optimizer // 12 * 16)
-    assert Optimizer().distributed is False  # the recipes set it
+    assert OptimizerConfig().distributed is False  # the recipes set it

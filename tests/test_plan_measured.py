@@ -13,7 +13,14 @@ import traps
 from models import make_model
 from reference import random_batch
 
-from spell_megatron.config import Layout, Loss, Optimizer, Policy, load_config, model_recipes
+from spell_megatron.config import (
+    LayoutConfig,
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    load_config,
+    model_recipes,
+)
 from spell_megatron.interpreter import python
 from spell_megatron.plan import plan_all
 from spell_megatron.plan.activations import FullStream, activations
@@ -68,10 +75,10 @@ def test_planned_bytes_are_the_bytes_held(
     monkeypatch.chdir(traps.lay(tmp_path / "work"))  # what the user has there does not matter
     cases = [{**case, "model": str(folders[case["kind"]]), "stream": STREAM} for case in CASES[world]]
     policies = [
-        Policy(
+        PolicyConfig(
             **case["policy"],
-            layout=Layout(**case.get("layout", {})),
-            optimizer=Optimizer(**case.get("optimizer", {})),
+            layout=LayoutConfig(**case.get("layout", {})),
+            optimizer=OptimizerConfig(**case.get("optimizer", {})),
         )
         for case in cases
     ]
@@ -90,7 +97,7 @@ def test_planned_bytes_are_the_bytes_held(
 
 
 def _compare_activations(
-    case: dict[str, Any], policy: Policy, measured: list[dict[str, int]], label: str
+    case: dict[str, Any], policy: PolicyConfig, measured: list[dict[str, int]], label: str
 ) -> None:
     prompt, replies, reply = STREAM
     tokens, cp = prompt + replies * reply, policy.layout.context
@@ -124,7 +131,7 @@ def _measure(world: int, cases: list[dict[str, Any]], tmp_path: Path) -> list[li
 def test_an_offloaded_optimizer_holds_the_planned_host_memory(
     kind: str, folders: dict[str, Path], world: World
 ) -> None:
-    policy = Policy(optimizer=Optimizer(distributed=True, cpu_offload=True), stream_tokens=2048)
+    policy = PolicyConfig(optimizer=OptimizerConfig(distributed=True, cpu_offload=True), stream_tokens=2048)
     learner = Learner(policy, folders[kind], world)
     learner.update(random_batch(512))
     offloaded: list[Any] = list(torch_optimizers(learner.optimizer))
@@ -141,7 +148,7 @@ def test_every_shipped_recipe_is_built_and_fits() -> None:
     alike = {}  # what differs in no module and no buffer is built once
     for config in configs:
         shape = replace(model_shape(architecture(config.model.path)), max_positions=0)
-        built = replace(config.policy, stream_tokens=1, loss=Loss())
+        built = replace(config.policy, stream_tokens=1, loss=LossConfig())
         alike[repr((shape, built, config.cluster))] = config
     for found in plan_all(list(alike.values())):
         assert found.rehearsal is not None

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from flash_standin import flash_kernel
 from torch import Tensor
 
-from spell_megatron.config import Layout, Loss, Policy
+from spell_megatron.config import LayoutConfig, LossConfig, PolicyConfig
 from spell_megatron.policy import attention
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.kernels import Kernels, cpu, plain, varlen
@@ -228,7 +228,7 @@ def terms(**values: list[float]) -> TokenTerms:
 
 
 def test_on_policy_loss_is_minus_the_weight() -> None:
-    losses, clipped = token_losses(terms(weights=[1.0, -2.0]), Loss())
+    losses, clipped = token_losses(terms(weights=[1.0, -2.0]), LossConfig())
     assert losses.tolist() == [-1.0, 2.0]
     assert not clipped.any()
 
@@ -238,20 +238,20 @@ def test_clipping_binds_where_it_would_reward_too_large_a_step() -> None:
     values = terms(
         logprobs=[math.log(r) for r in ratio], weights=[1.0, -1.0, 1.0, -1.0]
     )  # positive and negative advantage on either side
-    losses, clipped = token_losses(values, Loss(clip_low=0.2, clip_high=0.3))
+    losses, clipped = token_losses(values, LossConfig(clip_low=0.2, clip_high=0.3))
     np.testing.assert_allclose(losses, [-1.3, 1.5, -0.5, 0.8], rtol=1e-6)
     assert clipped.tolist() == [True, False, False, True]
 
 
 def test_importance_weights_are_truncated() -> None:
-    loss = Loss(importance_cap=2.0)
+    loss = LossConfig(importance_cap=2.0)
     losses, _ = token_losses(terms(weights=[1.0, 1.0], engine=[-math.log(5), math.log(4)]), loss)
     np.testing.assert_allclose(losses, [-2.0, -0.25], rtol=1e-6)
 
 
 def test_k3_penalty_and_entropy_bonus() -> None:
     values = terms(weights=[0.0], logprobs=[-1.0], old=[-1.0], reference=[-1.5], entropy=[0.7])
-    losses, _ = token_losses(values, Loss(kl=0.1, entropy=0.01))
+    losses, _ = token_losses(values, LossConfig(kl=0.1, entropy=0.01))
     np.testing.assert_allclose(losses, [0.1 * (math.exp(-0.5) + 0.5 - 1) - 0.007], rtol=1e-5)
 
 
@@ -262,7 +262,7 @@ def test_sequence_ratio_has_the_sequences_value_and_every_tokens_gradient() -> N
         logprobs=logprobs, entropy=torch.zeros(2), weights=torch.ones(2), old=torch.zeros(2),
         sequence_log_ratio=torch.full((2,), -0.1),
     )  # fmt: skip
-    losses, _ = token_losses(values, Loss(ratio="sequence"))
+    losses, _ = token_losses(values, LossConfig(ratio="sequence"))
     losses.sum().backward()
     np.testing.assert_allclose(losses.detach(), [-ratio, -ratio], rtol=1e-6)
     np.testing.assert_allclose(logprobs.grad, [-ratio, -ratio], rtol=1e-6)
@@ -285,27 +285,31 @@ MOE = {"experts": 8, "experts_per_token": 2, "expert_ffn": 48}
 @pytest.mark.parametrize(
     ("layout", "model", "size", "reason"),
     [
-        (Layout(tensor=3), {}, 3, "8 attention heads do not divide by tensor=3"),
-        (Layout(tensor=2), {}, 3, "world size 3 is no multiple"),
-        (Layout(tensor=8), {"kv_heads": 3}, 8, "one must be a multiple of the other"),
-        (Layout(tensor=2), {"vocab": 255}, 2, "vocabulary of 255"),
-        (Layout(pipeline=3), {}, 3, "4 layers do not divide by pipeline=3"),
-        (Layout(pipeline=2, virtual_pipeline=4), {}, 2, "chunks=4"),
-        (Layout(virtual_pipeline=2), {}, 1, "virtual_pipeline needs pipeline > 1"),
-        (Layout(expert=3), MOE, 3, "8 experts do not divide by expert=3"),
-        (Layout(expert=2), {}, 2, "has no experts"),
-        (Layout(tensor=2), MOE, 2, "need sequence=true"),
-        (Layout(tensor=2, sequence=True, expert_tensor=5), MOE, 10, "expert width 48 does not divide"),
+        (LayoutConfig(tensor=3), {}, 3, "8 attention heads do not divide by tensor=3"),
+        (LayoutConfig(tensor=2), {}, 3, "world size 3 is no multiple"),
+        (LayoutConfig(tensor=8), {"kv_heads": 3}, 8, "one must be a multiple of the other"),
+        (LayoutConfig(tensor=2), {"vocab": 255}, 2, "vocabulary of 255"),
+        (LayoutConfig(pipeline=3), {}, 3, "4 layers do not divide by pipeline=3"),
+        (LayoutConfig(pipeline=2, virtual_pipeline=4), {}, 2, "chunks=4"),
+        (LayoutConfig(virtual_pipeline=2), {}, 1, "virtual_pipeline needs pipeline > 1"),
+        (LayoutConfig(expert=3), MOE, 3, "8 experts do not divide by expert=3"),
+        (LayoutConfig(expert=2), {}, 2, "has no experts"),
+        (LayoutConfig(tensor=2), MOE, 2, "need sequence=true"),
+        (LayoutConfig(tensor=2, sequence=True, expert_tensor=5), MOE, 10, "expert width 48 does not divide"),
     ],
 )
-def test_an_illegal_layout_says_why(layout: Layout, model: dict[str, int], size: int, reason: str) -> None:
+def test_an_illegal_layout_says_why(
+    layout: LayoutConfig, model: dict[str, int], size: int, reason: str
+) -> None:
     with pytest.raises(LayoutError) as error:
         check_layout(layout, shape(**model), size)
     assert reason in str(error.value)
 
 
 def test_a_legal_layout_divides_the_world() -> None:
-    world = check_layout(Layout(tensor=2, pipeline=2, context=2, expert=4, sequence=True), shape(**MOE), 32)
+    world = check_layout(
+        LayoutConfig(tensor=2, pipeline=2, context=2, expert=4, sequence=True), shape(**MOE), 32
+    )
     assert (world.model, world.data, world.expert_data) == (8, 4, 4)
 
 
@@ -315,8 +319,8 @@ def test_a_legal_layout_divides_the_world() -> None:
 @pytest.mark.parametrize("setting", [{"spec": "te"}, {"fp8": "blockwise"}], ids=str)
 def test_what_needs_transformer_engine_says_so_where_there_is_none(setting: dict[str, str]) -> None:
     with pytest.raises(SpellError, match=r"policy\.(spec=te|fp8=blockwise) needs Transformer Engine"):
-        uses_transformer_engine(Policy(**setting))  # type: ignore[arg-type]
-    assert not uses_transformer_engine(Policy())
+        uses_transformer_engine(PolicyConfig(**setting))  # type: ignore[arg-type]
+    assert not uses_transformer_engine(PolicyConfig())
 
 
 # ---- mismatch

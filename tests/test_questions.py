@@ -271,7 +271,7 @@ def test_reasons_of_references(answer: str, task: str, kind: str) -> None:
 
 
 def test_only_a_fault_of_form_is_penalised() -> None:
-    settings = config.SelfPlay()
+    settings = config.SelfPlayConfig()
     assert questioner_reward("bad_format", 0.0, settings) == -1.0
     for reason in ("over_long", "not_a_number", "long_reference", "unreachable_reference"):
         assert questioner_reward(f"dropped:{reason}", 0.0, settings) is None

@@ -12,7 +12,7 @@ import pytest
 from models import make_model
 from reference import reference
 
-from spell_megatron.config import Optimizer, Policy, Rollout
+from spell_megatron.config import OptimizerConfig, PolicyConfig, RolloutConfig
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
@@ -53,9 +53,9 @@ def sampled_batch(
 def test_three_steps_stay_in_step(kind: Any, overrides: dict[str, Any], world: World, tmp_path: Path) -> None:
     folder = make_model(kind, tmp_path / "model", seed=3, **overrides)
     # A rate so large that stale weights would show at once.
-    policy = Policy(dtype="float32", stream_tokens=512, optimizer=Optimizer(lr=1e-2))
+    policy = PolicyConfig(dtype="float32", stream_tokens=512, optimizer=OptimizerConfig(lr=1e-2))
     learner = Learner(policy, folder, world)
-    settings = Rollout(dtype="float32", max_model_len=128, max_num_seqs=16, kv_cache_mib=64, eager=True)
+    settings = RolloutConfig(dtype="float32", max_model_len=128, max_num_seqs=16, kv_cache_mib=64, eager=True)
     engine = InProcessEngine(folder, settings, scratch=tmp_path / "engine", stop=())
     draw = random.Random(0)
     try:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import make_model
 
-from spell_megatron.config import Rollout
+from spell_megatron.config import RolloutConfig
 from spell_megatron.rollout import backend, dialect
 from spell_megatron.rollout.experts import PromptExperts, decoded
 from spell_megatron.rollout.server import Launch
@@ -46,7 +46,7 @@ def test_the_servers_command_line_asks_for_them(scratch: Path) -> None:
 
     parser = make_arg_parser(FlexibleArgumentParser())
     for tells in (True, False):
-        launch = Launch(scratch, Rollout(), scratch, scratch / "log", tells_experts=tells)
+        launch = Launch(scratch, RolloutConfig(), scratch, scratch / "log", tells_experts=tells)
         parsed = parser.parse_args(launch.command({"port": 8000})[3:])
         assert AsyncEngineArgs.from_cli_args(parsed).enable_return_routed_experts is tells
 
@@ -54,7 +54,7 @@ def test_the_servers_command_line_asks_for_them(scratch: Path) -> None:
 def test_where_there_is_no_gpu_vllm_refuses(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    mixture, settings = make_model("moe", scratch / "moe"), Rollout(dtype="float32", max_model_len=64)
+    mixture, settings = make_model("moe", scratch / "moe"), RolloutConfig(dtype="float32", max_model_len=64)
     arguments = dialect.engine_arguments(settings, dialect.CPU, tells_experts=True)
     for chosen, refusal in (("0", "requires Model Runner V2"), ("1", "V2 requires Triton")):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)

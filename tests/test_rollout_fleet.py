@@ -18,8 +18,8 @@ from models import make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Rollout as Settings
-from spell_megatron.config import Servers
+from spell_megatron.config import RolloutConfig as Settings
+from spell_megatron.config import ServersConfig
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State
@@ -27,12 +27,12 @@ from spell_megatron.types import Rollout, version_spans
 
 pytestmark = pytest.mark.engine
 
-SERVERS = Servers(
+SERVERS = ServersConfig(
     count=2, probe_seconds=15, sync_seconds=20, start_seconds=400, in_flight="restart", verify="checksum"
 )
 
 
-def settings(servers: Servers) -> Settings:
+def settings(servers: ServersConfig) -> Settings:
     return Settings(
         dtype="float32",
         max_model_len=512,

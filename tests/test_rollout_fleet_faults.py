@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from models import make_model
 
-from spell_megatron.config import Rollout as Settings
-from spell_megatron.config import Servers
+from spell_megatron.config import RolloutConfig as Settings
+from spell_megatron.config import ServersConfig
 from spell_megatron.rollout import member as member_module
 from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError
@@ -31,7 +31,7 @@ from spell_megatron.types import Rollout
 pytestmark = pytest.mark.unit
 
 Fault = Callable[["Handler"], None]
-PATIENT = Servers(probe_seconds=0.3)
+PATIENT = ServersConfig(probe_seconds=0.3)
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -168,7 +168,7 @@ def fleet_of(
     folder: Path,
     count: int,
     monkeypatch: pytest.MonkeyPatch,
-    settings: Servers = PATIENT,
+    settings: ServersConfig = PATIENT,
     tells_experts: bool = False,
     **rollout: Any,
 ) -> Iterator[tuple[Fleet, list[FakeServer]]]:
@@ -320,7 +320,7 @@ def test_a_fleet_without_servers_is_refused(folder: Path) -> None:
 def test_a_fleet_whose_servers_never_come_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(member_module, "_POLL_SECONDS", 0.01)
     url = "http://127.0.0.1:9"
-    servers = Servers(urls=(url,), start_seconds=0.05, max_restarts=2)
+    servers = ServersConfig(urls=(url,), start_seconds=0.05, max_restarts=2)
     with pytest.raises(EngineError, match=f"1 engines are lost\nremote-0: .*{url}"):
         Fleet(folder, Settings(servers=servers), scratch=folder, logs=folder)
 
@@ -334,7 +334,7 @@ def test_a_request_that_every_server_fails_is_given_up(folder: Path, monkeypatch
 
 
 def test_who_waits_when_the_last_server_dies_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    servers = Servers(probe_seconds=0.3, start_seconds=0.2, max_restarts=1)
+    servers = ServersConfig(probe_seconds=0.3, start_seconds=0.2, max_restarts=1)
     with fleet_of(folder, 1, monkeypatch, servers) as (fleet, (server,)):
         server.faults = [gone]
         with pytest.raises(EngineError, match="all 1 engines are lost"):

@@ -17,8 +17,8 @@ from models import KINDS, Kind, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spell_megatron.config import Rollout as Settings
-from spell_megatron.config import Servers
+from spell_megatron.config import RolloutConfig as Settings
+from spell_megatron.config import ServersConfig
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.experts import PromptExperts
 from spell_megatron.rollout.inprocess import InProcessEngine
@@ -119,7 +119,7 @@ def test_logprobs_equal_a_hugging_face_forward_through_three_updates(kind: Kind,
 
 def test_a_request_goes_on_under_the_new_weights_as_if_they_had_read_it_from_its_start(scratch: Path) -> None:
     old, new = (make_model("qwen3", scratch / f"continued-{seed}", seed) for seed in (5, 6))
-    settings = replace(SETTINGS, servers=Servers(in_flight="continue"))
+    settings = replace(SETTINGS, servers=ServersConfig(in_flight="continue"))
     engine = InProcessEngine(old, settings, scratch=scratch / "vllm")
 
     async def play(update_at: int) -> list[Rollout]:

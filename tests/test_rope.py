@@ -13,7 +13,7 @@ from models import make_model
 from reference import random_batch
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Policy
+from spell_megatron.config import PolicyConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
 from spell_megatron.types import SpellError
@@ -49,7 +49,7 @@ def scaled_model(folder: Path, scaling: dict[str, Any] | None) -> Path:
 def logprobs(folder: Path, world: World, prompt: int) -> tuple[np.ndarray, np.ndarray]:
     """Of a response that begins at position `prompt`: the learner's in float32, and the float64 truth."""
     batch = random_batch(256, shapes=((prompt, (40,)),))
-    learner = Learner(Policy(dtype="float32", stream_tokens=prompt + 128), folder, world)
+    learner = Learner(PolicyConfig(dtype="float32", stream_tokens=prompt + 128), folder, world)
     (ours,) = learner.score(batch).logprobs[0]
     (group,) = batch.groups
     (sample,) = group.samples

@@ -17,7 +17,7 @@ from models import make_model
 from reference import Reference, random_batch, reference, relative_error, with_experts
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Optimizer, Policy
+from spell_megatron.config import OptimizerConfig, PolicyConfig
 from spell_megatron.policy.learner import Learner, main_gradient
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.replay import Choices, replayed
@@ -41,8 +41,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def learner(folder: Path, world: World, **policy: Any) -> Learner:
-    settings = {"dtype": "float32", "stream_tokens": 96, "optimizer": Optimizer(lr=1e-2), **policy}
-    return Learner(Policy(**settings), folder, world)
+    settings = {"dtype": "float32", "stream_tokens": 96, "optimizer": OptimizerConfig(lr=1e-2), **policy}
+    return Learner(PolicyConfig(**settings), folder, world)
 
 
 def outcome(learner: Learner, batch: TrainBatch) -> tuple[float, dict[str, torch.Tensor], list[np.ndarray]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from selfplay_stage import TASKS, episode, response
 from selfplay_stage import settings as play_settings
 
-from spell_megatron.config import SelfPlay
+from spell_megatron.config import SelfPlayConfig
 from spell_megatron.selfplay.batch import compose
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.roles.questioner import choose_failures
@@ -41,7 +41,7 @@ def test_the_reference_scale():
     """128 questions: 1,024 responder samples, 128 + 128 questioner samples, 16 groups of 8 verdicts."""
     episodes = [kept(i, TASKS[i % 3], SPLIT) for i in range(128)]
     episodes += [failed(200 + i, task=TASKS[i % 3]) for i in range(300)]
-    batch = compose(episodes, SelfPlay(), Random(0))
+    batch = compose(episodes, SelfPlayConfig(), Random(0))
     assert batch.samples("responder") == 1024
     assert batch.samples("questioner") == 256
     assert batch.facts["batch/failures"] == 128
@@ -62,7 +62,7 @@ def test_the_reference_scale():
     ],
 )
 def test_number_of_verifier_groups(questions: int, group: int, share: float | None, groups: int):
-    chosen = SelfPlay(group_size=group, verifier_share=share)
+    chosen = SelfPlayConfig(group_size=group, verifier_share=share)
     assert verifier_groups(questions, chosen) == groups
     if share is not None:
         assert groups == math.floor(round(questions * group * share / group, 9))

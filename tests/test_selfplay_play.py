@@ -22,7 +22,7 @@ from selfplay_stage import (
 from selfplay_stage import episode as made_episode
 from selfplay_stage import response as made_response
 
-from spell_megatron.config import Sampling
+from spell_megatron.config import SamplingConfig
 from spell_megatron.selfplay import Episode, Play, Prompts, StarvedError, accuracy, step_metrics
 from spell_megatron.selfplay.grading import rule_reward
 from spell_megatron.selfplay.parsing import parse_verdict
@@ -353,7 +353,7 @@ def test_starvation_of_questions_that_are_too_easy_speaks_of_variance():
 
 def test_a_question_that_is_cut_is_no_format_error():
     """An over-long question is dropped without a penalty."""
-    short = Sampling(questioner_tokens=10, responder_tokens=400, verifier_tokens=100)
+    short = SamplingConfig(questioner_tokens=10, responder_tokens=400, verifier_tokens=100)
     with pytest.raises(StarvedError) as error:
         play(chosen=settings(sampling=short, max_rounds=1))
     outcomes = {e.outcome for e in error.value.episodes}

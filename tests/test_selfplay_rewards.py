@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.config import SelfPlay
+from spell_megatron.config import SelfPlayConfig
 from spell_megatron.selfplay.rewards import (
     SHAPES,
     has_variance,
@@ -20,7 +20,7 @@ from spell_megatron.selfplay.voting import agreement, is_usable, majority, verdi
 
 pytestmark = pytest.mark.unit
 
-PAPER = SelfPlay()
+PAPER = SelfPlayConfig()
 votes = st.lists(st.sampled_from([1, 0, None]), max_size=12)
 
 
@@ -55,10 +55,10 @@ def test_shapes_of_the_questioners_reward():
         }
         assert set(worth) == set(SHAPES)
         for shape, expected in worth.items():
-            settings_ = SelfPlay(questioner_reward=shape)
+            settings_ = SelfPlayConfig(questioner_reward=shape)
             assert questioner_reward("kept", mean, settings_) == pytest.approx(expected)
             assert questioner_reward("zero_variance", 0.0, settings_) == 0.0
-    other = SelfPlay(bad_format_reward=-3.0, bad_ground_reward=-2.0, questioner_sigma=1.0)
+    other = SelfPlayConfig(bad_format_reward=-3.0, bad_ground_reward=-2.0, questioner_sigma=1.0)
     assert questioner_reward("bad_format", 0, other) == -3
     assert questioner_reward("bad_ground", 0, other) == -2
     assert questioner_reward("kept", 0.25, other) == pytest.approx(math.exp(-(0.25**2) / 2))
@@ -135,13 +135,13 @@ VERDICTS = [
 @pytest.mark.parametrize(("group", "verdicts"), VERDICTS)
 def test_every_way_to_a_verdict(group: list, verdicts: tuple):
     options = [{"vote_tie": tie} for tie in ("absent", "no", "first")] + [{"verdict": "first"}]
-    assert tuple(verdict_of(group, SelfPlay(**option)) for option in options) == verdicts
+    assert tuple(verdict_of(group, SelfPlayConfig(**option)) for option in options) == verdicts
 
 
 def test_what_an_invalid_vote_earns():
     assert [vote_reward(vote, 1, 0.0) for vote in (1, 0, None)] == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="less than or equal to 0"):
-        SelfPlay(invalid_vote_reward=0.5)
+        SelfPlayConfig(invalid_vote_reward=0.5)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import sleeping_server
 from models import make_model
 from safetensors.torch import load_file
 
-from spell_megatron.config import Rollout, Servers
+from spell_megatron.config import RolloutConfig, ServersConfig
 from spell_megatron.placement import Phase, Placement
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
@@ -29,7 +29,7 @@ from spell_megatron.rollout.transfer import fanout
 
 pytestmark = pytest.mark.engine
 
-SERVERS = Servers(
+SERVERS = ServersConfig(
     count=3,
     transfer="shm",
     probe_seconds=1,
@@ -47,7 +47,7 @@ class Stage:
         self._weights = load_file(folder / "model.safetensors")
         self.orders, self.violations = scratch / "orders", scratch / "violations"
         self.orders.mkdir()
-        settings = Rollout(dtype="float32", max_model_len=64, servers=SERVERS)
+        settings = RolloutConfig(dtype="float32", max_model_len=64, servers=SERVERS)
         self.fleet = Fleet(
             folder, settings, scratch=scratch / "vllm", logs=scratch / "logs", stop=(), sleeps=True
         )

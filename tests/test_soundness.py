@@ -14,7 +14,7 @@ import torch
 from models import make_model
 from objectives import batch_with_engine
 
-from spell_megatron.config import Config, Optimizer, Policy, Record
+from spell_megatron.config import Config, OptimizerConfig, PolicyConfig, RecordConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.world import World
@@ -38,7 +38,9 @@ def learner(folder: Path, world: World) -> Learner:
 
 
 def made(folder: Path, world: World, **optimizer: Any) -> Learner:
-    policy = Policy(dtype="float32", stream_tokens=192, head_chunk=16, optimizer=Optimizer(**optimizer))
+    policy = PolicyConfig(
+        dtype="float32", stream_tokens=192, head_chunk=16, optimizer=OptimizerConfig(**optimizer)
+    )
     return Learner(policy, folder, world)
 
 
@@ -135,7 +137,7 @@ class Steps:
         self.told: list[str] = []
         self._faults = list(faults)
         run = self.run = Run.__new__(Run)
-        run.config = replace(Config(), record=Record(**record))
+        run.config = replace(Config(), record=RecordConfig(**record))
         run._placement = SimpleNamespace(enter=lambda phase: None)  # type: ignore[assignment]
         run.world = SimpleNamespace(size=1)  # type: ignore[assignment]
         run.learner = SimpleNamespace(update=self._update)  # type: ignore[assignment]

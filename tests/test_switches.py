@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import megatron_patches
 from megatron_patches.patch import Patch
-from spell_megatron.config import Fusions, Layout, Policy
+from spell_megatron.config import FusionsConfig, LayoutConfig, PolicyConfig
 from spell_megatron.policy import model
 from spell_megatron.policy.kernels import flash
 from spell_megatron.policy.spans import plan_spans
@@ -63,9 +63,9 @@ def test_attention_is_version_3s_where_its_backward_pass_is_there(
 @pytest.mark.usefixtures("hopper")
 def test_a_precision_of_blackwell_is_refused_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "HAVE_TE", True)
-    assert model.uses_transformer_engine(Policy(fp8="blockwise"))
+    assert model.uses_transformer_engine(PolicyConfig(fp8="blockwise"))
     with pytest.raises(SpellError, match="blockwise"):
-        model.uses_transformer_engine(Policy(fp8="mxfp8"))
+        model.uses_transformer_engine(PolicyConfig(fp8="mxfp8"))
 
 
 @given(
@@ -77,7 +77,7 @@ def test_a_precision_of_blackwell_is_refused_on_hopper(monkeypatch: pytest.Monke
 def test_every_tensor_parallel_rank_has_whole_blocks_of_fp8(
     tp: int, cp: int, fp8: Any, lengths: list[int]
 ) -> None:
-    policy = Policy(fp8=fp8, layout=Layout(tensor=tp, sequence=tp > 1, context=cp))
+    policy = PolicyConfig(fp8=fp8, layout=LayoutConfig(tensor=tp, sequence=tp > 1, context=cp))
     prompt, *replies = lengths
     groups = [(range(prompt), [range(reply) for reply in replies])]
     tokens = plan_spans(groups, cp_size=cp, multiple=model.token_grain(policy)).ids.shape[1]
@@ -94,11 +94,11 @@ def test_fused_kernels_are_transformer_engines(
     monkeypatch.setattr(model, "uses_transformer_engine", lambda _: there)
     monkeypatch.setattr(model, "TransformerConfig", SimpleNamespace)
     with pytest.raises(SpellError, match="not installed"):
-        model.transformer_config(Policy(dispatcher="deepep"), shape)
+        model.transformer_config(PolicyConfig(dispatcher="deepep"), shape)
     monkeypatch.setattr(model.fused_a2a, "HAVE_DEEP_EP", True)
     for on in (True, False):
-        fusions = Fusions(permute=on, rope=on, weight_gradients=on)
-        made = model.transformer_config(Policy(fusions=fusions, dispatcher="deepep"), shape)
+        fusions = FusionsConfig(permute=on, rope=on, weight_gradients=on)
+        made = model.transformer_config(PolicyConfig(fusions=fusions, dispatcher="deepep"), shape)
         keys = ("moe_permute_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
         assert [getattr(made, key) for key in keys] == [on and there] * 3
         assert (made.moe_token_dispatcher_type, made.moe_flex_dispatcher_backend) == ("flex", "deepep")

@@ -17,12 +17,12 @@ from launchers.job import prepare
 from launchers.machines import machines
 from launchers.profile import load_profile
 from spell_megatron.config import (
-    Cluster,
+    ClusterConfig,
     Config,
     ConfigError,
-    Rollout,
-    SelfPlay,
-    Servers,
+    RolloutConfig,
+    SelfPlayConfig,
+    ServersConfig,
     load_config,
     model_recipes,
 )
@@ -35,15 +35,15 @@ pytestmark = pytest.mark.unit
 
 
 def config(
-    servers: Servers | None = None,
-    cluster: Cluster | None = None,
+    servers: ServersConfig | None = None,
+    cluster: ClusterConfig | None = None,
     staleness: int = 0,
     placement: str = "auto",
 ) -> Config:
     return Config(
-        rollout=Rollout(servers=servers or Servers(), placement=placement),  # type: ignore[arg-type]
-        selfplay=SelfPlay(max_staleness=staleness),
-        cluster=cluster or Cluster(),
+        rollout=RolloutConfig(servers=servers or ServersConfig(), placement=placement),  # type: ignore[arg-type]
+        selfplay=SelfPlayConfig(max_staleness=staleness),
+        cluster=cluster or ClusterConfig(),
     )
 
 
@@ -88,8 +88,8 @@ def test_whatever_is_asked_for_is_refused_or_has_no_clash(
 ) -> None:
     urls = ("http://a:1",) if addressed else ()
     asked = config(
-        Servers(count=count, tensor=tensor, urls=urls),
-        Cluster(nodes=nodes, engine_nodes=engine_nodes),
+        ServersConfig(count=count, tensor=tensor, urls=urls),
+        ClusterConfig(nodes=nodes, engine_nodes=engine_nodes),
         staleness,
         placement,
     )
@@ -109,42 +109,45 @@ def test_one_gpu_takes_turns_with_the_engine_in_the_process() -> None:
 
 
 def test_servers_on_shared_gpus_are_handed_weights_by_the_rank_that_is_there() -> None:
-    found = topology(config(Servers(count=2, tensor=4)), cuda=True, gpus=8)
+    found = topology(config(ServersConfig(count=2, tensor=4)), cuda=True, gpus=8)
     assert (found.colocated, found.transfer, found.ranks) == (True, "ipc", 8)
     assert [seat.gpus for seat in found.engines] == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
 
 @pytest.mark.parametrize("asked", [{"placement": "disaggregated"}, {"staleness": 1}])
 def test_on_one_node_engines_of_their_own_get_a_part_of_it(asked: dict[str, object]) -> None:
-    found = topology(config(Servers(count=2, tensor=2), **asked), cuda=True, gpus=8)  # type: ignore[arg-type]
+    found = topology(config(ServersConfig(count=2, tensor=2), **asked), cuda=True, gpus=8)  # type: ignore[arg-type]
     assert (found.colocated, found.transfer, found.ranks) == (False, "nccl", 4)
     assert [seat.gpus for seat in found.engines] == [(4, 5), (6, 7)]
 
 
 def test_addresses_on_the_trainers_other_nodes_are_shared_gpus_all_the_same() -> None:
-    servers = Servers(count=2, tensor=4, urls=("http://n1:1", "http://n1:2"))
-    found = topology(config(servers, Cluster(nodes=2)), cuda=True, gpus=8)
+    servers = ServersConfig(count=2, tensor=4, urls=("http://n1:1", "http://n1:2"))
+    found = topology(config(servers, ClusterConfig(nodes=2)), cuda=True, gpus=8)
     assert (found.colocated, found.transfer) == (True, "ipc")
-    elsewhere = topology(config(Servers(urls=("http://far:1",))), cuda=True, gpus=8)
+    elsewhere = topology(config(ServersConfig(urls=("http://far:1",))), cuda=True, gpus=8)
     assert (elsewhere.colocated, elsewhere.transfer, elsewhere.engines) == (False, "nccl", ())
 
 
 def test_a_cpu_has_no_gpus_to_clash_on() -> None:
-    found = topology(config(Servers(count=2)), cuda=False, gpus=0, ranks=2)
+    found = topology(config(ServersConfig(count=2)), cuda=False, gpus=0, ranks=2)
     assert (found.colocated, found.transfer) == (False, "gloo")
     assert found.engines == (Seat(0), Seat(0))
-    together = topology(config(Servers(count=2), placement="colocated"), cuda=False, gpus=0, ranks=2)
+    together = topology(config(ServersConfig(count=2), placement="colocated"), cuda=False, gpus=0, ranks=2)
     assert (together.colocated, together.transfer) == (True, "shm")
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (config(Servers(count=1, tensor=8, transfer="nccl")), "NCCL takes no two ranks on one GPU"),
-        (config(Servers(count=1, transfer="ipc"), placement="disaggregated"), "the engines have their own"),
-        (config(Servers(count=1, tensor=8), staleness=1), "leave none of 8 GPU"),
+        (config(ServersConfig(count=1, tensor=8, transfer="nccl")), "NCCL takes no two ranks on one GPU"),
         (
-            config(cluster=Cluster(engine_nodes=1), placement="colocated"),
+            config(ServersConfig(count=1, transfer="ipc"), placement="disaggregated"),
+            "the engines have their own",
+        ),
+        (config(ServersConfig(count=1, tensor=8), staleness=1), "leave none of 8 GPU"),
+        (
+            config(cluster=ClusterConfig(engine_nodes=1), placement="colocated"),
             "gives the engines GPUs of their own",
         ),
     ],
@@ -156,7 +159,7 @@ def test_what_cannot_be_is_refused_with_the_reason(asked: Config, said: str) -> 
 
 def test_fewer_ranks_than_engine_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="GPU 2 of node 0 would have an engine and no rank"):
-        topology(config(Servers(count=1, tensor=8)), cuda=True, gpus=8, ranks=2)
+        topology(config(ServersConfig(count=1, tensor=8)), cuda=True, gpus=8, ranks=2)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spell_megatron.config import Servers
+from spell_megatron.config import ServersConfig
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.server import free_port
@@ -145,7 +145,7 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def elsewhere(seconds: float = SECONDS) -> Any:
     from spell_megatron.rollout.transfer.session import Elsewhere
 
-    return Elsewhere("nccl", MANIFEST, Servers(sync_seconds=seconds), torch.device("cpu"))
+    return Elsewhere("nccl", MANIFEST, ServersConfig(sync_seconds=seconds), torch.device("cpu"))
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -201,7 +201,7 @@ def test_an_engine_that_fails_nearby_fails_alone() -> None:
     good, dying = Server(), Server({"/update_weights": dies})
     silent = Server(dict.fromkeys(["/update_weights", "/finish_weight_update"], stalls))
     with serving(good, dying, silent) as peers:
-        sender = Nearby("shm", MANIFEST, Servers(sync_seconds=SECONDS))
+        sender = Nearby("shm", MANIFEST, ServersConfig(sync_seconds=SECONDS))
         faults, seconds = timed(lambda: sender.update(peers, 1, WEIGHTS.items()))
         sender.close()
     assert seconds <= SECONDS + 2 * GRACE + BUSY
@@ -221,7 +221,7 @@ def test_a_stream_that_breaks_off_is_the_trainers_fault_and_nobody_serves_it() -
 
     server = Server()
     with serving(server) as peers, pytest.raises(ArithmeticError):
-        Nearby("shm", MANIFEST, Servers(sync_seconds=SECONDS)).update(peers, 1, broken())
+        Nearby("shm", MANIFEST, ServersConfig(sync_seconds=SECONDS)).update(peers, 1, broken())
     assert server.label == "default" and "/resume" not in server.calls
     assert "/finish_weight_update" in server.calls
 
@@ -269,7 +269,7 @@ def _ipc_rank(rank: int, port: int, urls: list[int], scratch: str) -> None:
     peers = [
         fanout.Peer(f"engine-{i}", Address(f"http://127.0.0.1:{url}"), 1, 1) for i, url in enumerate(urls)
     ]
-    main = Nearby("ipc", MANIFEST, Servers()) if rank == 0 else None
+    main = Nearby("ipc", MANIFEST, ServersConfig()) if rank == 0 else None
     other = local.LocalSender("ipc", MANIFEST) if main is None else None
     for version in (1, 2):
         weights = {name: tensor * version for name, tensor in WEIGHTS.items()}

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from benchmarks.weeks import KEPT, Weeks
-from spell_megatron.config import Record
+from spell_megatron.config import RecordConfig
 from spell_megatron.record import Archive, RunFolder
 from spell_megatron.record.archive import kept_steps
 from spell_megatron.selfplay.memory import Memory
@@ -89,7 +89,7 @@ def test_old_rollouts_are_put_away_whole(tmp_path: Path, how: str) -> None:
     run = RunFolder.create(tmp_path, "run")
     for step in range(1, 10):
         run.rollouts(step).write_text(f'{{"step": {step}}}\n')
-    archive = Archive(run, Record(keep_rollouts=4, keep_last=1, old_rollouts=how))  # type: ignore[arg-type]
+    archive = Archive(run, RecordConfig(keep_rollouts=4, keep_last=1, old_rollouts=how))  # type: ignore[arg-type]
     archive.begin(6)
     archive.after(7)
     archive.close()
@@ -101,6 +101,6 @@ def test_old_rollouts_are_put_away_whole(tmp_path: Path, how: str) -> None:
 
 
 def test_what_a_resume_may_need_is_kept() -> None:
-    assert kept_steps(Record(keep_rollouts=5, checkpoint_every=10, keep_last=2)) == 30
-    assert kept_steps(Record(keep_rollouts=50, checkpoint_every=1)) == 50
-    assert kept_steps(Record(checkpoint_every=0)) is None
+    assert kept_steps(RecordConfig(keep_rollouts=5, checkpoint_every=10, keep_last=2)) == 30
+    assert kept_steps(RecordConfig(keep_rollouts=50, checkpoint_every=1)) == 50
+    assert kept_steps(RecordConfig(checkpoint_every=0)) is None

@@ -13,7 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from spell_megatron.config import Layout
+from spell_megatron.config import LayoutConfig
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import start_world
 from spell_megatron.types import SpellError
@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 1.0
 
 def main() -> None:
     torch.set_num_threads(1)
-    world = start_world(Layout(), seed=0, timeout_seconds=TIMEOUT_SECONDS)
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=TIMEOUT_SECONDS)
     rank_0 = MainRank(world)
     rank_0.work("starts", lambda: None)
     if not world.is_main:

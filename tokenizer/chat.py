@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from spell_megatron.bounded import Bounded, Failed, TooMuch
+from spell_megatron.bounded import Bounded, TooMuch, WorkFailed
 from spell_megatron.types import SpellError, Tokens
 from tokenizer.control import Commands
 from tokenizer.ends import end_tokens
@@ -115,7 +115,7 @@ def _rendered(
         return str(
             _renderer()(hf.get_chat_template(), plain, {**hf.special_tokens_map, **variables}, goes_on)
         )
-    except (TooMuch, Failed, ValueError) as error:
+    except (TooMuch, WorkFailed, ValueError) as error:
         raise SpellError(
             f"the chat template of the tokenizer in {hf.name_or_path} cannot be used: {error}"
         ) from None

@@ -23,7 +23,7 @@ from spell_megatron.policy.learner import Learner
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPart:
     """A rectangle of the tensor `key` of the whole model, which has the shape `whole`, and this rank's memory of it."""
 
     key: str
@@ -32,17 +32,17 @@ class Part:
     data: Tensor
 
 
-def saved_parts(learner: Learner, held: Sequence[Share]) -> list[Part]:
+def saved_parts(learner: Learner, held: Sequence[Share]) -> list[TensorPart]:
     """What this rank writes; every element of the model is written by one rank."""
     return list(_parts(learner, held, saving=True))
 
 
-def loaded_parts(learner: Learner, held: Sequence[Share]) -> list[Part]:
+def loaded_parts(learner: Learner, held: Sequence[Share]) -> list[TensorPart]:
     """What this rank reads. Of weights that a distributed optimizer shares out, the rest is for the others to read."""
     return list(_parts(learner, held, saving=False))
 
 
-def _parts(learner: Learner, held: Sequence[Share], *, saving: bool) -> Iterator[Part]:
+def _parts(learner: Learner, held: Sequence[Share], *, saving: bool) -> Iterator[TensorPart]:
     by_parameter = {share.parameter: share for share in held}
     for parameter, tiles in _tiles(learner):
         share = by_parameter.get(parameter)
@@ -63,7 +63,7 @@ def _parts(learner: Learner, held: Sequence[Share], *, saving: bool) -> Iterator
 
 def _cut(
     tile: ShardedTensor, parameter: Tensor, run: tuple[int, int], prefix: str, first: int, tensor: Tensor
-) -> Iterator[Part]:
+) -> Iterator[TensorPart]:
     """The parts of a tile that lie in a run of its parameter; `tensor` holds these elements from `first` on."""
     flat, ones = tensor.view(-1), (1,) * tile.prepend_axis_num
     begin = tile.data.storage_offset() - parameter.storage_offset()
@@ -72,7 +72,7 @@ def _cut(
         offset = (*(0 for _ in ones), *box.start)
         start = tuple(a + b for a, b in zip(tile.global_offset, offset, strict=True))
         data = flat[low - first : low - first + box.numel].view(*ones, *box.size)
-        yield Part(prefix + tile.key, tuple(tile.global_shape), Box(start, tuple(data.shape)), data)
+        yield TensorPart(prefix + tile.key, tuple(tile.global_shape), Box(start, tuple(data.shape)), data)
         low += box.numel
 
 

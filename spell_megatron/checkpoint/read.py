@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from spell_megatron.checkpoint.boxes import Box, Overlaps, Shape
 from spell_megatron.checkpoint.files import open_plain
-from spell_megatron.checkpoint.parts import Part
+from spell_megatron.checkpoint.parts import TensorPart
 
 _OVERHEAD = 1 << 16
 """Bytes that a tensor's record may have besides its elements."""
@@ -42,13 +42,13 @@ class _Stored:
     """Bytes that it may unpack to."""
 
 
-def read_parts(folder: Path, index: Metadata, parts: Iterable[Part]) -> int:
+def read_parts(folder: Path, index: Metadata, parts: Iterable[TensorPart]) -> int:
     """Fill the parts from the files of a checkpoint; the bytes of the tensors that were read for it.
 
     Raises ValueError where they are another model's, OSError where they cannot be read.
     """
     wanted: dict[_Stored, list[tuple[Box, Tensor]]] = defaultdict(list)
-    by_key: dict[str, list[Part]] = defaultdict(list)
+    by_key: dict[str, list[TensorPart]] = defaultdict(list)
     for part in parts:
         by_key[part.key].append(part)
     names = {_OTHER_NAMES.sub("optimizer.state.", name): name for name in index.state_dict_metadata}
@@ -78,7 +78,9 @@ def load_plain(content: bytes, largest: int) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _overlapping(index: Metadata, name: str, parts: list[Part]) -> Iterable[tuple[_Stored, Box, Tensor]]:
+def _overlapping(
+    index: Metadata, name: str, parts: list[TensorPart]
+) -> Iterable[tuple[_Stored, Box, Tensor]]:
     """What is stored of the parts of one tensor: where, what of that, and where it belongs."""
     described = index.state_dict_metadata[name]
     assert isinstance(described, TensorStorageMetadata)  # an index has nothing else

@@ -12,7 +12,7 @@ from spell_megatron.checkpoint.faults import reason
 from spell_megatron.checkpoint.files import read_bytes
 from spell_megatron.checkpoint.folder import Checkpoint
 from spell_megatron.checkpoint.index import read_index
-from spell_megatron.checkpoint.parts import Part, loaded_parts, saved_parts
+from spell_megatron.checkpoint.parts import TensorPart, loaded_parts, saved_parts
 from spell_megatron.checkpoint.read import load_plain, read_parts
 from spell_megatron.checkpoint.shares import plain_values, prepare, settle, shares
 from spell_megatron.policy.learner import Learner
@@ -22,7 +22,7 @@ VALUES = "common.pt"
 _LARGEST_VALUES = 1 << 28
 
 
-def learner_state(learner: Learner) -> tuple[list[Part], dict[str, Any]]:
+def learner_state(learner: Learner) -> tuple[list[TensorPart], dict[str, Any]]:
     """What this rank saves of the tensors, and the plain values, which are the same on every rank.
 
     Before its first step an optimizer has no state.

@@ -23,7 +23,7 @@ from torch import Tensor
 from spell_megatron.checkpoint.faults import reason
 from spell_megatron.checkpoint.files import new_digest
 from spell_megatron.checkpoint.index import Entry, write_index
-from spell_megatron.checkpoint.parts import Part
+from spell_megatron.checkpoint.parts import TensorPart
 from spell_megatron.checkpoint.state import VALUES, learner_state
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.residence import host_memory
@@ -41,7 +41,7 @@ class HostCopy:
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
-    def of(self, parts: list[Part], device: torch.device) -> list[Part]:
+    def of(self, parts: list[TensorPart], device: torch.device) -> list[TensorPart]:
         """The same parts, which nobody changes until the next call."""
         sizes = [-(-part.data.nbytes // _ALIGNED) * _ALIGNED for part in parts]
         if self.memory.numel() != sum(sizes):

@@ -42,7 +42,7 @@ Location = Annotated[str, AfterValidator(_written_out)]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RecordName:
     """Validates the name of a record: a shipped one, or the import path of the user's own. For `Annotated[str, …]`.
 
     The records are upstairs; a test compares their names with these.

@@ -12,7 +12,7 @@ from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
 from spell_megatron.config.explaining import example, nearest
-from spell_megatron.config.reading import Entry
+from spell_megatron.config.reading import RecordName
 from spell_megatron.config.schema import Config
 from spell_megatron.config.yamltext import ConfigError
 
@@ -68,7 +68,7 @@ def _values(kind: Any, limits: Iterable[Any], path: str, name: str) -> str:
             one for part in parts[1:] for one in (part.metadata if isinstance(part, FieldInfo) else [part])
         ]
         return _values(parts[0], [*limits, *extra], path, name)
-    entry = next((one for one in limits if isinstance(one, Entry)), None)
+    entry = next((one for one in limits if isinstance(one, RecordName)), None)
     if entry is not None:
         return f"{_choice(entry.shipped)}, `package.module:Name`"
     if get_origin(kind) in (Union, UnionType):

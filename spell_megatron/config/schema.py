@@ -11,23 +11,23 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from spell_megatron.config.reading import Entry, Location
+from spell_megatron.config.reading import Location, RecordName
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 EVERY_TEXT = "*"
 """As `text_field`: every text of a row, wherever in it, is a text of its own."""
 
 Dtype = Literal["float32", "bfloat16"]
-Task = Annotated[str, Entry("task", ("doc_general_qa", "docmath_qa", "doc_mc"))]
-Role = Annotated[str, Entry("role", ("questioner", "responder", "verifier"))]
-Scheme = Annotated[str, Entry("scheme of advantages", ("standardised", "centred", "leave_one_out"))]
-Surrogate = Annotated[str, Entry("loss", ("clipped",))]
+TaskName = Annotated[str, RecordName("task", ("doc_general_qa", "docmath_qa", "doc_mc"))]
+RoleName = Annotated[str, RecordName("role", ("questioner", "responder", "verifier"))]
+SchemeName = Annotated[str, RecordName("scheme of advantages", ("standardised", "centred", "leave_one_out"))]
+SurrogateName = Annotated[str, RecordName("loss", ("clipped",))]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Model:
+class ModelConfig:
     """The model that is trained, and how it is asked."""
 
     path: Location = ""
@@ -45,7 +45,7 @@ class Model:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Source:
+class SourceConfig:
     """Documents of one kind, and what is asked about them."""
 
     path: Location = "toy"
@@ -53,7 +53,7 @@ class Source:
     `org/name`."""
     domain: str = ""
     """Name of the domain in metrics; the path's last part where empty."""
-    tasks: tuple[Task, ...] = ("doc_general_qa", "docmath_qa", "doc_mc")
+    tasks: tuple[TaskName, ...] = ("doc_general_qa", "docmath_qa", "doc_mc")
     """Tasks that make sense on these documents; one of your own by its import path, `my_package.tasks:Table`."""
     clusters: int | None = Field(default=None, gt=0)
     """At most so many clusters, drawn by the run's seed: memory acts where they come again. All where not given."""
@@ -70,10 +70,10 @@ class Source:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Corpus:
+class CorpusConfig:
     """What the questioner reads."""
 
-    sources: tuple[Source, ...] = (Source(),)
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     """Where documents come from; at least one."""
     benchmarks: tuple[str, ...] = ()
     """Files or folders of benchmarks: documents that repeat one of theirs, or hold a question, are left out."""
@@ -86,7 +86,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Sampling:
+class SamplingConfig:
     """How rollouts are drawn; the learner computes log-probs of the same distribution."""
 
     temperature: float = Field(default=0.7, gt=0)
@@ -102,7 +102,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class ExternalJudge:
+class ExternalJudgeConfig:
     """A model behind an OpenAI-compatible endpoint that judges answers, too (paper, Table 4).
 
     Its key, where it wants one, is in the environment: SPELL_JUDGE_KEY. Multiple choice needs no judge.
@@ -126,7 +126,7 @@ class ExternalJudge:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Stage:
+class StageConfig:
     """From a step on, clusters of so many tokens."""
 
     step: int = Field(default=0, ge=0)
@@ -136,7 +136,7 @@ class Stage:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Beyond:
+class BeyondConfig:
     """What others found and the paper does not have. All off by default; docs/recipes.md names the sources."""
 
     evidence: float = Field(default=0.0, ge=0)
@@ -151,18 +151,18 @@ class Beyond:
     """Whom a question is compared with: those of its task, or of them those about as many documents."""
     questioner_baseline: Literal["batch", "ema"] = "batch"
     """`ema` compares a question with a running mean of its task over the steps."""
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[StageConfig, ...] = ()
     """Shorter clusters first: `[{step: 0, tokens: 16000}, {step: 40, tokens: 60000}]`."""
 
 
 @dataclass(frozen=True, config=_STRICT)
-class SelfPlay:
+class SelfPlayConfig:
     """The algorithm: who plays, what is kept, what it earns."""
 
-    sampling: Sampling = Sampling()
-    roles: tuple[Role, ...] = ("questioner", "responder", "verifier")
+    sampling: SamplingConfig = SamplingConfig()
+    roles: tuple[RoleName, ...] = ("questioner", "responder", "verifier")
     """Who takes part in an episode, in the order of play; one of your own by its import path."""
-    advantage: Scheme = "standardised"
+    advantage: SchemeName = "standardised"
     """How rewards of comparable samples become advantages: `standardised` (GRPO), `centred` (Dr. GRPO, undivided),
     `leave_one_out` (RLOO), or your own by its import path."""
     questions: int = Field(default=128, gt=0)
@@ -226,8 +226,8 @@ class SelfPlay:
     """Train on the verifier's samples."""
     judge: bool = True
     """Ask the verifier at all; without it the rule alone rewards the responder, and no verdict is trained on."""
-    external_judge: ExternalJudge = ExternalJudge()
-    beyond: Beyond = Beyond()
+    external_judge: ExternalJudgeConfig = ExternalJudgeConfig()
+    beyond: BeyondConfig = BeyondConfig()
     static_questions: bool = False
     """Train on the corpus' own fixed questions (static RLVR) instead of the questioner's."""
     concurrency: int = Field(default=64, gt=0)
@@ -240,7 +240,7 @@ class SelfPlay:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Servers:
+class ServersConfig:
     """A fleet of vLLM servers instead of the engine inside the trainer's process."""
 
     count: int = Field(default=0, ge=0)
@@ -274,7 +274,7 @@ class Servers:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Rollout:
+class RolloutConfig:
     """The engine that generates."""
 
     dtype: Dtype = "bfloat16"
@@ -299,11 +299,11 @@ class Rollout:
     """Further engine arguments of vLLM, by its own names: `{enable_expert_parallel: true, moe_backend: triton}`."""
     engine_environment: dict[str, str] = Field(default_factory=dict)
     """Further environment variables of vLLM's (`VLLM_…`) for the servers that are started."""
-    servers: Servers = Servers()
+    servers: ServersConfig = ServersConfig()
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Layout:
+class LayoutConfig:
     """How the model is cut over ranks. What is left of the world size is data-parallel."""
 
     tensor: int = Field(default=1, gt=0)
@@ -323,7 +323,7 @@ class Layout:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Optimizer:
+class OptimizerConfig:
     """AdamW and its schedule."""
 
     lr: float = Field(default=2e-6, gt=0)
@@ -354,10 +354,10 @@ class Optimizer:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Loss:
+class LossConfig:
     """From advantages to gradients."""
 
-    surrogate: Surrogate = "clipped"
+    surrogate: SurrogateName = "clipped"
     """What of the policy is differentiated: `clipped` (PPO/GRPO; GSPO by `ratio`), or your own by its import path."""
     clip_low: float = Field(default=0.2, gt=0)
     """Ratios below 1 - this are clipped."""
@@ -380,7 +380,7 @@ class Loss:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Fusions:
+class FusionsConfig:
     """Kernels that do several operations at once. They are Transformer Engine's: without it none is used."""
 
     permute: bool = True
@@ -392,12 +392,12 @@ class Fusions:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Policy:
+class PolicyConfig:
     """The learner."""
 
-    layout: Layout = Layout()
-    optimizer: Optimizer = Optimizer()
-    loss: Loss = Loss()
+    layout: LayoutConfig = LayoutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
     dtype: Dtype = "bfloat16"
     """Precision of the weights in computation; gradients and master weights are float32."""
     spec: Literal["auto", "torch", "te"] = "auto"
@@ -407,7 +407,7 @@ class Policy:
     attention: Literal["auto", "fa2", "fa3"] = "auto"
     """Flash kernel on a GPU: `auto` takes FlashAttention 3 on Hopper where its backward pass is installed, and torch's
     own, which is version 2, elsewhere."""
-    fusions: Fusions = Fusions()
+    fusions: FusionsConfig = FusionsConfig()
     dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
     """Who sends tokens to experts: NCCL's all-to-all, or a kernel of DeepEP's that sends while others compute. Those
     have to be installed, and have not been tried."""
@@ -440,7 +440,7 @@ class Policy:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class HeldOut:
+class HeldOutConfig:
     """Questions that are measured and never trained on."""
 
     every: int = Field(default=0, ge=0)
@@ -465,7 +465,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Record:
+class RecordConfig:
     """What a run writes, keeps and watches."""
 
     group_readable: bool = False
@@ -501,7 +501,7 @@ class Record:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Cluster:
+class ClusterConfig:
     """The machines that a recipe is meant for: read by the planner and the launchers, not by the loop."""
 
     nodes: int = Field(default=1, gt=0)
@@ -531,11 +531,11 @@ class Config:
     """Seed of everything that is drawn: clusters, tasks, samples."""
     steps: int = Field(default=100, gt=0)
     """Rollout batches, each with its update."""
-    model: Model = Model()
-    corpus: Corpus = Corpus()
-    selfplay: SelfPlay = SelfPlay()
-    rollout: Rollout = Rollout()
-    policy: Policy = Policy()
-    heldout: HeldOut = HeldOut()
-    record: Record = Record()
-    cluster: Cluster = Cluster()
+    model: ModelConfig = ModelConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    selfplay: SelfPlayConfig = SelfPlayConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    policy: PolicyConfig = PolicyConfig()
+    heldout: HeldOutConfig = HeldOutConfig()
+    record: RecordConfig = RecordConfig()
+    cluster: ClusterConfig = ClusterConfig()

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from rensa import RMinHash, RMinHashLSH
 
-from spell_megatron.config import EVERY_TEXT, Source
+from spell_megatron.config import EVERY_TEXT, SourceConfig
 from spell_megatron.corpus.cleaning import MIN_SHINGLES, SHINGLE
 from spell_megatron.corpus.reading import Skipped, read
 from spell_megatron.types import SpellError
@@ -61,7 +61,7 @@ class Benchmarks:
         self._questions: defaultdict[Words, dict[Words, str]] = defaultdict(dict)
         for path in paths:
             skipped, empty = Skipped(), True
-            for text in read(Source(path=path, text_field=EVERY_TEXT), skipped):
+            for text in read(SourceConfig(path=path, text_field=EVERY_TEXT), skipped):
                 empty = False
                 for piece in _pieces(text.text):
                     self._add(text.name, piece)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spell_megatron.config import HeldOut
+from spell_megatron.config import HeldOutConfig
 from spell_megatron.corpus.worlds import WORLDS
 from spell_megatron.types import Cluster, Document, Question, SpellError
 
 
-def load_heldout(settings: HeldOut) -> list[tuple[Cluster, Question]]:
+def load_heldout(settings: HeldOutConfig) -> list[tuple[Cluster, Question]]:
     """The first `settings.questions` held-out questions with their documents; none where that is 0."""
     if settings.questions == 0:
         return []

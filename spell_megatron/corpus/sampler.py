@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from spell_megatron.config import Corpus, Source
+from spell_megatron.config import CorpusConfig, SourceConfig
 from spell_megatron.corpus.decontamination import Benchmarks
 from spell_megatron.corpus.store import ClusterStore, Count, build
 from spell_megatron.corpus.worlds import WORLDS, GeneratedWorld
@@ -24,7 +24,7 @@ _NOT_READ = {"weight": 0, "tasks": (), "clusters": None}
 """Keys of a source that change what is drawn of it, and not what is read."""
 
 
-class Clusters(Protocol):
+class SourceClusters(Protocol):
     """A source's clusters, by number, and what is known of them."""
 
     @property
@@ -39,9 +39,9 @@ class Clusters(Protocol):
 class _Stream:
     """One source: its clusters, and how far it has been read."""
 
-    source: Source
+    source: SourceConfig
     domain: str
-    clusters: Clusters
+    clusters: SourceClusters
     share: float
     drawn: int = 0
     credit: float = 0.0
@@ -68,7 +68,7 @@ class ClusterSampler:
     Raises SpellError for a source that holds nothing usable.
     """
 
-    def __init__(self, corpus: Corpus, count: Count, seed: int, folder: Path | None = None) -> None:
+    def __init__(self, corpus: CorpusConfig, count: Count, seed: int, folder: Path | None = None) -> None:
         self._corpus, self._count, self._seed = corpus, count, seed
         self._temporary = None if folder else TemporaryDirectory(prefix="spell-corpus-")
         self._folder = folder or Path(self._temporary.name)  # type: ignore[union-attr]
@@ -135,7 +135,7 @@ class ClusterSampler:
             stream.drawn = place["epoch"] * stream.epoch_length + position
             stream.credit = place["credit"]
 
-    def _open(self, source: Source, domain: str) -> Clusters:
+    def _open(self, source: SourceConfig, domain: str) -> SourceClusters:
         if source.path in WORLDS:
             return _Generated(WORLDS[source.path], self._seed, self._corpus.toy_clusters, domain)
         limits = (self._corpus.cluster_tokens, self._corpus.max_documents)

@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.config import Source
+from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.cleaning import clean, fingerprint, sketch
 from spell_megatron.corpus.clustering import BLOCK, Filler, passages, similar
 from spell_megatron.corpus.decontamination import Benchmarks
@@ -82,7 +82,7 @@ class ClusterStore:
 
 def build(
     path: Path,
-    source: Source,
+    source: SourceConfig,
     *,
     budget: int,
     max_documents: int,
@@ -118,7 +118,7 @@ class _Build:
     def __init__(
         self,
         db: sqlite3.Connection,
-        source: Source,
+        source: SourceConfig,
         budget: int,
         limit: int,
         count: Count,

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spell_megatron.config import RECIPES, Config, Corpus, Source, load_config
+from spell_megatron.config import RECIPES, Config, CorpusConfig, SourceConfig, load_config
 from spell_megatron.config.reading import build, override
 from spell_megatron.corpus.sampler import ClusterSampler
 from spell_megatron.corpus.store import Count
@@ -61,13 +61,13 @@ def meant(source: str, overrides: Sequence[str] = ()) -> Config:
     own: dict[str, Any] = {"path": source}
     for text in overrides:
         if "." not in text.partition("=")[0]:
-            override(Source, own, text)
+            override(SourceConfig, own, text)
     config = load_config("paper-16k", [text for text in overrides if "." in text.partition("=")[0]])
-    only = build(Source, own, f"{source} is not a valid source")
+    only = build(SourceConfig, own, f"{source} is not a valid source")
     return replace(config, corpus=replace(config.corpus, sources=(only,)))
 
 
-def survey(corpus: Corpus, count: Count, seed: int = 0, samples: int = 3) -> Survey:
+def survey(corpus: CorpusConfig, count: Count, seed: int = 0, samples: int = 3) -> Survey:
     """Prepare the corpus as a run does, in a temporary folder. Raises SpellError where nothing usable is found."""
     sampler = ClusterSampler(corpus, count, seed)
     drawn = [cluster for cluster, _ in sampler.draw(samples)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spell_megatron.config import Layout, Policy
+from spell_megatron.config import LayoutConfig, PolicyConfig
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.parameters import width
 from spell_megatron.weights.shape import ModelShape
@@ -47,7 +47,12 @@ class Activations:
 
 
 def activations(
-    shape: ModelShape, policy: Policy, stage: int, stream: FullStream, microbatches: int, assumed: Assumptions
+    shape: ModelShape,
+    policy: PolicyConfig,
+    stage: int,
+    stream: FullStream,
+    microbatches: int,
+    assumed: Assumptions,
 ) -> Activations:
     """At the peak of an update on a rank of a pipeline stage, for streams that fill their budget."""
     layout, b = policy.layout, width(policy)
@@ -77,7 +82,7 @@ def activations(
     )
 
 
-def _in_flight(layout: Layout, stage: int, microbatches: int) -> int:
+def _in_flight(layout: LayoutConfig, stage: int, microbatches: int) -> int:
     """Chunk passes whose backward has not begun, in Megatron's 1F1B and interleaved schedules."""
     ahead = layout.pipeline - stage - 1
     if layout.virtual_pipeline is None:
@@ -86,20 +91,20 @@ def _in_flight(layout: Layout, stage: int, microbatches: int) -> int:
     return min(warm_up + 1, microbatches * layout.virtual_pipeline)
 
 
-def _sequence(layout: Layout) -> int:
+def _sequence(layout: LayoutConfig) -> int:
     return layout.tensor if layout.sequence else 1
 
 
-def _heads(shape: ModelShape, layout: Layout) -> tuple[float, float]:
+def _heads(shape: ModelShape, layout: LayoutConfig) -> tuple[float, float]:
     return shape.heads / layout.tensor, max(shape.kv_heads / layout.tensor, 1.0)
 
 
-def _normed(shape: ModelShape, layout: Layout, tokens: float, b: int) -> float:
+def _normed(shape: ModelShape, layout: LayoutConfig, tokens: float, b: int) -> float:
     """The input of a norm, which it keeps, and its output, which the next linear layer keeps."""
     return tokens * shape.hidden * b * 2 / _sequence(layout)
 
 
-def _attention(shape: ModelShape, policy: Policy, stream: FullStream) -> float:
+def _attention(shape: ModelShape, policy: PolicyConfig, stream: FullStream) -> float:
     layout, b, d = policy.layout, width(policy), shape.head_dim
     heads, kv = _heads(shape, layout)
     projected = heads + 2 * kv
@@ -111,19 +116,19 @@ def _attention(shape: ModelShape, policy: Policy, stream: FullStream) -> float:
     return _normed(shape, layout, stream.local, b) + kept + _attended(shape, policy, stream)
 
 
-def _attended(shape: ModelShape, policy: Policy, stream: FullStream) -> float:
+def _attended(shape: ModelShape, policy: PolicyConfig, stream: FullStream) -> float:
     """What queries got, and its log-sum-exp in float32."""
     heads, _ = _heads(shape, policy.layout)
     return stream.local * heads * (shape.head_dim * width(policy) + 4)
 
 
-def _routed(shape: ModelShape, layout: Layout, stream: FullStream, assumed: Assumptions) -> float:
+def _routed(shape: ModelShape, layout: LayoutConfig, stream: FullStream, assumed: Assumptions) -> float:
     """Rows that a rank's experts compute."""
     rows = stream.local * shape.experts_per_token / _sequence(layout) * layout.expert_tensor
     return rows * (assumed.expert_imbalance if layout.expert > 1 else 1.0)
 
 
-def _mlp(shape: ModelShape, layout: Layout, stream: FullStream, b: int, assumed: Assumptions) -> float:
+def _mlp(shape: ModelShape, layout: LayoutConfig, stream: FullStream, b: int, assumed: Assumptions) -> float:
     normed = _normed(shape, layout, stream.local, b)
     if not shape.experts:
         # gate and up (2), and the product of one's silu with the other
@@ -134,7 +139,7 @@ def _mlp(shape: ModelShape, layout: Layout, stream: FullStream, b: int, assumed:
     return normed + routing + rows * (shape.hidden + 3 * shape.expert_ffn / layout.expert_tensor) * b
 
 
-def _passing(shape: ModelShape, policy: Policy, stream: FullStream, assumed: Assumptions) -> float:
+def _passing(shape: ModelShape, policy: PolicyConfig, stream: FullStream, assumed: Assumptions) -> float:
     """The largest need of one layer's backward pass beyond what was kept for it."""
     layout, b, d = policy.layout, width(policy), shape.head_dim
     heads, kv = _heads(shape, layout)

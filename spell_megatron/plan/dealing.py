@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from spell_megatron.config import Config, SelfPlay
+from spell_megatron.config import Config, SelfPlayConfig
 from spell_megatron.plan.workload import (
     Lengths,
     Work,
@@ -54,7 +54,13 @@ def even(config: Config, shape: ModelShape, world: WorldShape, lengths: Lengths,
 
 @cache
 def _dealt(
-    play: SelfPlay, lengths: Lengths, shape: ModelShape, budget: int, data: int, multiple: int, shared: bool
+    play: SelfPlayConfig,
+    lengths: Lengths,
+    shape: ModelShape,
+    budget: int,
+    data: int,
+    multiple: int,
+    shared: bool,
 ) -> Deal:
     batch = expected_batch(play, lengths)
     ranks = plan_streams(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spell_megatron.config import Cluster, Config
+from spell_megatron.config import ClusterConfig, Config
 from spell_megatron.plan.assumptions import GIB, Assumptions
 from spell_megatron.plan.catalogue import architecture
 from spell_megatron.plan.dealing import Deal, even, packed
@@ -75,7 +75,7 @@ def _traffic(config: Config, shape: ModelShape, world: WorldShape, parts: list[H
     return step_traffic(shape, config.policy, world, parts, deal.tokens, deal.rows)
 
 
-def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: Cluster) -> list[str]:
+def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: ClusterConfig) -> list[str]:
     """Contradictions between model, lengths, engine and cluster that no memory would mend."""
     rollout, play, faults = config.rollout, config.selfplay, []
     limits = play.sampling

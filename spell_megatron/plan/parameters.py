@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spell_megatron.config import Layout, Policy
+from spell_megatron.config import LayoutConfig, PolicyConfig
 from spell_megatron.policy.layout import WorldShape
 from spell_megatron.weights.shape import ModelShape
 from spell_megatron.weights.table import EMBEDDING, Row, Split
@@ -43,7 +43,7 @@ class Static:
         return self.weights + self.gradients + self.optimizer
 
 
-def held(shape: ModelShape, layout: Layout) -> list[Held]:
+def held(shape: ModelShape, layout: LayoutConfig) -> list[Held]:
     """What a rank of each pipeline stage holds."""
     layer = expert = before = after = 0
     for row in shape.rows():
@@ -66,7 +66,7 @@ def held(shape: ModelShape, layout: Layout) -> list[Held]:
     return stages
 
 
-def _part(shape: ModelShape, row: Row, layout: Layout) -> int:
+def _part(shape: ModelShape, row: Row, layout: LayoutConfig) -> int:
     """Elements of a row's parameter on one rank."""
     if row.split is Split.REPLICATED:
         return shape.elements(row)
@@ -74,32 +74,32 @@ def _part(shape: ModelShape, row: Row, layout: Layout) -> int:
 
 
 def total_parameters(shape: ModelShape) -> int:
-    return held(shape, Layout())[0].total
+    return held(shape, LayoutConfig())[0].total
 
 
 def active_parameters(shape: ModelShape) -> int:
     """Those that one token meets."""
-    whole = held(shape, Layout())[0]
+    whole = held(shape, LayoutConfig())[0]
     return whole.dense + (whole.expert * shape.experts_per_token // shape.experts if shape.experts else 0)
 
 
-def width(policy: Policy) -> int:
+def width(policy: PolicyConfig) -> int:
     """Bytes of a weight in computation."""
     return 4 if policy.dtype == "float32" else 2
 
 
-def state_width(policy: Policy) -> int:
+def state_width(policy: PolicyConfig) -> int:
     """Bytes of AdamW's state for a weight: two moments in float32, and a master copy where weights are narrower."""
     return 12 if policy.master_weights else 8
 
 
-def share(part: Held, policy: Policy, world: WorldShape) -> int:
+def share(part: Held, policy: PolicyConfig, world: WorldShape) -> int:
     """Parameters of which one rank steps for all that hold a copy, where the optimizer is distributed."""
     copies = world.data * policy.layout.context
     return -(-part.dense // copies) + -(-part.expert // world.expert_data)
 
 
-def static_bytes(part: Held, policy: Policy, world: WorldShape) -> Static:
+def static_bytes(part: Held, policy: PolicyConfig, world: WorldShape) -> Static:
     """Weights, float32 gradients, and AdamW's float32 master copy and two moments."""
     state, optimizer = state_width(policy), policy.optimizer
     owned = share(part, policy, world) if optimizer.distributed else part.total

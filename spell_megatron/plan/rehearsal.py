@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from spell_megatron.config import Policy
+from spell_megatron.config import PolicyConfig
 from spell_megatron.interpreter import environment, python
 from spell_megatron.types import SpellError
 from spell_megatron.weights.families import Family
@@ -34,7 +34,7 @@ _SECONDS_PER_JOB = 300
 class Build:
     """A model to build."""
 
-    policy: Policy
+    policy: PolicyConfig
     folder: Path
     """With its config.json."""
     size: int
@@ -132,7 +132,7 @@ def _build(job: Build) -> Rehearsal:
 
 
 @contextmanager
-def _world(policy: Policy, rank: int, size: int) -> Iterator[None]:
+def _world(policy: PolicyConfig, rank: int, size: int) -> Iterator[None]:
     """This process as one rank of a world of which nothing else exists."""
     import torch
     import torch.distributed as dist
@@ -157,7 +157,12 @@ def _world(policy: Policy, rank: int, size: int) -> Iterator[None]:
 
 
 def _inspect(
-    policy: Policy, folder: Path, shape: ModelShape, rank: int, stage: int, full: dict[str, tuple[int, ...]]
+    policy: PolicyConfig,
+    folder: Path,
+    shape: ModelShape,
+    rank: int,
+    stage: int,
+    full: dict[str, tuple[int, ...]],
 ) -> tuple[Rank, list[str]]:
     from spell_megatron.policy.model import build_chunks
     from spell_megatron.policy.optimizer import wrap_data_parallel
@@ -182,7 +187,9 @@ def _inspect(
     return built, names
 
 
-def _covers(weight: Any, policy: Policy, experts: int, full: dict[str, tuple[int, ...]]) -> Iterator[str]:
+def _covers(
+    weight: Any, policy: PolicyConfig, experts: int, full: dict[str, tuple[int, ...]]
+) -> Iterator[str]:
     """Hugging Face tensors that the ranks which share a stage hold together in this parameter.
 
     Raises SpellError where the parts do not tile the tensor exactly.
@@ -262,7 +269,7 @@ def _storage_bytes(tensors: Iterable[Any]) -> int:
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
-def _optimizer_bytes(policy: Policy, models: Sequence[Any], parameters: Iterable[Any]) -> int:
+def _optimizer_bytes(policy: PolicyConfig, models: Sequence[Any], parameters: Iterable[Any]) -> int:
     """AdamW's state on this rank: float32 master weights (where the weights are not) and two moments."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spell_megatron.config import Config, Policy
+from spell_megatron.config import Config, PolicyConfig
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.engine import EngineMemory
 from spell_megatron.plan.parameters import Held, Static, share, state_width, width
@@ -37,12 +37,12 @@ class Saving:
     somebody else needs its memory."""
 
 
-def saved_bytes(part: Held, policy: Policy, world: WorldShape) -> int:
+def saved_bytes(part: Held, policy: PolicyConfig, world: WorldShape) -> int:
     """What one rank of a pipeline stage writes."""
     return share(part, policy, world) * (width(policy) + state_width(policy))
 
 
-def read_bytes(part: Held, policy: Policy, world: WorldShape) -> int:
+def read_bytes(part: Held, policy: PolicyConfig, world: WorldShape) -> int:
     """What one rank of a pipeline stage reads: without a distributed optimizer all that it holds."""
     if policy.optimizer.distributed:
         return saved_bytes(part, policy, world)

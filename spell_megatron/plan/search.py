@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from spell_megatron.config import Config, Layout, written
+from spell_megatron.config import Config, LayoutConfig, written
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.changes import changed, resized
 from spell_megatron.plan.estimate import estimate
@@ -58,7 +58,9 @@ def _candidates(config: Config) -> Iterator[Config]:
     for tensor, context, pipeline, expert in itertools.product(inside, across, across, inside):
         if tensor * context * pipeline > gpus:
             continue
-        layout = Layout(tensor=tensor, sequence=tensor > 1, context=context, pipeline=pipeline, expert=expert)
+        layout = LayoutConfig(
+            tensor=tensor, sequence=tensor > 1, context=context, pipeline=pipeline, expert=expert
+        )
         for recompute in ("none", "all_but_attention", "full"):
             yield changed(
                 config,

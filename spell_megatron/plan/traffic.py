@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spell_megatron.config import Policy
+from spell_megatron.config import PolicyConfig
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.plan.parameters import Held, total_parameters, width
 from spell_megatron.policy.layout import WorldShape
@@ -28,7 +28,7 @@ class Traffic:
 
 
 def step_traffic(
-    shape: ModelShape, policy: Policy, world: WorldShape, parts: list[Held], tokens: float, rows: float
+    shape: ModelShape, policy: PolicyConfig, world: WorldShape, parts: list[Held], tokens: float, rows: float
 ) -> Traffic:
     """`tokens` pass one data-parallel rank in the step and `rows` of them are predicted, context ranks together."""
     layout, b = policy.layout, width(policy)
@@ -57,7 +57,7 @@ def step_traffic(
     )
 
 
-def _sent(shape: ModelShape, policy: Policy) -> float:
+def _sent(shape: ModelShape, policy: PolicyConfig) -> float:
     """Copies of a token that travel, for each of its experts: DeepEP sends one to a rank, however many it has there."""
     ranks, chosen = policy.layout.expert, shape.experts_per_token
     if policy.dispatcher == "alltoall" or not shape.experts:
@@ -66,7 +66,7 @@ def _sent(shape: ModelShape, policy: Policy) -> float:
 
 
 def link_seconds(
-    traffic: Traffic, policy: Policy, world: WorldShape, gpus_per_node: int, assumed: Assumptions
+    traffic: Traffic, policy: PolicyConfig, world: WorldShape, gpus_per_node: int, assumed: Assumptions
 ) -> dict[str, float]:
     """Seconds that the GPUs wait for links during an update. Reductions of gradients hide behind computation
     where `overlap` is on, but for a fifth."""

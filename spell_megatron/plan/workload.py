@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from spell_megatron.config import Config, SelfPlay
+from spell_megatron.config import Config, SelfPlayConfig
 from spell_megatron.plan.assumptions import Assumptions
 from spell_megatron.types import Group, Sample, TrainBatch
 from spell_megatron.weights.shape import ModelShape
@@ -42,7 +42,7 @@ class Lengths:
 
 
 @cache
-def expected_batch(play: SelfPlay, lengths: Lengths) -> TrainBatch:
+def expected_batch(play: SelfPlayConfig, lengths: Lengths) -> TrainBatch:
     """A training batch of the mean lengths, role-balanced as the algorithm makes it. Its tokens are only counted."""
     groups: list[Group] = []
     groups += [_group(lengths.prompt, lengths.response, play.group_size)] * play.questions

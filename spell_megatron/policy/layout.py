@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from spell_megatron.config import Layout
+from spell_megatron.config import LayoutConfig
 from spell_megatron.types import SpellError
 from spell_megatron.weights.shape import ModelShape
 
@@ -24,7 +24,7 @@ class WorldShape:
     expert_data: int
 
 
-def check_layout(layout: Layout, shape: ModelShape, world_size: int) -> WorldShape:
+def check_layout(layout: LayoutConfig, shape: ModelShape, world_size: int) -> WorldShape:
     """Raise `LayoutError` with every reason, or return how the world divides."""
     tp, pp, cp, ep, etp = (
         layout.tensor,
@@ -80,7 +80,7 @@ def check_layout(layout: Layout, shape: ModelShape, world_size: int) -> WorldSha
     return WorldShape(world_size, model, world_size // model, world_size // (ep * etp * pp))
 
 
-def megatron_sizes(layout: Layout) -> dict[str, Any]:
+def megatron_sizes(layout: LayoutConfig) -> dict[str, Any]:
     """The layout by megatron-core's own names, for whatever takes it."""
     return {
         "tensor_model_parallel_size": layout.tensor,

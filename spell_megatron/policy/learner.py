@@ -22,7 +22,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from spell_megatron.config import Policy
+from spell_megatron.config import PolicyConfig
 from spell_megatron.files import hf_config
 from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
@@ -119,7 +119,7 @@ class Learner:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyConfig,
         folder: Path,
         world: World,
         *,

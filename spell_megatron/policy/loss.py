@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spell_megatron.config import Loss
+from spell_megatron.config import LossConfig
 from spell_megatron.registry import Registry
 
 
@@ -47,11 +47,11 @@ class Surrogate:
     """
 
     name: str
-    compute: Callable[[TokenTerms, Tensor, Loss], tuple[Tensor, ...]]
+    compute: Callable[[TokenTerms, Tensor, LossConfig], tuple[Tensor, ...]]
     metrics: tuple[str, ...] = ()
 
 
-def clipped(terms: TokenTerms, log_ratio: Tensor, loss: Loss) -> tuple[Tensor, ...]:
+def clipped(terms: TokenTerms, log_ratio: Tensor, loss: LossConfig) -> tuple[Tensor, ...]:
     """PPO's: no gain in moving the ratio beyond the bounds. Says of each token whether it was held back."""
     ratio = log_ratio.exp()
     held = ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
@@ -63,7 +63,7 @@ CLIPPED = Surrogate("clipped", clipped, metrics=("clipped",))
 SURROGATES: Registry[Surrogate] = Registry("loss", Surrogate, (CLIPPED,))
 
 
-def token_losses(terms: TokenTerms, loss: Loss, surrogate: Surrogate = CLIPPED) -> tuple[Tensor, ...]:
+def token_losses(terms: TokenTerms, loss: LossConfig, surrogate: Surrogate = CLIPPED) -> tuple[Tensor, ...]:
     """Loss of every token, and what the surrogate says of it, `[n]` each."""
     log_ratio = terms.logprobs - terms.old
     if terms.sequence_log_ratio is not None:

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe import fused_a2a
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from spell_megatron.config import Policy
+from spell_megatron.config import PolicyConfig
 from spell_megatron.policy.attention import SpanAttention
 from spell_megatron.policy.experts import round_router_logits
 from spell_megatron.policy.head import Sampled, token_logprobs
@@ -34,7 +34,7 @@ _FP8_TOKENS = {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp
 """What the number of tokens of a product must be a multiple of."""
 
 
-def token_grain(policy: Policy) -> int:
+def token_grain(policy: PolicyConfig) -> int:
     """What a rank's tokens of a stream must be a multiple of: under sequence parallelism each TP rank has its share."""
     return _FP8_TOKENS[policy.fp8] * (policy.layout.tensor if policy.layout.sequence else 1)
 
@@ -80,7 +80,7 @@ class SpanModel(GPTModel):
         )
 
 
-def build_chunks(policy: Policy, shape: ModelShape, folder: Path) -> list[SpanModel]:
+def build_chunks(policy: PolicyConfig, shape: ModelShape, folder: Path) -> list[SpanModel]:
     """The pipeline chunks of this rank (one, unless the schedule is interleaved), weights not yet filled."""
     if shape.experts and policy.dispatcher != "alltoall" and policy.layout.expert * policy.layout.tensor == 1:
         raise SpellError(
@@ -129,7 +129,9 @@ def _mark_split_parameters(chunks: list[SpanModel], shape: ModelShape) -> None:
             weight.parameter.partition_stride = 1  # type: ignore[attr-defined]
 
 
-def transformer_config(policy: Policy, shape: ModelShape, *, rope_scaling: float = 1.0) -> TransformerConfig:
+def transformer_config(
+    policy: PolicyConfig, shape: ModelShape, *, rope_scaling: float = 1.0
+) -> TransformerConfig:
     """Megatron's config of a Hugging Face model in a layout.
 
     HF scales both rotated queries and keys by `rope_scaling` (YaRN's attention factor); here its square goes
@@ -212,7 +214,7 @@ def _installed(dispatcher: str) -> str:
     )
 
 
-def block_spec(policy: Policy, config: TransformerConfig, vp_stage: int | None) -> Any:
+def block_spec(policy: PolicyConfig, config: TransformerConfig, vp_stage: int | None) -> Any:
     """Layers of plain torch, or of Transformer Engine with the same parameter names and our attention."""
     attention = ModuleSpec(SpanAttention, params={"keep_output": policy.recompute == "all_but_attention"})
     if not uses_transformer_engine(policy):
@@ -223,7 +225,7 @@ def block_spec(policy: Policy, config: TransformerConfig, vp_stage: int | None) 
     return spec
 
 
-def uses_transformer_engine(policy: Policy) -> bool:
+def uses_transformer_engine(policy: PolicyConfig) -> bool:
     """Whether layers are Transformer Engine's. Raises SpellError where they are asked for and cannot be."""
     there = bool(HAVE_TE) and torch.cuda.is_available()
     if there and policy.fp8 == "mxfp8" and torch.cuda.get_device_capability() < (10, 0):

@@ -11,10 +11,10 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from spell_megatron.config import Optimizer
+from spell_megatron.config import OptimizerConfig
 
 
-def wrap_data_parallel(chunks: Sequence[Any], optimizer: Optimizer) -> list[DistributedDataParallel]:
+def wrap_data_parallel(chunks: Sequence[Any], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
     """Give every chunk gradient buffers in float32 that are reduced over the data-parallel ranks."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -29,7 +29,7 @@ def wrap_data_parallel(chunks: Sequence[Any], optimizer: Optimizer) -> list[Dist
 
 
 def build_optimizer(
-    chunks: Sequence[DistributedDataParallel], optimizer: Optimizer, dtype: torch.dtype
+    chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, dtype: torch.dtype
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with float32 master weights, and the schedule: linear warm-up, then constant or cosine."""
     config = MegatronOptimizerConfig(

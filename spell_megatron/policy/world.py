@@ -16,7 +16,7 @@ from megatron.core import tensor_parallel
 
 import megatron_patches
 from spell_megatron import rendezvous
-from spell_megatron.config import Layout
+from spell_megatron.config import LayoutConfig
 from spell_megatron.policy.layout import megatron_sizes
 from spell_megatron.types import SpellError
 
@@ -58,7 +58,7 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES - 1)
 
 
-def start_world(layout: Layout, *, seed: int, timeout_seconds: float, secret: str = "") -> World:
+def start_world(layout: LayoutConfig, *, seed: int, timeout_seconds: float, secret: str = "") -> World:
     """Join the process group that RANK, WORLD_SIZE and MASTER_PORT tell of (or make one of a single process).
 
     Collectives that outlast `timeout_seconds` fail instead of hanging. Ranks that were given a `secret` let nobody

@@ -8,7 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from spell_megatron.config import Record
+from spell_megatron.config import RecordConfig
 from spell_megatron.record.folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ class Archive:
     Each step looks at one file alone. What cannot be put away stays, with a warning.
     """
 
-    def __init__(self, folder: RunFolder, record: Record) -> None:
+    def __init__(self, folder: RunFolder, record: RecordConfig) -> None:
         self._folder, self._record = folder, record
         self._kept = kept_steps(record)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="archive")
@@ -44,7 +44,7 @@ class Archive:
         self._worker.submit(_put_away, self._folder.rollouts(step), self._record.old_rollouts)
 
 
-def kept_steps(record: Record) -> int | None:
+def kept_steps(record: RecordConfig) -> int | None:
     """Steps whose rollouts stay; None where all do, since a resume may need any."""
     if record.checkpoint_every == 0:
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from spell_megatron.config import Config, SelfPlay
+from spell_megatron.config import Config, SelfPlayConfig
 from spell_megatron.record.folder import JsonLines, RunFolder, read_lines, writing
 from spell_megatron.selfplay.episode import Episode
 
@@ -59,7 +59,7 @@ def _shape(config: Config) -> tuple[object, ...]:
     return config.seed, config.model, config.corpus, play, config.rollout.max_model_len
 
 
-_DEFAULT = SelfPlay()
+_DEFAULT = SelfPlayConfig()
 _AROUND = (
     *("questions", "round_questions", "max_rounds", "concurrency", "max_staleness", "leftovers"),
     *("memory_range", "failure_ratio", "train_questioner", "train_verifier"),

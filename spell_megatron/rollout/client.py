@@ -34,7 +34,7 @@ class Aborted(EngineError):
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class ServedRollout:
     rollout: Rollout
     cached_tokens: int
     experts: Experts | None = None
@@ -63,7 +63,7 @@ class Client:
         top_p: float,
         stop: Sequence[int],
         experts_from: int | None = None,
-    ) -> Completion:
+    ) -> ServedRollout:
         """Sample one completion. Raises Unavailable, Aborted, or EngineError for a request that is wrong.
 
         `experts_from` is the prompt's first token whose experts are asked for, where the server tells them.
@@ -130,7 +130,7 @@ class Client:
         return answer if isinstance(answer, dict) else {}
 
 
-def _completion(prompt: Tokens, answer: dict[str, Any]) -> Completion:
+def _completion(prompt: Tokens, answer: dict[str, Any]) -> ServedRollout:
     (choice,) = answer["choices"]
     if choice["finish_reason"] not in ("stop", "length"):
         raise Aborted(f"the request ended with {choice['finish_reason']!r}")
@@ -142,7 +142,7 @@ def _completion(prompt: Tokens, answer: dict[str, Any]) -> Completion:
     version, updates = versions_of(spans, len(tokens))
     details = answer.get("usage", {}).get("prompt_tokens_details") or {}
     told = choice.get("routed_experts")
-    return Completion(
+    return ServedRollout(
         Rollout(prompt, tokens, logprobs, choice["finish_reason"], version, updates),
         details.get("cached_tokens") or 0,
         None if told is None else experts.decoded(told),

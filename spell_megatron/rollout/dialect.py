@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.config import ConfigError, Rollout
+from spell_megatron.config import ConfigError, RolloutConfig
 
 PREFIX = "VLLM_"
 """Of its environment variables."""
@@ -123,7 +123,7 @@ def sampling_parameters(
 
 
 def engine_arguments(
-    settings: Rollout, backend: Backend, *, sleeps: bool = False, tells_experts: bool = False
+    settings: RolloutConfig, backend: Backend, *, sleeps: bool = False, tells_experts: bool = False
 ) -> dict[str, Any]:
     """vLLM's engine arguments that every engine has, by vLLM's names, for a process or a command line.
 
@@ -190,7 +190,7 @@ _OURS = {
 
 
 def server_arguments(
-    settings: Rollout, model: Path, *, door: str, tokenizer: bool, transfer: str | None
+    settings: RolloutConfig, model: Path, *, door: str, tokenizer: bool, transfer: str | None
 ) -> dict[str, Any]:
     """Those that a server has besides; `door` is the middleware before its routes, `transfer` its weights' way."""
     arguments: dict[str, Any] = {
@@ -211,7 +211,7 @@ def server_arguments(
     return arguments
 
 
-def passed_through(settings: Rollout, ours: Collection[str]) -> dict[str, Any]:
+def passed_through(settings: RolloutConfig, ours: Collection[str]) -> dict[str, Any]:
     """`rollout.engine` under vLLM's names. Raises ConfigError for what is set by another key, or by us."""
     given = {name.lstrip("-").replace("-", "_"): value for name, value in settings.engine.items()}
     for name in given.keys() & {*ours, *_OURS}:
@@ -221,7 +221,7 @@ def passed_through(settings: Rollout, ours: Collection[str]) -> dict[str, Any]:
     return given
 
 
-def passed_variables(settings: Rollout, ours: Collection[str]) -> dict[str, str]:
+def passed_variables(settings: RolloutConfig, ours: Collection[str]) -> dict[str, str]:
     """`rollout.engine_environment`. Raises ConfigError for what is no variable of vLLM's, or is ours to set."""
     for name in settings.engine_environment:
         if not name.startswith(PREFIX):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from spell_megatron.config import Config
-from spell_megatron.config import Rollout as Settings
+from spell_megatron.config import RolloutConfig as Settings
 from spell_megatron.rollout import backend, dialect
 from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.client import Aborted, Unavailable

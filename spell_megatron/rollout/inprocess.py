@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed
 
-from spell_megatron.config import Rollout as Settings
+from spell_megatron.config import RolloutConfig as Settings
 from spell_megatron.rollout import backend, dialect
 from spell_megatron.rollout.cpu_start import look_at_models_here
 from spell_megatron.rollout.engine import (

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from spell_megatron.config import Servers
+from spell_megatron.config import ServersConfig
 from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.client import Client, TurnedAway, Unavailable
 from spell_megatron.rollout.engine import EngineError
@@ -42,7 +42,7 @@ _ALARMING = (State.DEAD, State.SUSPECT, State.LOST)
 class Surroundings:
     """What a member needs of its fleet."""
 
-    servers: Servers
+    servers: ServersConfig
     limits: Limits
     bring_up_to_date: Callable[[Member], Awaitable[None]]
     """Give it the target version."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from spell_megatron.config import Rollout
+from spell_megatron.config import RolloutConfig
 from spell_megatron.interpreter import environment, python
 from spell_megatron.rollout import backend, dialect, door, guard, private_folder
 from spell_megatron.rollout.address import Address
@@ -33,7 +33,7 @@ class Launch:
     """How to start a server. The same launch may be started again and again."""
 
     model: Path
-    settings: Rollout
+    settings: RolloutConfig
     scratch: Path
     """vLLM's caches."""
     log: Path
@@ -142,7 +142,7 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path, settings: Rollout, scratch: Path, *, log: Path) -> Iterator[Address]:
+def serve(model: Path, settings: RolloutConfig, scratch: Path, *, log: Path) -> Iterator[Address]:
     """A server with its own tokenizer, for as long as the block runs; yields its address once it answers.
 
     Raises EngineError where it ends, or stays silent for `settings.servers.start_seconds`.

@@ -117,7 +117,7 @@ ADVANTAGES = Registry(
 
 
 def compare(
-    settings: config.SelfPlay, rewards: Sequence[float], peers: Sequence[Key], tasks: Sequence[str]
+    settings: config.SelfPlayConfig, rewards: Sequence[float], peers: Sequence[Key], tasks: Sequence[str]
 ) -> Advantages:
     """Advantages of a role's samples, as they are configured."""
     scheme = ADVANTAGES.find(settings.advantage, "selfplay.advantage")

@@ -48,7 +48,7 @@ class Batch:
 
 def compose(
     episodes: Sequence[Episode],
-    settings: config.SelfPlay,
+    settings: config.SelfPlayConfig,
     random: Random,
     baselines: Baselines | None = None,
     roles: Sequence[Role] = tuple(ROLES.values()),

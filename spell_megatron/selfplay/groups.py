@@ -20,7 +20,9 @@ class Earned(NamedTuple):
     rewards: Sequence[float]
 
 
-def compared_within(earned: Sequence[Earned], settings: config.SelfPlay) -> tuple[list[Group], Advantages]:
+def compared_within(
+    earned: Sequence[Earned], settings: config.SelfPlayConfig
+) -> tuple[list[Group], Advantages]:
     """The groups of one role, the rollouts of each compared with each other."""
     peers = [place for place, group in enumerate(earned) for _ in group.rollouts]
     rewards = [reward for group in earned for reward in group.rewards]

@@ -47,7 +47,7 @@ async def accuracy(
     questions: Sequence[tuple[Cluster, Question]],
     *,
     samples: int,
-    sampling: config.Sampling,
+    sampling: config.SamplingConfig,
     seed: int,
     max_model_len: int,
 ) -> HeldOutScore:

@@ -86,7 +86,7 @@ class SelfPlay:
 
     def __init__(
         self,
-        settings: config.SelfPlay,
+        settings: config.SelfPlayConfig,
         *,
         prompts: Prompts,
         codec: Codec,
@@ -268,7 +268,7 @@ def _known(job: Job, known: dict[tuple[int, int], Episode]) -> Episode | None:
     return episode if episode.begun is not None or episode.history == job.history else None
 
 
-def _check_lengths(roles: Sequence[Role], sampling: config.Sampling, max_model_len: int) -> None:
+def _check_lengths(roles: Sequence[Role], sampling: config.SamplingConfig, max_model_len: int) -> None:
     for role in roles:
         tokens = role.tokens(sampling)
         if tokens >= max_model_len:
@@ -300,7 +300,7 @@ _LAST_RESORT = [
 ]
 
 
-def _starvation(step: int, episodes: Sequence[Episode], settings: config.SelfPlay) -> str:
+def _starvation(step: int, episodes: Sequence[Episode], settings: config.SelfPlayConfig) -> str:
     """Why the step starved: the counts, and the three keys that would help most."""
     outcomes = Counter(episode.outcome for episode in episodes)
     kept = outcomes.pop("kept", 0)

@@ -46,7 +46,7 @@ def has_variance(rewards: Sequence[float]) -> bool:
     return max(rewards) > min(rewards)
 
 
-def questioner_reward(outcome: str, mean: float, settings: config.SelfPlay) -> float | None:
+def questioner_reward(outcome: str, mean: float, settings: config.SelfPlayConfig) -> float | None:
     """What a question earns, by its outcome and the mean reward of its responses (eq. 7).
 
     A question is worth most where half of the responses are right: at the frontier of what the policy

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from spell_megatron.config import Stage
+from spell_megatron.config import StageConfig
 from spell_megatron.types import Cluster
 
 FEWEST = 2
 """Documents that a cluster keeps in any case: a question has to combine some."""
 
 
-def tokens_at(step: int, stages: Sequence[Stage]) -> int | None:
+def tokens_at(step: int, stages: Sequence[StageConfig]) -> int | None:
     """Tokens of a cluster at a step; None where no stage has begun."""
     begun = [stage for stage in stages if stage.step <= step]
     return max(begun, key=lambda stage: stage.step).tokens if begun else None

@@ -19,7 +19,7 @@ TIES: Mapping[str, Callable[[Sequence[Vote]], Vote]] = {
 """What a group says in which as many vote YES as NO, and some do."""
 
 
-def verdict_of(votes: Sequence[Vote], settings: config.SelfPlay) -> Vote:
+def verdict_of(votes: Sequence[Vote], settings: config.SelfPlayConfig) -> Vote:
     """What the group says of the response, as it is configured."""
     if settings.verdict == "first":
         return votes[0] if votes else None

@@ -50,7 +50,7 @@ class Writer:
 
     def __init__(
         self,
-        settings: config.SelfPlay,
+        settings: config.SelfPlayConfig,
         *,
         roles: Sequence[Company],
         prompts: Prompts,

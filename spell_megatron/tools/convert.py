@@ -11,7 +11,7 @@ from typing import cast, get_args
 import torch.distributed as dist
 
 from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
-from spell_megatron.config import Dtype, Policy, load_config
+from spell_megatron.config import Dtype, PolicyConfig, load_config
 from spell_megatron.files import hf_config, weights_dtype
 from spell_megatron.outputs import check_output, publish, stage
 from spell_megatron.policy.learner import Learner
@@ -29,7 +29,7 @@ def import_hf(folder: Path, out: Path, families: Sequence[str] = ()) -> None:
     dtype = weights_dtype(hf_config(folder)) or "float32"
     if dtype not in get_args(Dtype):
         raise SpellError(f"{folder} holds {dtype} weights; convert them to bfloat16 or float32 first")
-    with _learner(Policy(dtype=cast(Dtype, dtype)), folder, families) as learner:
+    with _learner(PolicyConfig(dtype=cast(Dtype, dtype)), folder, families) as learner:
         made = {"model": str(folder.resolve()), "dtype": dtype, "families": list(families)}
         main, group = learner.world.is_main, dist.group.WORLD if learner.world.size > 1 else None
         staged = agreed(stage(out) if main else Path(), group)
@@ -50,11 +50,11 @@ def export_hf(source: Path, out: Path) -> None:
     check_output(out, "model")
     checkpoint = open_checkpoint(source)
     if "model" in checkpoint.run:  # made by import_hf
-        policy, folder = Policy(dtype=checkpoint.run["dtype"]), Path(checkpoint.run["model"])
+        policy, folder = PolicyConfig(dtype=checkpoint.run["dtype"]), Path(checkpoint.run["model"])
         families = checkpoint.run.get("families", ())
     else:
         config = load_config(str(checkpoint.path.parent.parent / "config.yaml"))
-        policy, folder = Policy(dtype=config.policy.dtype), model_folder(config.model.path)
+        policy, folder = PolicyConfig(dtype=config.policy.dtype), model_folder(config.model.path)
         families = config.model.families
     with _learner(policy, folder, families) as learner:
         load_learner(learner, checkpoint)
@@ -62,7 +62,7 @@ def export_hf(source: Path, out: Path) -> None:
 
 
 @contextmanager
-def _learner(policy: Policy, folder: Path, families: Sequence[str]) -> Iterator[Learner]:
+def _learner(policy: PolicyConfig, folder: Path, families: Sequence[str]) -> Iterator[Learner]:
     world = start_world(policy.layout, seed=0, timeout_seconds=policy.timeout_seconds)
     try:
         yield Learner(policy, folder, world, families=families)

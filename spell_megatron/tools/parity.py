@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Dtype, Layout, Policy, Rollout
+from spell_megatron.config import Dtype, LayoutConfig, PolicyConfig, RolloutConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.inprocess import InProcessEngine
@@ -70,10 +70,10 @@ def compare(folder: Path, tokens: int, families: Sequence[str] = ()) -> Parity:
     shape = read_contents(folder, families).shape
     draw = random.Random(0)
     prompts = [[draw.randrange(shape.vocab) for _ in range(32)] for _ in range(_SEQUENCES)]
-    world = start_world(Layout(), seed=0, timeout_seconds=600)
+    world = start_world(LayoutConfig(), seed=0, timeout_seconds=600)
     try:
         with tempfile.TemporaryDirectory(prefix="spell-parity-") as scratch:
-            settings = Rollout(
+            settings = RolloutConfig(
                 dtype=dtype,
                 max_model_len=min(shape.max_positions, 32 + tokens),
                 kv_cache_mib=256,
@@ -98,7 +98,7 @@ def compare(folder: Path, tokens: int, families: Sequence[str] = ()) -> Parity:
 
             batch = asyncio.run(sample())
             engine.close()
-            learner = Learner(Policy(dtype=dtype), folder, world, families=families)
+            learner = Learner(PolicyConfig(dtype=dtype), folder, world, families=families)
             scores = {
                 "HF": _hf_logprobs(known, batch, dtype),
                 "Megatron": np.concatenate([s for g in learner.score(batch).logprobs for s in g]),

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from transformers import GenerationConfig
 
-from spell_megatron.config import Layout, Optimizer, Policy
+from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.corpus.toy import pieces, transcripts
 from spell_megatron.outputs import new_folder
 from spell_megatron.policy.learner import Learner, Update
@@ -78,7 +78,7 @@ def make_seed_model(
         model = Path(scratch) / "newborn"
         _be_born(model, seed, recipe)
         school = School(ChatTokenizer.load(model), seed)
-        world = start_world(Layout(), seed=seed, timeout_seconds=600)
+        world = start_world(LayoutConfig(), seed=seed, timeout_seconds=600)
         try:
             for number, term in enumerate(recipe.terms, start=1):
                 learner = Learner(_policy(term, recipe), model, world)
@@ -98,8 +98,8 @@ def make_seed_model(
     return folder
 
 
-def _policy(term: Term, recipe: Recipe) -> Policy:
-    optimizer = Optimizer(
+def _policy(term: Term, recipe: Recipe) -> PolicyConfig:
+    optimizer = OptimizerConfig(
         lr=term.lr,
         warmup_steps=min(100, term.steps // 4),
         decay_steps=term.decay_steps,
@@ -107,7 +107,7 @@ def _policy(term: Term, recipe: Recipe) -> Policy:
         betas=(0.9, 0.95),
         weight_decay=0.05,
     )
-    return Policy(dtype="float32", stream_tokens=2 * recipe.tokens, optimizer=optimizer)
+    return PolicyConfig(dtype="float32", stream_tokens=2 * recipe.tokens, optimizer=optimizer)
 
 
 def _be_born(folder: Path, seed: int, recipe: Recipe) -> None:

@@ -73,16 +73,16 @@ class Report:
 
 def run(case: Case, watch: Any, folder: Path) -> Report:
     from fakecuda.machine import fake_tensors, join_world, stages_exchange
-    from spell_megatron.config import Layout, Optimizer, Policy
+    from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
     from spell_megatron.policy.world import start_world, stop_world
 
     watch.waits.clear(), watch.wide.clear()
     watch.phase, report = "build", Report()
     join_world(case.rank, case.world)
-    layout = Layout(**case.layout)
-    policy = Policy(
+    layout = LayoutConfig(**case.layout)
+    policy = PolicyConfig(
         layout=layout,
-        optimizer=Optimizer(distributed=True, overlap=True, **case.optimizer),
+        optimizer=OptimizerConfig(distributed=True, overlap=True, **case.optimizer),
         stream_tokens=512,
         **case.policy,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from spell_megatron.config import Source
+from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.reading.files import read_file
 from spell_megatron.corpus.reading.places import places
 from spell_megatron.corpus.reading.text import Skipped, Text
@@ -21,7 +21,7 @@ from spell_megatron.corpus.reading.text import Skipped, Text
 __all__ = ["Skipped", "Text", "read"]
 
 
-def read(source: Source, skipped: Skipped) -> Iterator[Text]:
+def read(source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
     """Every text of a folder, a file or a hub data set, in a fixed order.
 
     Raises SpellError where the path does not exist or the hub cannot be reached.

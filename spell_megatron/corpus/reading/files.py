@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from spell_megatron.config import Source
+from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.reading import rows
 from spell_megatron.corpus.reading.opened import BROKEN, UnfoldsTooFar, opened, split_compression
 from spell_megatron.corpus.reading.places import Place
@@ -31,7 +31,7 @@ _BODY = "//main|//*[@role='main']|//article"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_file(place: Place, source: Source, skipped: Skipped) -> Iterator[Text]:
+def read_file(place: Place, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
     """The texts of one file."""
     path, name = place.path, place.name
     if not path.is_file():
@@ -62,10 +62,10 @@ def read_file(place: Place, source: Source, skipped: Skipped) -> Iterator[Text]:
         skipped.add("unreadable", name, error.strerror or str(error))
 
 
-Reader = Callable[[BufferedReader, str, Source, Skipped], Iterator[Text]]
+Reader = Callable[[BufferedReader, str, SourceConfig, Skipped], Iterator[Text]]
 
 
-def _prose(file: BufferedReader, name: str, source: Source, skipped: Skipped) -> Iterator[Text]:
+def _prose(file: BufferedReader, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
     """A text file; its folder is its cluster. A huge one comes in parts that end with a paragraph."""
     folder, title = os.path.dirname(name), os.path.basename(name)
     rest, number, decoder = "", 1, None
@@ -87,7 +87,7 @@ def _prose(file: BufferedReader, name: str, source: Source, skipped: Skipped) ->
     yield Text(name if number == 1 else f"{name}#part{number}", rest, folder, title)
 
 
-def _page(file: BufferedReader, name: str, source: Source, skipped: Skipped) -> Iterator[Text]:
+def _page(file: BufferedReader, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
     """The text of an HTML page as a browser would lay it out, without what surrounds it."""
     from inscriptis.html_engine import Inscriptis
     from inscriptis.model.config import ParserConfig
@@ -120,7 +120,7 @@ def _decoded_page(content: bytes) -> str | bytes:
 
 
 def _table(read: Callable[[BufferedReader, str, Skipped], Iterator[rows.Row]]) -> Reader:
-    def texts(file: BufferedReader, name: str, source: Source, skipped: Skipped) -> Iterator[Text]:
+    def texts(file: BufferedReader, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
         return rows.texts(read(file, name, skipped), name, source, skipped)
 
     return texts

@@ -13,13 +13,13 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from spell_megatron.config import EVERY_TEXT, Source
+from spell_megatron.config import EVERY_TEXT, SourceConfig
 from spell_megatron.corpus.reading.text import Skipped, Text
 
 Row = Mapping[str, Any]
 
 
-def texts(rows: Iterable[Row], name: str, source: Source, skipped: Skipped) -> Iterator[Text]:
+def texts(rows: Iterable[Row], name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
     """Rows to texts. The first row tells the file's layout."""
     column = None
     for number, row in enumerate(rows, start=1):
@@ -47,17 +47,17 @@ def texts(rows: Iterable[Row], name: str, source: Source, skipped: Skipped) -> I
             ).parts()
 
 
-def text_column(columns: Iterable[str], source: Source) -> str | None:
+def text_column(columns: Iterable[str], source: SourceConfig) -> str | None:
     """The column that holds the text; None where there is none."""
     if source.text_field == EVERY_TEXT:
         return EVERY_TEXT
     names = set(columns)
-    default = source.text_field == Source().text_field
+    default = source.text_field == SourceConfig().text_field
     known = [source.text_field, *(("content", "paragraphs") if default else ())]
     return next((column for column in known if column in names), None)
 
 
-def wanted_columns(columns: Iterable[str], source: Source) -> list[str]:
+def wanted_columns(columns: Iterable[str], source: SourceConfig) -> list[str]:
     """Those of `columns` that `texts` looks at."""
     if source.text_field == EVERY_TEXT:
         return list(columns)
@@ -80,7 +80,7 @@ def _every(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
             yield from _every(part, f"{place}.{number}")
 
 
-def missing_column(columns: Iterable[str], name: str, source: Source, skipped: Skipped) -> None:
+def missing_column(columns: Iterable[str], name: str, source: SourceConfig, skipped: Skipped) -> None:
     names = sorted(map(str, columns))
     near = difflib.get_close_matches(source.text_field, names, n=1, cutoff=0.5)
     detail = f"did you mean text_field: {near[0]}? " if near else ""

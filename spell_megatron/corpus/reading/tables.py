@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ijson
 import msgspec
 
-from spell_megatron.config import Source
+from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.reading.rows import Row, missing_column, text_column, wanted_columns
 from spell_megatron.corpus.reading.text import PART, Skipped
 
@@ -87,7 +87,7 @@ def csv_rows(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]
         skipped.add("damaged", name, str(error))
 
 
-def parquet_rows(path: Path, name: str, source: Source, skipped: Skipped) -> Iterator[Row]:
+def parquet_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Row]:
     """Only the columns that are needed, so many rows at a time as their average size allows."""
     from pyarrow import ArrowException, RecordBatch, parquet
 
@@ -105,7 +105,7 @@ def parquet_rows(path: Path, name: str, source: Source, skipped: Skipped) -> Ite
         skipped.add("damaged", name, str(error).splitlines()[0])
 
 
-def arrow_rows(path: Path, name: str, source: Source, skipped: Skipped) -> Iterator[Row]:
+def arrow_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Row]:
     """An Arrow stream, as `datasets` saves them to disk, or an Arrow file."""
     import pyarrow
 
@@ -124,7 +124,7 @@ def arrow_rows(path: Path, name: str, source: Source, skipped: Skipped) -> Itera
         skipped.add("damaged", name, str(error).splitlines()[0])
 
 
-def _columns(schema: Schema, name: str, source: Source, skipped: Skipped) -> list[str]:
+def _columns(schema: Schema, name: str, source: SourceConfig, skipped: Skipped) -> list[str]:
     """The columns to read; none, with the reason noted, where there is no text among them."""
     if text_column(schema.names, source) is None:
         missing_column(schema.names, name, source, skipped)

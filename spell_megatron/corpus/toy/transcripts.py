@@ -20,8 +20,8 @@ from spell_megatron.corpus.toy.world import (
     TASKS,
     WHOLE,
     Derived,
-    Reading,
     Scale,
+    ToyFacts,
     ask,
     plain,
     toy_cluster,
@@ -103,7 +103,7 @@ def _careful(derived: Derived, documents: Sequence[Document], rng: random.Random
     task, value, sum_ = derived.question.task, derived.question.answer, derived.sum
     quotes = [fact.quote for fact in derived.steps]
     if rng.random() < habits.slip:
-        value = _wrong(derived, Reading(documents), rng)
+        value = _wrong(derived, ToyFacts(documents), rng)
         if task == "docmath_qa":
             sum_ = sum_.replace(f" {derived.result}.", f" {value}.")
         elif task == "doc_general_qa":
@@ -129,7 +129,7 @@ def _guess(derived: Derived, documents: Sequence[Document], rng: random.Random) 
         return rng.choice(LETTERS)
     if derived.question.task == "docmath_qa":
         return str(rng.randint(1, len(words.NUMBERS) - 1))
-    return rng.choice(Reading(documents).values(_relation(derived).name))
+    return rng.choice(ToyFacts(documents).values(_relation(derived).name))
 
 
 def questioner(
@@ -140,7 +140,7 @@ def questioner(
     habits: Habits,
 ) -> Transcript:
     """The facts as the documents say them, then the question as JSON."""
-    question, reading = derived.question, Reading(documents)
+    question, reading = derived.question, ToyFacts(documents)
     answer = question.answer
     if not question.options and rng.random() < habits.wrong_key:
         answer = _wrong(derived, reading, rng)
@@ -176,7 +176,7 @@ def _relation(derived: Derived) -> grammar.Relation:
     return grammar.RELATIONS[derived.steps[-1].relation]
 
 
-def _wrong(derived: Derived, reading: Reading, rng: random.Random) -> str:
+def _wrong(derived: Derived, reading: ToyFacts, rng: random.Random) -> str:
     """A wrong answer of the right kind, close by where possible."""
     answer = derived.question.answer
     if derived.question.task == "doc_mc":
@@ -258,7 +258,7 @@ def _verdict(documents: Sequence[Document], rng: random.Random, habits: Habits) 
     """An answer and a reference in their various forms, the same value half of the time."""
     derived = _ask(documents, rng, habits.hops)
     task, reference = derived.question.task, derived.question.answer
-    answer = reference if rng.random() < 0.5 else _wrong(derived, Reading(documents), rng)
+    answer = reference if rng.random() < 0.5 else _wrong(derived, ToyFacts(documents), rng)
     if task == "doc_general_qa":
         long_form = _relation(derived).long_form
         answer = long_form.format(v=answer) if rng.random() < habits.long_answer else answer
@@ -279,6 +279,6 @@ def choices(rng: random.Random) -> tuple[str, list[str]]:
 def restated(seed: int, index: int, scale: Scale = WHOLE) -> tuple[tuple[Document, ...], list[str]]:
     """A cluster's documents, and their facts in other words and another order: the lesson of looking up."""
     cluster = toy_cluster(seed, index, scale=scale)
-    facts = list(Reading(cluster.documents).facts.values())
+    facts = list(ToyFacts(cluster.documents).facts.values())
     random.Random(f"restated/{seed}/{index}").shuffle(facts)
     return cluster.documents, [fact.quote for fact in facts]

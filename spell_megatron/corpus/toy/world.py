@@ -154,7 +154,7 @@ _READERS = [
 ]
 
 
-class Reading:
+class ToyFacts:
     """What a set of documents says: facts by subject and relation."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
@@ -209,7 +209,7 @@ def ask(
     `hops` is the share of questions that go over a link, where there is one; `key` the letter of
     the right choice (drawn where empty).
     """
-    reading = Reading(documents)
+    reading = ToyFacts(documents)
     if task == "docmath_qa":
         return _ask_sum(reading, rng, hops)
     if task == "doc_general_qa":
@@ -221,7 +221,9 @@ def ask(
 _LINKS = tuple(link.name for link in LINKS)
 
 
-def _ask_value(reading: Reading, relations: Sequence[str], rng: random.Random, hops: float) -> Derived | None:
+def _ask_value(
+    reading: ToyFacts, relations: Sequence[str], rng: random.Random, hops: float
+) -> Derived | None:
     """A question whose answer one of `relations` gives."""
     facts = reading.of(relations)
     if not facts:
@@ -240,7 +242,7 @@ def _ask_value(reading: Reading, relations: Sequence[str], rng: random.Random, h
     return Derived(Question("doc_general_qa", text, fact.value), (fact,), fact.value)
 
 
-def _with_choices(derived: Derived, reading: Reading, rng: random.Random, key: str) -> Derived:
+def _with_choices(derived: Derived, reading: ToyFacts, rng: random.Random, key: str) -> Derived:
     """Three wrong people beside the right one; half of the time one of them stands in the documents."""
     near = [name for link in _LINKS for name in reading.values(link) if name != derived.result]
     far = [name for name in words.NAMES if name != derived.result and name not in near]
@@ -251,7 +253,7 @@ def _with_choices(derived: Derived, reading: Reading, rng: random.Random, key: s
     return replace(derived, question=Question("doc_mc", derived.question.text, key, choices))
 
 
-def _ask_sum(reading: Reading, rng: random.Random, hops: float) -> Derived | None:
+def _ask_sum(reading: ToyFacts, rng: random.Random, hops: float) -> Derived | None:
     prices, savings = reading.prices, reading.of(["savings"])
     at = {
         shop: [fact for fact in prices if fact.subject == shop]
@@ -312,14 +314,14 @@ def truth(cluster: Cluster, question: Question) -> str | None:
     None where the question is not one of this world's, the documents do not say, or not exactly
     one option is right. Serves measuring only: training never sees it.
     """
-    value = _solve(Reading(cluster.documents), " ".join(question.text.split()))
+    value = _solve(ToyFacts(cluster.documents), " ".join(question.text.split()))
     if value is None or not question.options:
         return value
     fitting = [letter for letter, choice in question.options.items() if plain(choice) == value]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _solve(reading: Reading, text: str) -> str | None:
+def _solve(reading: ToyFacts, text: str) -> str | None:
     for relation, pattern in _VALUE_READERS:
         if met := pattern.fullmatch(text):
             facts = reading.find(met["s"], relation)

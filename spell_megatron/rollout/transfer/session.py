@@ -22,7 +22,7 @@ import vllm
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
-from spell_megatron.config import Servers
+from spell_megatron.config import ServersConfig
 from spell_megatron.rendezvous import own_address
 from spell_megatron.rollout.dialect import PAUSES, Route
 from spell_megatron.rollout.engine import EngineError
@@ -55,7 +55,7 @@ class Sender(Protocol):
     def close(self) -> None: ...
 
 
-def sender(manifest: Manifest, settings: Servers, way: Transfer) -> Sender:
+def sender(manifest: Manifest, settings: ServersConfig, way: Transfer) -> Sender:
     if way in LOCAL:
         return Nearby(way, manifest, settings)
     on_cpu = way == gloo.NAME
@@ -69,7 +69,7 @@ class Nearby:
     Engines have nothing in common but rank 0, so the failure of one is its own. Nothing is kept.
     """
 
-    def __init__(self, way: str, manifest: Manifest, settings: Servers) -> None:
+    def __init__(self, way: str, manifest: Manifest, settings: ServersConfig) -> None:
         self._protocol = _Protocol(way, settings)
         self._local = LocalSender(way, manifest)
 
@@ -101,7 +101,7 @@ class Elsewhere:
     The communicator belongs to a thread of its own: it may never return. Whoever fails ends the transfer for all.
     """
 
-    def __init__(self, way: str, manifest: Manifest, settings: Servers, device: torch.device) -> None:
+    def __init__(self, way: str, manifest: Manifest, settings: ServersConfig, device: torch.device) -> None:
         self._way, self._device = way, device
         gloo.register()
         nccl.register()
@@ -203,7 +203,7 @@ class Elsewhere:
 class _Protocol:
     """What is said to the servers around a transfer, whichever way the weights go."""
 
-    def __init__(self, way: str, settings: Servers) -> None:
+    def __init__(self, way: str, settings: ServersConfig) -> None:
         self._way = way
         self._seconds = settings.sync_seconds
         self._pause = PAUSES[settings.in_flight]

@@ -49,7 +49,7 @@ _LATEX = words(
 """Commands that begin like the JSON escapes of a line break, a carriage return or a tab."""
 
 
-class Unreadable(ValueError):
+class UnreadableObject(ValueError):
     """Not an object in any spelling that is read here."""
 
 
@@ -71,7 +71,7 @@ def objects(text: str) -> Iterator[Found]:
     for start in reversed(places[-_ATTEMPTS:]):
         try:
             value, end = reader.object(start + 1, 1)
-        except Unreadable:
+        except UnreadableObject:
             continue
         yield Found(value, offset + start, offset + end)
 
@@ -120,7 +120,7 @@ class _Reader:
         first = self.text[at : at + 1]
         if first in "{[" and first:
             if depth == _DEEPEST:
-                raise Unreadable
+                raise UnreadableObject
             return self.object(at + 1, depth + 1) if first == "{" else self._list(at + 1, depth + 1)
         if first in _QUOTES:
             return self._string(at)
@@ -128,7 +128,7 @@ class _Reader:
             return _number(match[0]), match.end()
         match = _BARE_NAME.match(self.text, at)
         if match is None or match[0] not in _CONSTANTS:
-            raise Unreadable
+            raise UnreadableObject
         return _CONSTANTS[match[0]], match.end()
 
     def _name(self, at: int) -> tuple[str, int]:
@@ -136,7 +136,7 @@ class _Reader:
             return self._string(at)
         match = _BARE_NAME.match(self.text, at)
         if match is None:
-            raise Unreadable
+            raise UnreadableObject
         return match[0], match.end()
 
     def _string(self, at: int) -> tuple[str, int]:
@@ -155,7 +155,7 @@ class _Reader:
             else:
                 parts.append(self.text[at])
                 at += 1
-        raise Unreadable
+        raise UnreadableObject
 
     def _blank(self, at: int) -> int:
         """Past white space and comments."""
@@ -164,7 +164,7 @@ class _Reader:
 
     def _expect(self, character: str, at: int) -> int:
         if not self._is(character, at):
-            raise Unreadable
+            raise UnreadableObject
         return at + 1
 
     def _is(self, character: str, at: int) -> bool:
@@ -190,8 +190,8 @@ def _whole(text: str) -> str:
 
 def _number(text: str) -> int | float:
     if len(text) > _LONGEST_NUMBER:
-        raise Unreadable
+        raise UnreadableObject
     value = int(text) if text.lstrip("+-").isdigit() else float(text)
     if not math.isfinite(value):
-        raise Unreadable
+        raise UnreadableObject
     return value

@@ -21,7 +21,7 @@ __all__ = ["ROLES", "Chosen", "Role", "Step", "prompts_of", "roles_of"]
 ROLES: Registry[Role] = Registry("role", Role, (Questioner(), Responder(), Verifier()))
 
 
-def roles_of(settings: config.SelfPlay) -> tuple[Role, ...]:
+def roles_of(settings: config.SelfPlayConfig) -> tuple[Role, ...]:
     """The roles of a run, in the order of play."""
     roles = tuple(ROLES.find(reference, "selfplay.roles") for reference in settings.roles)
     names = [role.name for role in roles]

@@ -78,7 +78,7 @@ class Questioner(Role):
             return replace(episode, outcome=question.outcome)
         return replace(episode, question=question)
 
-    def earn(self, episode: Episode, settings: config.SelfPlay) -> Episode:
+    def earn(self, episode: Episode, settings: config.SelfPlayConfig) -> Episode:
         if episode.asked is None:
             return episode
         return replace(

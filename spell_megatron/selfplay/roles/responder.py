@@ -119,14 +119,14 @@ async def _opinion(writer: Writer, episode: Episode, response: Response) -> Opin
     return await writer.judge(question, response.answer)
 
 
-def is_settled(response: Response, settings: config.SelfPlay) -> bool:
+def is_settled(response: Response, settings: config.SelfPlayConfig) -> bool:
     """Whether it has its reward, though the external judge may have failed."""
     beside = settings.external_judge.place == "beside"
     opinions = (response.rule, response.verdict) if beside else (response.verdict,)
     return not response.unjudged or rewards.is_settled(opinions, settings.combine)
 
 
-def _worth(episode: Episode, response: Response, beyond: config.Beyond) -> float:
+def _worth(episode: Episode, response: Response, beyond: config.BeyondConfig) -> float:
     """What a response is compared by: its reward, and what it earns besides."""
     weights: dict[str, float] = {name: getattr(beyond, name) for name in BONUSES}
     return response.reward + sum(

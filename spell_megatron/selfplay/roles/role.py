@@ -40,7 +40,7 @@ class Step:
 
     episodes: Sequence[Episode]
     kept: Sequence[Episode]
-    settings: config.SelfPlay
+    settings: config.SelfPlayConfig
     random: Random
     baselines: Baselines | None = None
 
@@ -53,11 +53,11 @@ class Role:
     templates: ClassVar[Mapping[str, str]] = {}
     """Templates by file name, of a role that the styles of `model.prompts` do not know."""
 
-    def tokens(self, sampling: config.Sampling) -> int:
+    def tokens(self, sampling: config.SamplingConfig) -> int:
         """Tokens of one completion at most."""
         return int(getattr(sampling, self.tokens_key(sampling)))
 
-    def tokens_key(self, sampling: config.Sampling) -> str:
+    def tokens_key(self, sampling: config.SamplingConfig) -> str:
         """The key of `selfplay.sampling` that says so; a role without one writes as much as a responder."""
         return f"{self.name}_tokens" if hasattr(sampling, f"{self.name}_tokens") else "responder_tokens"
 
@@ -75,7 +75,7 @@ class Role:
         """The `number`th response with what this role says of it, as soon as it is there."""
         return response
 
-    def earn(self, episode: Episode, settings: config.SelfPlay) -> Episode:
+    def earn(self, episode: Episode, settings: config.SelfPlayConfig) -> Episode:
         """The episode with what this role earned, when every role has played."""
         return episode
 

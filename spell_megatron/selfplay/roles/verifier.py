@@ -87,7 +87,9 @@ class Verifier(Role):
         yield Trial("question, reference and answer", prompts.verifier(question, said), shown)
 
 
-def usable_groups(episodes: Sequence[Episode], settings: config.SelfPlay) -> list[tuple[Episode, Response]]:
+def usable_groups(
+    episodes: Sequence[Episode], settings: config.SelfPlayConfig
+) -> list[tuple[Episode, Response]]:
     """Every response whose verdicts teach the verifier, whatever became of its question."""
     return [
         (episode, response)
@@ -104,7 +106,7 @@ def usable_groups(episodes: Sequence[Episode], settings: config.SelfPlay) -> lis
     ]
 
 
-def verifier_groups(questions: int, settings: config.SelfPlay) -> int:
+def verifier_groups(questions: int, settings: config.SelfPlayConfig) -> int:
     """floor(N·G·share/G), with share = 1/G where none is given."""
     share = 1 / settings.group_size if settings.verifier_share is None else settings.verifier_share
     return whole(questions * share)
