@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.toy import interval, run, score
 from spell_megatron.corpus.toy import TASKS
-from spell_megatron.record.folder import JsonLines, read_lines
+from spell_megatron.run.record.folder import JsonLines, read_lines
 from spell_megatron.types import SpellError
 
 SPELL = "spell"

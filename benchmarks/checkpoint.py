@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.common import SMALL, random_group, run_ranks, show
 from benchmarks.memory import PeakMemory
-from spell_megatron.checkpoint import Checkpoints, load_learner
 from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
-from spell_megatron.plan.parameters import held
-from spell_megatron.plan.saving import read_bytes, saved_bytes
+from spell_megatron.policy.checkpoint import Checkpoints, load_learner
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.tools.plan.parameters import held
+from spell_megatron.tools.plan.saving import read_bytes, saved_bytes
 from spell_megatron.types import TrainBatch
 
 WIDTH = 1024

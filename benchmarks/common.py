@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from spell_megatron.rendezvous import LOOPBACK, listening, serve
+from spell_megatron.base.rendezvous import LOOPBACK, listening, serve
 from spell_megatron.types import Group, Sample
 
 warnings.filterwarnings("ignore")  # megatron-core announces at length what is not installed

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spell_megatron.config import SamplingConfig
-from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.catalogue import architecture
 from spell_megatron.policy.head import Sampled
+from spell_megatron.tools.plan.assumptions import Assumptions
+from spell_megatron.tools.plan.catalogue import architecture
 
 G = 8
 """Answers of a group."""

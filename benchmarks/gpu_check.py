@@ -36,6 +36,7 @@ from benchmarks.common import EXPERTS, random_group, save_model
 from benchmarks.device import PEAK, device_name, random_model
 from benchmarks.layers import layer_classes
 from benchmarks.switches import BASE, settings, try_step
+from spell_megatron.base.placement import Phase, Placement
 from spell_megatron.config import (
     Dtype,
     LayoutConfig,
@@ -45,15 +46,14 @@ from spell_megatron.config import (
     ServersConfig,
     load_config,
 )
-from spell_megatron.placement import Phase, Placement
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.world import start_world, stop_world
-from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.residence import EngineResidence
+from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.train import train
 from spell_megatron.tools.doctor import examine
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch

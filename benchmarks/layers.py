@@ -14,11 +14,11 @@ from torch import Tensor
 from benchmarks.common import median_seconds
 from benchmarks.device import ASSUMED, SAMPLED
 from spell_megatron.config import PolicyConfig
-from spell_megatron.plan.workload import Work, batch_work, forward_work, group_lengths
 from spell_megatron.policy.head import token_logprobs
 from spell_megatron.policy.model import build_chunks
 from spell_megatron.policy.spans import plan_spans
 from spell_megatron.policy.world import World
+from spell_megatron.tools.plan.workload import Work, batch_work, forward_work, group_lengths
 from spell_megatron.types import Group, TrainBatch
 from spell_megatron.weights.shape import ModelShape, model_shape
 

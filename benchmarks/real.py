@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.checks import Check, Figures, made, markdown, table
 from benchmarks.smollm2 import convert
-from spell_megatron.record import RunFolder, read_metrics
+from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.types import SpellError
 from tokenizer.chat import ChatTokenizer
 
@@ -142,7 +142,7 @@ class Real:
 def _command(*arguments: str) -> dict[str, Any]:
     """A command of the house, its progress on the terminal; with `--json` its answer. SpellError where it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "spell_megatron.cli", *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "spell_megatron.tools.cli", *arguments], stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
         raise SpellError(f"`spell-megatron {' '.join(arguments)}` ended with code {done.returncode}")

@@ -12,9 +12,9 @@ import math
 import sys
 
 from spell_megatron.config import load_config, model_recipes
-from spell_megatron.plan.assumptions import GIB, Assumptions
-from spell_megatron.plan.estimate import estimate
-from spell_megatron.plan.findings import Plan
+from spell_megatron.tools.plan.assumptions import GIB, Assumptions
+from spell_megatron.tools.plan.estimate import estimate
+from spell_megatron.tools.plan.findings import Plan
 
 NODES = (1, 4, 8)
 ON_ONE_NODE = ("policy.optimizer.cpu_offload=true",)

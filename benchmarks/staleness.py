@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from spell_megatron.config import load_config
-from spell_megatron.record import read_metrics
 from spell_megatron.run.opening import open_run
+from spell_megatron.run.record import read_metrics
 
 SETTINGS = (
     "rollout.servers.count=1",

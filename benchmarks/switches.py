@@ -12,14 +12,14 @@ import torch
 from benchmarks.common import median_seconds
 from benchmarks.device import ASSUMED, SAMPLED
 from spell_megatron.config import ClusterConfig, Config, LayoutConfig, OptimizerConfig, PolicyConfig
-from spell_megatron.plan.parameters import held
-from spell_megatron.plan.traffic import step_traffic
-from spell_megatron.plan.update import update_costs
-from spell_megatron.plan.workload import batch_work, group_lengths
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.tools.plan.parameters import held
+from spell_megatron.tools.plan.traffic import step_traffic
+from spell_megatron.tools.plan.update import update_costs
+from spell_megatron.tools.plan.workload import batch_work, group_lengths
 from spell_megatron.types import Group, SpellError, TrainBatch
 from spell_megatron.weights.shape import ModelShape, model_shape
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from spell_megatron.corpus.toy import TASKS
 from spell_megatron.corpus.worlds import recalled
-from spell_megatron.record import Journal, RunFolder
+from spell_megatron.run.record import Journal, RunFolder
 from spell_megatron.selfplay import Episode
 
 _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -40,7 +40,7 @@ def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "spell_megatron.cli",
+        "spell_megatron.tools.cli",
         "train",
         "toy",
         f"seed={seed}",

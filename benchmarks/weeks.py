@@ -20,8 +20,8 @@ import typer
 from benchmarks.common import show
 from spell_megatron.config import CorpusConfig, RecordConfig, SourceConfig
 from spell_megatron.corpus import ClusterSampler
-from spell_megatron.record import Archive, Metrics, RunFolder
-from spell_megatron.record.folder import JsonLines, replace_text
+from spell_megatron.run.record import Archive, Metrics, RunFolder
+from spell_megatron.run.record.folder import JsonLines, replace_text
 from spell_megatron.selfplay.memory import Memory
 from spell_megatron.types import Question
 

@@ -11,7 +11,7 @@ from eval.markdown import number, percent, plain, table
 from eval.paper import SOURCE, Row, Table, rows, tables
 from eval.report import Report
 from eval.statistics import Figure
-from spell_megatron.terminal import line, tidy
+from spell_megatron.base.terminal import line, tidy
 from spell_megatron.types import SpellError
 
 

@@ -20,8 +20,8 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from eval.benchmark import Completion
+from spell_megatron.base.terminal import tidy
 from spell_megatron.rollout.address import Address
-from spell_megatron.terminal import tidy
 from spell_megatron.types import SpellError
 
 Read = TypeVar("Read")

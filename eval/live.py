@@ -12,9 +12,9 @@ from eval.endpoint import Unanswered
 from eval.measure import load, measure, plan
 from eval.prompting import ChatCodec
 from eval.runner import Settings
+from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import Config
 from spell_megatron.rollout.engine import Engine, EngineError
-from spell_megatron.terminal import Terminal
 
 
 class LiveSource:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.statistics import Figure
-from spell_megatron.terminal import line
+from spell_megatron.base.terminal import line
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -21,7 +21,7 @@ from eval.report import Report
 from eval.results import summarise
 from eval.runner import BenchmarkPlan, Runner, Settings, progress_bar
 from eval.scoring import collect, score
-from spell_megatron.terminal import Terminal
+from spell_megatron.base.terminal import Terminal
 from spell_megatron.types import SpellError
 
 Loaded = tuple[Benchmark, list[Item], Counter[str]]

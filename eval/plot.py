@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.results import Result
-from spell_megatron.terminal import label
+from spell_megatron.base.terminal import label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

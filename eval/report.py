@@ -13,7 +13,7 @@ from eval.markdown import number, percent, plain, table
 from eval.plot import plot
 from eval.results import Result
 from eval.statistics import Figure
-from spell_megatron.terminal import line, tidy
+from spell_megatron.base.terminal import line, tidy
 
 
 @dataclass

@@ -24,10 +24,10 @@ from eval.paper import find_model
 from eval.plot import plot
 from eval.report import Report
 from eval.runner import Settings
+from spell_megatron.base.files import hf_config, weights_dtype
+from spell_megatron.base.pulse import working
+from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import RolloutConfig
-from spell_megatron.files import hf_config, weights_dtype
-from spell_megatron.pulse import working
-from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
 SHORT = 8_192

@@ -30,8 +30,8 @@ from eval.benchmark import Benchmark, Item, Mode, ProtocolName, Terms
 from eval.endpoint import CompletionSource, EndpointDied, Refused, Unanswered
 from eval.journal import KeyedJournal, Record, key_of
 from eval.prompting import ChatCodec, build
-from spell_megatron.pulse import Pulse, clock
-from spell_megatron.terminal import Terminal
+from spell_megatron.base.pulse import Pulse, clock
+from spell_megatron.base.terminal import Terminal
 
 PATIENCE = 20
 """Samples that fail one after the other before the endpoint counts as dead although it lists its models."""

@@ -17,7 +17,7 @@ from eval.benchmark import Benchmark, Completion, Grade, Item, Mode, Unjudged, U
 from eval.journal import Record
 from eval.judge import JudgeModel
 from eval.runner import BenchmarkPlan, Runner
-from spell_megatron.bounded import Bounded, TooMuch
+from spell_megatron.base.bounded import Bounded, TooMuch
 
 GRADING_SECONDS = 30.0
 """The longest that one answer may occupy an isolated scorer; after that it is wrong, and counted."""

@@ -26,7 +26,7 @@ def check_model(config: Config, on: Machines, *, fetch: bool) -> Config:
         folder = model_folder(path).resolve()
         config = replace(config, model=replace(config.model, path=str(folder)))
     else:
-        from spell_megatron.plan.catalogue import architecture  # its room needs torch and megatron-core
+        from spell_megatron.tools.plan.catalogue import architecture  # its room needs torch and megatron-core
 
         folder = architecture(path)
     shape = shape_of(folder, config.model.families)

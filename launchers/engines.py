@@ -18,13 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
+from spell_megatron.base.secret import read_secret
+from spell_megatron.base.terminal import log_to_stderr
 from spell_megatron.config import Config, ServersConfig, load_config
-from spell_megatron.record.folder import RunFolder
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.server import Launch, Server
 from spell_megatron.run.preemption import attempt
-from spell_megatron.secret import read_secret
-from spell_megatron.terminal import log_to_stderr
+from spell_megatron.run.record.folder import RunFolder
 from spell_megatron.weights.known import known_folder
 from spell_megatron.weights.locate import model_folder
 

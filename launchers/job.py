@@ -12,13 +12,13 @@ from pathlib import Path
 
 from launchers.machines import Machines, recorded
 from launchers.profile import Profile
+from spell_megatron.base.secret import write_secret
 from spell_megatron.config import Config, dump_config
 from spell_megatron.corpus.worlds import WORLDS
-from spell_megatron.record.folder import RunFolder, private
-from spell_megatron.secret import write_secret
+from spell_megatron.run.record.folder import RunFolder, private
 from spell_megatron.selfplay.prompts import STYLES
 
-TRAINER = ("-m", "spell_megatron.cli", "resume")
+TRAINER = ("-m", "spell_megatron.tools.cli", "resume")
 ENGINES = ("-m", "launchers.engines")
 REQUEUED = "requeued-"
 """Begins the name of an empty file in `logs`, one for each attempt that sent itself back to the queue."""

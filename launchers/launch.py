@@ -17,11 +17,11 @@ from launchers import check, local, slurm
 from launchers.job import PreparedRun, prepare
 from launchers.machines import machines
 from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
+from spell_megatron.base.pulse import Pulse, clock
+from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import ClusterConfig, ConfigError, load_config, written
 from spell_megatron.config.yamltext import Plain, load_yaml
-from spell_megatron.pulse import Pulse, clock
 from spell_megatron.selfplay import prompts_of
-from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
 _INTERRUPTED = 130

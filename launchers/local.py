@@ -10,9 +10,9 @@ from typing import NoReturn
 from launchers import ranks
 from launchers.job import PreparedRun
 from launchers.machines import Machines
+from spell_megatron.base.interpreter import environment, python
+from spell_megatron.base.topology import topology
 from spell_megatron.config import Config
-from spell_megatron.interpreter import environment, python
-from spell_megatron.topology import topology
 
 
 def here(config: Config) -> Machines:

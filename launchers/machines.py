@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launchers.profile import Profile
+from spell_megatron.base.topology import topology
 from spell_megatron.config import Config
-from spell_megatron.topology import topology
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
 from launchers import script
 from launchers.job import PreparedRun
 from launchers.profile import Profile
-from spell_megatron.record.folder import private
+from spell_megatron.run.record.folder import private
 
 _TASK = "train"
 _WATCH_SECONDS = 5  # between two looks at the steps of a job that has several

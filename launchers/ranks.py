@@ -1,6 +1,6 @@
 """Starts the ranks of a run on this machine, and ends with them.
 
-    python -P -m launchers.ranks COUNT ARGUMENTS…      # of Python, for each rank: -m spell_megatron.cli resume RUN
+    python -P -m launchers.ranks COUNT ARGUMENTS…  # Python's, of each rank: -m spell_megatron.tools.cli resume RUN
 
 A rank learns its number as under torchrun (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE), and whom to meet. Nothing
 listens here: rank 0 takes a free port of loopback for its store and tells the others through a pipe, so that no two
@@ -22,10 +22,10 @@ from threading import Thread
 from types import FrameType
 from typing import IO
 
+from spell_megatron.base.secret import PORT_PIPE, RANKS_SECRET, new_secret
+from spell_megatron.base.terminal import tidy
 from spell_megatron.rollout.guard import dies_with
 from spell_megatron.run.preemption import Preempted
-from spell_megatron.secret import PORT_PIPE, RANKS_SECRET, new_secret
-from spell_megatron.terminal import tidy
 
 GRACE_SECONDS = 10
 """Between TERM and KILL, for ranks that outlive one that failed."""

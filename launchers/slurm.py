@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launchers.job import REQUEUED, PreparedRun
-from spell_megatron.terminal import Terminal, tidy
+from spell_megatron.base.terminal import Terminal, tidy
 from spell_megatron.types import SpellError
 
 _COMMAND_SECONDS = 120.0

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan
 
-from spell_megatron.checkpoint.index import NAME, read_index
+from spell_megatron.policy.checkpoint.index import NAME, read_index
 from spell_megatron.types import SpellError
 
 FILE, BYTES = "__0_0.distcp", 4096

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.interpreter import python
+from spell_megatron.base.interpreter import python
 
 TOLERANCE = 1e-5
 

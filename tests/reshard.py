@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from reference import random_batch
 
-from spell_megatron.checkpoint import Checkpoints, load_learner
-from spell_megatron.checkpoint.write import HostCopy, Staged
 from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
+from spell_megatron.policy.checkpoint import Checkpoints, load_learner
+from spell_megatron.policy.checkpoint.write import HostCopy, Staged
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from tokenizers_built import FAMILIES
 
-from spell_megatron.bounded import Bounded, TooMuch, WorkFailed
+from spell_megatron.base.bounded import Bounded, TooMuch, WorkFailed
 from spell_megatron.types import SpellError
 from tokenizer import chat
 

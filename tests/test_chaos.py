@@ -16,9 +16,9 @@ import pytest
 from faulty_proxy import Fault, proxies
 
 from spell_megatron.config import load_config
-from spell_megatron.record import Journal, RunFolder, read_metrics
 from spell_megatron.rollout import member as member_module
 from spell_megatron.rollout.server import Launch, Server
+from spell_megatron.run.record import Journal, RunFolder, read_metrics
 from spell_megatron.run.train import train
 
 pytestmark = pytest.mark.engine

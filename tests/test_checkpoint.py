@@ -22,20 +22,20 @@ from reference import random_batch
 from stumbling import stumbling
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from spell_megatron.checkpoint import Checkpoints, files, load_learner, open_checkpoint
-from spell_megatron.checkpoint.boxes import Box
-from spell_megatron.checkpoint.files import digests
-from spell_megatron.checkpoint.index import read_index
-from spell_megatron.checkpoint.parts import TensorPart
-from spell_megatron.checkpoint.read import read_parts
-from spell_megatron.checkpoint.write import Staged
+from spell_megatron.base.interpreter import python
 from spell_megatron.config import Dtype, LayoutConfig, OptimizerConfig, PolicyConfig
-from spell_megatron.interpreter import python
-from spell_megatron.plan.parameters import held
-from spell_megatron.plan.saving import saved_bytes
+from spell_megatron.policy.checkpoint import Checkpoints, files, load_learner, open_checkpoint
+from spell_megatron.policy.checkpoint.boxes import Box
+from spell_megatron.policy.checkpoint.files import digests
+from spell_megatron.policy.checkpoint.index import read_index
+from spell_megatron.policy.checkpoint.parts import TensorPart
+from spell_megatron.policy.checkpoint.read import read_parts
+from spell_megatron.policy.checkpoint.write import Staged
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
+from spell_megatron.tools.plan.parameters import held
+from spell_megatron.tools.plan.saving import saved_bytes
 from spell_megatron.types import SpellError
 from spell_megatron.weights.shape import model_shape
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spell_megatron.checkpoint.boxes import Box, Overlaps, run_boxes
+from spell_megatron.policy.checkpoint.boxes import Box, Overlaps, run_boxes
 
 pytestmark = pytest.mark.unit
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from stumbling import stumbling
 
-from spell_megatron.checkpoint import commit, files
-from spell_megatron.checkpoint import folder as disk
-from spell_megatron.checkpoint.files import digests
+from spell_megatron.policy.checkpoint import commit, files
+from spell_megatron.policy.checkpoint import folder as disk
+from spell_megatron.policy.checkpoint.files import digests
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

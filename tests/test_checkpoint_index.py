@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hostile_indexes import BYTES, FILE, attacks, index
 
-from spell_megatron.checkpoint.index import NAME, read_index
+from spell_megatron.policy.checkpoint.index import NAME, read_index
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

@@ -48,7 +48,7 @@ def test_other_files_that_it_names_are_there() -> None:
 def test_the_picture_has_the_floors_of_the_house() -> None:
     picture = re.findall(r"^    ([\w &]+) --> ([\w &]+)$", PAGE, re.M)
     drawn = [set(picture[0][1].split(" & ")), *(set(upper.split(" & ")) for upper, _ in picture)]
-    floors = [{name.removeprefix("spell_megatron.") for name in floor} for floor in FLOORS]
+    floors = [{name.removeprefix("spell_megatron.").replace(".", "_") for name in floor} for floor in FLOORS]
     assert drawn == [{"ground"}, *floors[1:]]
     assert [set(lower.split(" & ")) for _, lower in picture] == drawn[:-1]
 

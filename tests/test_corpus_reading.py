@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 from typer.testing import CliRunner
 
-from spell_megatron.cli import app
 from spell_megatron.config import CorpusConfig, SourceConfig
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.corpus.cleaning import clean
 from spell_megatron.corpus.reading import Skipped, Text, opened, read
 from spell_megatron.corpus.reading.text import plain
+from spell_megatron.tools.cli import app
 
 pytestmark = pytest.mark.unit
 

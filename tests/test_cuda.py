@@ -18,7 +18,7 @@ import pytest
 from fakecuda import learners
 from fakecuda.build import build, compiler
 
-from spell_megatron.plan.assumptions import Assumptions
+from spell_megatron.tools.plan.assumptions import Assumptions
 
 pytestmark = [
     pytest.mark.unit,

@@ -11,11 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import ConfigError, CorpusConfig, SourceConfig, load_config
 from spell_megatron.corpus import ClusterSampler, survey
 from spell_megatron.corpus.decontamination import SHINGLE, Benchmarks
 from spell_megatron.corpus.survey import meant
-from spell_megatron.terminal import Terminal
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spell_megatron.interpreter import python
+from spell_megatron.base.interpreter import python
 from spell_megatron.selfplay.seeds import seed_of
 
 KILLS = {"scripted": 20, "real": 8}

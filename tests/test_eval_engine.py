@@ -11,7 +11,7 @@ from eval_samples import write_samples
 
 import spell_megatron
 from eval import Settings, evaluate, list_benchmarks, read_report
-from spell_megatron.terminal import Terminal
+from spell_megatron.base.terminal import Terminal
 
 pytestmark = pytest.mark.engine
 MODEL = Path(spell_megatron.__file__).parent / "assets" / "toy-seed"

@@ -17,7 +17,7 @@ from eval.report import Report, read_report
 from eval.results import summarise
 from eval.runner import BenchmarkPlan
 from eval.scoring import ScoredAnswer
-from spell_megatron.cli import app
+from spell_megatron.tools.cli import app
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

@@ -19,7 +19,7 @@ CONCURRENCY = 3
 PROGRAM = f"""
 import asyncio, sys
 from pathlib import Path
-from spell_megatron.terminal import Terminal
+from spell_megatron.base.terminal import Terminal
 from eval_standin import Unjudged, WordCodec
 from eval.data import Data
 from eval.endpoint import Endpoint

@@ -28,8 +28,8 @@ from eval.measure import measure, plan
 from eval.prompting import build, prefills_thinking
 from eval.report import Report, read_report
 from eval.runner import Settings
+from spell_megatron.base.terminal import Terminal, line
 from spell_megatron.rollout.engine import EngineError
-from spell_megatron.terminal import Terminal, line
 from spell_megatron.types import Rollout, SpellError
 
 pytestmark = pytest.mark.unit

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spell_megatron.config import PolicyConfig, load_config
-from spell_megatron.plan import plan
-from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.estimate import estimate
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
-from spell_megatron.record import RunFolder, read_metrics
+from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.train import train
 from spell_megatron.tools.convert import export_hf, import_hf
 from spell_megatron.tools.parity import compare
+from spell_megatron.tools.plan import plan
+from spell_megatron.tools.plan.assumptions import Assumptions
+from spell_megatron.tools.plan.estimate import estimate
 from spell_megatron.types import SpellError
 from spell_megatron.weights.contents import read_contents
 

@@ -18,7 +18,7 @@ from table import NO_CELL
 
 from spell_megatron.config import ConfigError, LossConfig, load_config
 from spell_megatron.policy.loss import SURROGATES, TokenTerms, token_losses
-from spell_megatron.record import RunFolder, read_metrics
+from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.train import train
 from spell_megatron.selfplay import Prompts, prompts_of, step_metrics
 from spell_megatron.selfplay.advantages import ADVANTAGES, standardise_by

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spell_megatron.imports import imported
+from spell_megatron.base.imports import imported
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

@@ -14,15 +14,15 @@ from launchers import local, script
 from launchers.job import PreparedRun
 from launchers.machines import Machines
 from launchers.profile import Profile
-from spell_megatron import interpreter
-from spell_megatron.bounded import Bounded
-from spell_megatron.interpreter import ROOMS, ROOT, check_rooms, environment
+from spell_megatron.base import interpreter
+from spell_megatron.base.bounded import Bounded
+from spell_megatron.base.interpreter import ROOMS, ROOT, check_rooms, environment
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
 
 IMPORTS = (
-    "import sys, types, random, json, logging; from spell_megatron.interpreter import check_rooms;"
+    "import sys, types, random, json, logging; from spell_megatron.base.interpreter import check_rooms;"
     " check_rooms(); print(sys.argv[1])"
 )
 
@@ -48,7 +48,7 @@ def test_a_trap_is_sprung_by_what_looks_into_the_working_folder(folder: Path) ->
 
 
 def test_the_command_line_as_a_module(folder: Path) -> None:
-    assert run(sys.executable, "-m", "spell_megatron.cli", "prompts", "mine") == "mine\n"
+    assert run(sys.executable, "-m", "spell_megatron.tools.cli", "prompts", "mine") == "mine\n"
     assert not traps.sprung(folder)
 
 
@@ -62,7 +62,7 @@ def test_the_command_line_as_it_is_installed(folder: Path) -> None:
 def test_what_the_command_line_starts_is_told(folder: Path) -> None:
     """Libraries start Python, too."""
     code = (
-        "import subprocess, sys, spell_megatron.cli;"
+        "import subprocess, sys, spell_megatron.tools.cli;"
         f"sys.exit(subprocess.run([sys.executable, '-c', {IMPORTS!r}, 'safe']).returncode)"
     )
     assert run(sys.executable, "-P", "-c", code) == "safe\n"
@@ -119,7 +119,7 @@ def test_a_foreign_package_of_our_name_is_named(tmp_path: Path, room: str, kind:
     foreign = tmp_path / (f"{room}.py" if kind == "file" else f"{room}/__init__.py")
     foreign.parent.mkdir(exist_ok=True)
     foreign.write_text("raise ImportError('a file of the user')")
-    code = "from spell_megatron.cli import app; app()"
+    code = "from spell_megatron.tools.cli import app; app()"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "report", "run"],

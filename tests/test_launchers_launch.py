@@ -27,10 +27,10 @@ from launchers.job import PreparedRun, prepare, read_by
 from launchers.launch import _slurm, _split, launch
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
-from spell_megatron import pulse
+from spell_megatron.base import pulse
 from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
-from spell_megatron.record import RunFolder
 from spell_megatron.run.preemption import REQUEUE, attempt
+from spell_megatron.run.record import RunFolder
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -396,7 +396,7 @@ class TestSbatch:
         (srun,) = (line for line in self.written(job).splitlines() if line.startswith("srun "))
         words = shlex.split(srun)
         assert words[-3:-1] == ["bash", "-c"]
-        assert f"; {sys.executable} -P -m spell_megatron.cli resume {job.run};" in words[-1]
+        assert f"; {sys.executable} -P -m spell_megatron.tools.cli resume {job.run};" in words[-1]
         assert "--container-image" not in words
         assert Path(words[words.index("--chdir") + 1]).is_dir()
         assert "torchrun" not in srun
@@ -418,12 +418,12 @@ class TestSbatch:
         assert f"{job.run}:{job.run}" in seen
         assert all(f"{need}:{need}" in seen for need in job.needs)
         assert job.needs
-        assert " python -P -m spell_megatron.cli resume" in words[-1]
+        assert " python -P -m spell_megatron.tools.cli resume" in words[-1]
 
     def test_a_virtual_environment_is_activated(self, job: PreparedRun) -> None:
         text = self.written(replace(job, profile=Profile(venv="/shared/my venv")))
         assert "source '/shared/my venv/bin/activate'" in text
-        assert "; python -P -m spell_megatron.cli" in text
+        assert "; python -P -m spell_megatron.tools.cli" in text
 
     def test_engine_nodes_hold_servers_and_the_trainer_is_told_where(self, job: PreparedRun) -> None:
         text = self.written(replace(job, machines=replace(job.machines, engine_nodes=2, servers=4)))
@@ -655,7 +655,7 @@ def test_on_this_machine_ranks_take_the_gpus_that_engines_of_their_own_leave(
 
 def test_a_local_dryrun_prints_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("toy", [f"runs={tmp_path}", "cluster.nodes=1"], "local", "cpu", dryrun=True) == 0
-    assert shlex.split(capsys.readouterr().out)[1:5] == ["-P", "-m", "spell_megatron.cli", "resume"]
+    assert shlex.split(capsys.readouterr().out)[1:5] == ["-P", "-m", "spell_megatron.tools.cli", "resume"]
 
 
 def test_many_nodes_are_no_local_matter(tmp_path: Path) -> None:

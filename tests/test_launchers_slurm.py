@@ -16,7 +16,7 @@ import pytest
 from launchers import job as jobs
 from launchers import slurm
 from launchers.launch import JobFailed, launch
-from spell_megatron.secret import read_secret
+from spell_megatron.base.secret import read_secret
 from tests import slurm_cluster
 from tests.slurm_cluster import Cluster
 from tests.slurm_trainer import FAILURE

@@ -14,8 +14,8 @@ from reference import relative_error
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from spell_megatron.base.interpreter import python
 from spell_megatron.config import LayoutConfig, LossConfig
-from spell_megatron.interpreter import python
 from spell_megatron.policy.world import World
 from spell_megatron.types import Group
 

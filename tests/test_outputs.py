@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from spell_megatron.outputs import MARKER, check_output, make_room, new_folder
+from spell_megatron.base.outputs import MARKER, check_output, make_room, new_folder
 from spell_megatron.tools.convert import export_hf, import_hf
+from spell_megatron.tools.warmup import make_seed_model
 from spell_megatron.types import SpellError
-from spell_megatron.warmup import make_seed_model
 
 pytestmark = pytest.mark.unit
 

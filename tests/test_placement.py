@@ -11,8 +11,8 @@ import torch
 from models import make_model
 from reference import random_batch
 
+from spell_megatron.base.placement import Part, Phase, Placement
 from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
-from spell_megatron.placement import Part, Phase, Placement
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.world import World, start_world, stop_world

@@ -18,19 +18,19 @@ from spell_megatron.config import (
     load_config,
     model_recipes,
 )
-from spell_megatron.plan import ranking, search
-from spell_megatron.plan.activations import FullStream, activations
-from spell_megatron.plan.assumptions import GIB, Assumptions
-from spell_megatron.plan.catalogue import architecture, known
-from spell_megatron.plan.changes import changed, resized
-from spell_megatron.plan.estimate import estimate
-from spell_megatron.plan.findings import ROOM, Plan
-from spell_megatron.plan.parameters import active_parameters, held, total_parameters
-from spell_megatron.plan.rehearsal import _check_covered
-from spell_megatron.plan.resync import resync, tensor_count
-from spell_megatron.plan.search import remedies
-from spell_megatron.plan.workload import batch_work, forward_work
 from spell_megatron.rollout.transfer.manifest import Manifest
+from spell_megatron.tools.plan import ranking, search
+from spell_megatron.tools.plan.activations import FullStream, activations
+from spell_megatron.tools.plan.assumptions import GIB, Assumptions
+from spell_megatron.tools.plan.catalogue import architecture, known
+from spell_megatron.tools.plan.changes import changed, resized
+from spell_megatron.tools.plan.estimate import estimate
+from spell_megatron.tools.plan.findings import ROOM, Plan
+from spell_megatron.tools.plan.parameters import active_parameters, held, total_parameters
+from spell_megatron.tools.plan.rehearsal import _check_covered
+from spell_megatron.tools.plan.resync import resync, tensor_count
+from spell_megatron.tools.plan.search import remedies
+from spell_megatron.tools.plan.workload import batch_work, forward_work
 from spell_megatron.types import SpellError
 from spell_megatron.weights.families import FAMILIES
 from spell_megatron.weights.shape import ModelShape, model_shape

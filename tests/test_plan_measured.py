@@ -13,6 +13,7 @@ import traps
 from models import make_model
 from reference import random_batch
 
+from spell_megatron.base.interpreter import python
 from spell_megatron.config import (
     LayoutConfig,
     LossConfig,
@@ -21,18 +22,17 @@ from spell_megatron.config import (
     load_config,
     model_recipes,
 )
-from spell_megatron.interpreter import python
-from spell_megatron.plan import plan_all
-from spell_megatron.plan.activations import FullStream, activations
-from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.catalogue import architecture
-from spell_megatron.plan.findings import ROOM
-from spell_megatron.plan.parameters import held, static_bytes
-from spell_megatron.plan.rehearsal import Build, rehearse
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.residence import torch_optimizers
 from spell_megatron.policy.world import World
+from spell_megatron.tools.plan import plan_all
+from spell_megatron.tools.plan.activations import FullStream, activations
+from spell_megatron.tools.plan.assumptions import Assumptions
+from spell_megatron.tools.plan.catalogue import architecture
+from spell_megatron.tools.plan.findings import ROOM
+from spell_megatron.tools.plan.parameters import held, static_bytes
+from spell_megatron.tools.plan.rehearsal import Build, rehearse
 from spell_megatron.weights.shape import model_shape
 
 pytestmark = pytest.mark.distributed

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from spell_megatron.interpreter import python
-from spell_megatron.rendezvous import LOOPBACK
+from spell_megatron.base.interpreter import python
+from spell_megatron.base.rendezvous import LOOPBACK
 from spell_megatron.run.preemption import Preempted
 
 PATIENCE = 60.0
@@ -34,7 +34,7 @@ MEET = """
 import json, os, psutil, sys, time
 import torch.distributed as dist
 from pathlib import Path
-from spell_megatron import rendezvous
+from spell_megatron.base import rendezvous
 rendezvous.join("gloo", "", 60.0)
 rank, folder = dist.get_rank(), Path(sys.argv[1])
 told = [None, None]

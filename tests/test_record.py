@@ -24,9 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spell_megatron import pulse
+from spell_megatron.base import pulse
+from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import Config, dump_config, load_config
-from spell_megatron.record import (
+from spell_megatron.run.record import (
     Console,
     Journal,
     Metrics,
@@ -38,10 +39,9 @@ from spell_megatron.record import (
     step_line,
     write_report,
 )
-from spell_megatron.record.folder import JsonLines, read_lines
+from spell_megatron.run.record.folder import JsonLines, read_lines
 from spell_megatron.selfplay.episode import Episode, Judgement, Response
 from spell_megatron.selfplay.memory import Remembered
-from spell_megatron.terminal import Terminal
 from spell_megatron.types import Question, Rollout, SpellError
 
 pytestmark = pytest.mark.unit
@@ -193,7 +193,7 @@ def test_what_was_appended_outlives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     code = (
         "import os, pathlib, signal\n"
-        "from spell_megatron.record.folder import JsonLines\n"
+        "from spell_megatron.run.record.folder import JsonLines\n"
         f"lines = JsonLines(pathlib.Path({str(path)!r}))\n"
         "for i in range(20): lines.append({'i': i})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from spell_megatron.record import RunFolder, lock, locked, private
-from spell_megatron.record.lock import RunLockedError
+from spell_megatron.run.record import RunFolder, lock, locked, private
+from spell_megatron.run.record.lock import RunLockedError
 
 pytestmark = pytest.mark.unit
 
 HOLD = (
-    "import sys; from pathlib import Path; from spell_megatron.record.lock import locked\n"
+    "import sys; from pathlib import Path; from spell_megatron.run.record.lock import locked\n"
     "with locked(Path(sys.argv[1])):\n"
     "    print('held', flush=True); sys.stdin.read()\n"
 )
@@ -86,7 +86,7 @@ def test_on_another_machine_it_is_the_heartbeat_that_counts(
     monkeypatch.setattr(lock, "LEASE_SECONDS", 2.0)
     monkeypatch.setattr(lock, "_MARGIN", 4.0)
     (tmp_path / "dead").mkdir()
-    code = f"import spell_megatron.record.lock as lock; lock.LEASE_SECONDS = 2.0\n{HOLD}"
+    code = f"import spell_megatron.run.record.lock as lock; lock.LEASE_SECONDS = 2.0\n{HOLD}"
     command = [sys.executable, "-c", code, str(tmp_path / "dead")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout

@@ -11,8 +11,17 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from spell_megatron import rendezvous
-from spell_megatron.rendezvous import LOOPBACK, Gloo, RendezvousError, Sealed, connect, listening, meet, serve
+from spell_megatron.base import rendezvous
+from spell_megatron.base.rendezvous import (
+    LOOPBACK,
+    Gloo,
+    RendezvousError,
+    Sealed,
+    connect,
+    listening,
+    meet,
+    serve,
+)
 
 pytestmark = pytest.mark.unit
 

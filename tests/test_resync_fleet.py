@@ -12,7 +12,7 @@ import pytest
 import resync_fleet
 from models import Kind, make_model
 
-from spell_megatron.interpreter import python
+from spell_megatron.base.interpreter import python
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from spell_megatron.rendezvous import RendezvousError
+from spell_megatron.base.rendezvous import RendezvousError
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError

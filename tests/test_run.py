@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from spell_megatron.base.placement import Phase
 from spell_megatron.config import load_config
 from spell_megatron.corpus import ClusterSampler
-from spell_megatron.placement import Phase
 from spell_megatron.rollout.engine import EngineError, WeightsWanted
 from spell_megatron.run.driver import _warn_of_rare_visits
 from spell_megatron.run.run import Run

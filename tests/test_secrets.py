@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from eval.endpoint import Endpoint
 from eval.run import JudgeSettings
 from launchers.profile import ProfileError, load_profile
-from spell_megatron.cli import app
+from spell_megatron.base.secret import write_secret
 from spell_megatron.config import ConfigError, load_config, names_secret
-from spell_megatron.record import RunFolder, private
-from spell_megatron.secret import write_secret
+from spell_megatron.run.record import RunFolder, private
+from spell_megatron.tools.cli import app
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

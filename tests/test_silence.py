@@ -14,9 +14,10 @@ import pytest
 from rich.text import Text
 from typer.testing import CliRunner
 
-from spell_megatron import cli, pulse
-from spell_megatron.pulse import Pulse, working
-from spell_megatron.terminal import Terminal
+from spell_megatron.base import pulse
+from spell_megatron.base.pulse import Pulse, working
+from spell_megatron.base.terminal import Terminal
+from spell_megatron.tools import cli
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit

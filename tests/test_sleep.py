@@ -18,8 +18,8 @@ import sleeping_server
 from models import make_model
 from safetensors.torch import load_file
 
+from spell_megatron.base.placement import Phase, Placement
 from spell_megatron.config import RolloutConfig, ServersConfig
-from spell_megatron.placement import Phase, Placement
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from spell_megatron.interpreter import python
-from spell_megatron.record import RunFolder, read_metrics
+from spell_megatron.base.interpreter import python
 from spell_megatron.run.preemption import Preempted
+from spell_megatron.run.record import RunFolder, read_metrics
 
 pytestmark = pytest.mark.engine
 
@@ -69,7 +69,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     command = [
         sys.executable,
         "-m",
-        "spell_megatron.cli",
+        "spell_megatron.tools.cli",
         "train",
         "toy",
         *OVERLAPPED,
@@ -99,7 +99,7 @@ def resumed(stopped: RunFolder) -> tuple[RunFolder, int, int]:
     """The run with `MORE` steps, the last step before them, and the episodes that these found finished."""
     last = checkpoint(stopped)
     found = {(row["round"], row["index"]) for row in episodes(stopped, last + 1)}
-    command = [*python("launchers.ranks", "2"), "-m", "spell_megatron.cli", "resume", str(stopped.path)]
+    command = [*python("launchers.ranks", "2"), "-m", "spell_megatron.tools.cli", "resume", str(stopped.path)]
     command += [f"steps={last + MORE}"]
     command += ["policy.layout.tensor=2", "record.mismatch_action=drop"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)

@@ -20,10 +20,10 @@ from eval.markdown import table
 from eval.plot import plot
 from eval.results import Result
 from eval.statistics import Figure
-from spell_megatron.cli import app
-from spell_megatron.record import RunFolder, logging_to, plots
-from spell_megatron.record.report import page_environment
-from spell_megatron.terminal import Lines, Terminal, label, line, say, tidy
+from spell_megatron.base.terminal import Lines, Terminal, label, line, say, tidy
+from spell_megatron.run.record import RunFolder, logging_to, plots
+from spell_megatron.run.record.report import page_environment
+from spell_megatron.tools.cli import app
 
 pytestmark = pytest.mark.unit
 

@@ -16,6 +16,7 @@ from launchers import nemo
 from launchers.job import prepare
 from launchers.machines import machines
 from launchers.profile import load_profile
+from spell_megatron.base.topology import LOCAL, Seat, Topology, topology, visible
 from spell_megatron.config import (
     ClusterConfig,
     Config,
@@ -26,10 +27,9 @@ from spell_megatron.config import (
     load_config,
     model_recipes,
 )
-from spell_megatron.plan.assumptions import Assumptions
-from spell_megatron.plan.estimate import estimate
 from spell_megatron.policy.layout import LayoutError
-from spell_megatron.topology import LOCAL, Seat, Topology, topology, visible
+from spell_megatron.tools.plan.assumptions import Assumptions
+from spell_megatron.tools.plan.estimate import estimate
 
 pytestmark = pytest.mark.unit
 

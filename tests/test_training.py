@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from eval import live_benchmarks
-from spell_megatron.cli import app
 from spell_megatron.config import load_config
-from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.run.opening import open_run
+from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.run import BadStepError, Collected, MismatchError, Run
 from spell_megatron.run.train import resume, train
+from spell_megatron.tools.cli import app
 from spell_megatron.types import Group, SpellError, TrainBatch
 
 pytestmark = pytest.mark.engine
@@ -243,7 +243,7 @@ def test_a_missing_model_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "not safetensors", "no weights"])
 def test_a_damaged_model_folder(tmp_path: Path, damage: str) -> None:
     model = tmp_path / "model"
-    shutil.copytree(Path(__file__).parent.parent / "spell_megatron/assets/toy-seed", model)
+    shutil.copytree(Path(__file__).parent.parent / "spell_megatron/weights/assets/toy-seed", model)
     weights = model / "model.safetensors"
     match damage:
         case "truncated":
@@ -298,7 +298,7 @@ def test_an_interrupted_and_then_killed_run_goes_on_to_its_end(tmp_path: Path) -
 
 
 def started(*args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "spell_megatron.cli", *args]
+    command = [sys.executable, "-m", "spell_megatron.tools.cli", *args]
     return subprocess.Popen(
         command,
         stderr=subprocess.PIPE,

@@ -308,9 +308,9 @@ def test_every_rank_hands_over_its_own_memory_through_vllms_ipc_sender(tmp_path:
 
 
 def catalogue() -> list[Path]:
-    import spell_megatron.plan
+    import spell_megatron.tools.plan
 
-    return sorted((Path(spell_megatron.plan.__file__).parent / "models").iterdir())
+    return sorted((Path(spell_megatron.tools.plan.__file__).parent / "models").iterdir())
 
 
 @pytest.mark.parametrize("folder", catalogue(), ids=lambda folder: folder.name)

@@ -11,8 +11,7 @@ import torch
 
 from spell_megatron.corpus.toy import transcripts
 from spell_megatron.selfplay.prompts import Prompts
-from spell_megatron.types import Group, TrainBatch
-from spell_megatron.warmup.lessons import (
+from spell_megatron.tools.warmup.lessons import (
     ANSWER_WEIGHT,
     LAST,
     POLISH,
@@ -22,7 +21,8 @@ from spell_megatron.warmup.lessons import (
     School,
     message,
 )
-from spell_megatron.warmup.newborn import newborn
+from spell_megatron.tools.warmup.newborn import newborn
+from spell_megatron.types import Group, TrainBatch
 from tokenizer.chat import ChatTokenizer
 
 pytestmark = pytest.mark.unit

@@ -17,9 +17,9 @@ from starlette.testclient import TestClient
 from test_record import HOSTILE, Page, episode, full_run, logged, run
 
 from spell_megatron.config import load_config
-from spell_megatron.record import Journal, RunFolder
-from spell_megatron.record.newest import KEPT, Newest
-from spell_megatron.record.watch import Watched, application
+from spell_megatron.run.record import Journal, RunFolder
+from spell_megatron.run.record.newest import KEPT, Newest
+from spell_megatron.run.record.watch import Watched, application
 
 pytestmark = pytest.mark.unit
 
@@ -157,7 +157,7 @@ def browser() -> str:
 @pytest.fixture
 def address(run: RunFolder) -> Iterator[str]:
     """Of `spell-megatron watch`, a process of its own."""
-    command = [sys.executable, "-m", "spell_megatron.cli", "watch", str(run.path)]
+    command = [sys.executable, "-m", "spell_megatron.tools.cli", "watch", str(run.path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr

@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks.weeks import KEPT, Weeks
 from spell_megatron.config import RecordConfig
-from spell_megatron.record import Archive, RunFolder
-from spell_megatron.record.archive import kept_steps
+from spell_megatron.run.record import Archive, RunFolder
+from spell_megatron.run.record.archive import kept_steps
 from spell_megatron.selfplay.memory import Memory
 from spell_megatron.types import Question
 

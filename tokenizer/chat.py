@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from spell_megatron.bounded import Bounded, TooMuch, WorkFailed
+from spell_megatron.base.bounded import Bounded, TooMuch, WorkFailed
 from spell_megatron.types import SpellError, Tokens
 from tokenizer.control import Commands
 from tokenizer.ends import end_tokens

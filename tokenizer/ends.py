@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from spell_megatron.files import read_object
+from spell_megatron.base.files import read_object
 from spell_megatron.types import SpellError
 
 

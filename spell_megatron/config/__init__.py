@@ -74,7 +74,7 @@ __all__ = [
     "written",
 ]
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:

@@ -22,8 +22,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from spell_megatron.base.files import hf_config
 from spell_megatron.config import PolicyConfig
-from spell_megatron.files import hf_config
 from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.kernels import flash

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spell_megatron.base.registry import Registry
 from spell_megatron.config import LossConfig
-from spell_megatron.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)

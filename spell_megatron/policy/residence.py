@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spell_megatron.placement import Part
+from spell_megatron.base.placement import Part
 from spell_megatron.policy.learner import Learner
 
 

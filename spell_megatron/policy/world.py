@@ -15,7 +15,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 import megatron_patches
-from spell_megatron import rendezvous
+from spell_megatron.base import rendezvous
 from spell_megatron.config import LayoutConfig
 from spell_megatron.policy.layout import megatron_sizes
 from spell_megatron.types import SpellError

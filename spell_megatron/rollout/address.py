@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 
+from spell_megatron.base.secret import new_secret
 from spell_megatron.rollout import door
-from spell_megatron.secret import new_secret
 
 
 class Unproven(httpx.RequestError):

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spell_megatron.base.topology import Topology, topology
 from spell_megatron.config import Config
 from spell_megatron.rollout.dialect import CPU, CUDA, LOG_LEVEL, Backend, own_environment
-from spell_megatron.topology import Topology, topology
 
 
 @cache

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from ipaddress import ip_address
 from typing import Any
 
-from spell_megatron.secret import new_secret, seal
+from spell_megatron.base.secret import new_secret, seal
 
 VARIABLE = "SPELL_ENGINE_SECRET"
 """A variable of the server's environment, which its user alone can read."""

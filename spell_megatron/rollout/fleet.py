@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from spell_megatron.base.secret import read_secret
+from spell_megatron.base.topology import LOCAL, Topology
 from spell_megatron.config import Config
 from spell_megatron.config import RolloutConfig as Settings
 from spell_megatron.rollout import backend, dialect
@@ -52,8 +54,6 @@ from spell_megatron.rollout.health import (
 from spell_megatron.rollout.member import Member, Surroundings
 from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer.manifest import Manifest
-from spell_megatron.secret import read_secret
-from spell_megatron.topology import LOCAL, Topology
 from spell_megatron.types import Rollout, Tokens
 from tokenizer.ends import end_tokens
 

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spell_megatron.base.topology import LOCAL, Transfer
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.transfer.manifest import Manifest
-from spell_megatron.topology import LOCAL, Transfer
 
 if TYPE_CHECKING:
     import torch

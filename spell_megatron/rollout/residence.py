@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spell_megatron.placement import Part
+from spell_megatron.base.placement import Part
 from spell_megatron.rollout.engine import Engine, Memory
 
 _MEMORY: dict[Part, Memory] = {"engine weights": "weights", "engine cache": "cache"}

@@ -16,13 +16,13 @@ from typing import Any
 
 import httpx
 
+from spell_megatron.base.interpreter import environment, python
+from spell_megatron.base.secret import new_secret
+from spell_megatron.base.topology import visible
 from spell_megatron.config import RolloutConfig
-from spell_megatron.interpreter import environment, python
 from spell_megatron.rollout import backend, dialect, door, guard, private_folder
 from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError
-from spell_megatron.secret import new_secret
-from spell_megatron.topology import visible
 
 _LOG_LINES, _LOG_BYTES = 15, 64 << 10
 """Characters of the end of a log in a message."""

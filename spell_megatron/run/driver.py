@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron import config
+from spell_megatron.base.topology import Topology
 from spell_megatron.corpus import ClusterSampler, StaticQuestions, load_heldout
 from spell_megatron.policy.learner import Update
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.staleness import importance, staleness
-from spell_megatron.record import (
+from spell_megatron.rollout.engine import Engine, EngineStats
+from spell_megatron.rollout.fleet import Fleet
+from spell_megatron.rollout.inprocess import InProcessEngine
+from spell_megatron.run.ahead import Ahead
+from spell_megatron.run.preemption import Stop
+from spell_megatron.run.record import (
     Archive,
     Console,
     Journal,
@@ -31,16 +37,10 @@ from spell_megatron.record import (
     logging_to,
     write_report,
 )
-from spell_megatron.record.folder import replace_text, writing
-from spell_megatron.rollout.engine import Engine, EngineStats
-from spell_megatron.rollout.fleet import Fleet
-from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.run.ahead import Ahead
-from spell_megatron.run.preemption import Stop
+from spell_megatron.run.record.folder import replace_text, writing
 from spell_megatron.selfplay import Episode, Play, SelfPlay, accuracy, known, prompts_of, step_metrics
 from spell_megatron.selfplay.batch import Batch
 from spell_megatron.selfplay.ports import Judge
-from spell_megatron.topology import Topology
 from tokenizer.chat import ChatTokenizer
 
 _log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.base.topology import Transfer
 from spell_megatron.rollout.follower import FollowerEngine
-from spell_megatron.topology import Transfer
 
 
 class Follower:

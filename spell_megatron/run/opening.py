@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+from spell_megatron.base.pulse import working
+from spell_megatron.base.secret import read_secret
 from spell_megatron.config import Config, dump_config, load_config
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import start_world, stop_world
-from spell_megatron.pulse import working
-from spell_megatron.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes
 from spell_megatron.rollout.experts import check_replay
+from spell_megatron.run.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes
 from spell_megatron.run.run import Benchmarks, Judges, Run
-from spell_megatron.secret import read_secret
 from spell_megatron.selfplay import prompts_of
 from spell_megatron.types import SpellError
 

@@ -12,10 +12,11 @@ from typing import cast
 import torch.distributed as dist
 from torch import Tensor
 
-from spell_megatron.checkpoint import Checkpoints
+from spell_megatron.base.outputs import make_room
+from spell_megatron.base.placement import Phase, Placement
+from spell_megatron.base.pulse import working
 from spell_megatron.config import Config
-from spell_megatron.outputs import make_room
-from spell_megatron.placement import Phase, Placement
+from spell_megatron.policy.checkpoint import Checkpoints
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner, Scores, Update
 from spell_megatron.policy.mismatch import groups_beyond
@@ -23,14 +24,13 @@ from spell_megatron.policy.residence import LearnerResidence
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, agreed
-from spell_megatron.pulse import working
-from spell_megatron.record import RunFolder, RunLock
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.residence import EngineResidence
 from spell_megatron.run.driver import Driver, Measurement, Played
 from spell_megatron.run.follower import Follower
 from spell_megatron.run.preemption import Preempted, Stop, attempt, listen, preempted
+from spell_megatron.run.record import RunFolder, RunLock
 from spell_megatron.selfplay.ports import Judge
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.known import known_folder

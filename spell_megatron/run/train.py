@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.config import Config
-from spell_megatron.record import RunFolder, read_metrics
 from spell_megatron.run.opening import open_run, read_run_config
+from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.run import Benchmarks, Judges, Run
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spell_megatron import config
-from spell_megatron.registry import Registry
+from spell_megatron.base.registry import Registry
 
 EPSILON = 1e-6
 

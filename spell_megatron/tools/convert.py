@@ -10,10 +10,10 @@ from typing import cast, get_args
 
 import torch.distributed as dist
 
-from spell_megatron.checkpoint import Checkpoints, load_learner, open_checkpoint
+from spell_megatron.base.files import hf_config, weights_dtype
+from spell_megatron.base.outputs import check_output, publish, stage
 from spell_megatron.config import Dtype, PolicyConfig, load_config
-from spell_megatron.files import hf_config, weights_dtype
-from spell_megatron.outputs import check_output, publish, stage
+from spell_megatron.policy.checkpoint import Checkpoints, load_learner, open_checkpoint
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import agreed, start_world, stop_world
 from spell_megatron.types import SpellError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from spell_megatron.files import read_object
+from spell_megatron.base.files import read_object
 from spell_megatron.types import SpellError
 from spell_megatron.weights.shape import ModelShape, Sizes, model_shape
 from spell_megatron.weights.table import EMBEDDING

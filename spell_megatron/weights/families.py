@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spell_megatron.registry import Registry
+from spell_megatron.base.registry import Registry
 from spell_megatron.types import SpellError
 from spell_megatron.weights.table import HEAD, ROWS, Having, Row
 

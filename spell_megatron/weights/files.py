@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spell_megatron.outputs import new_folder
+from spell_megatron.base.outputs import new_folder
 from spell_megatron.types import SpellError
 from spell_megatron.weights.contents import INDEX, Contents
 

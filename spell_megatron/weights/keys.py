@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spell_megatron.files import hf_config
+from spell_megatron.base.files import hf_config
 from spell_megatron.types import SpellError
 from spell_megatron.weights.families import Family, find
 

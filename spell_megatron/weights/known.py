@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from spell_megatron.files import hf_config
+from spell_megatron.base.files import hf_config
 from spell_megatron.types import SpellError
 from spell_megatron.weights.contents import read_contents
 from spell_megatron.weights.families import Family

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spell_megatron.types import SpellError
 
-_SHIPPED = Path(__file__).parent.parent / "assets"
+_SHIPPED = Path(__file__).parent / "assets"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 

@@ -23,11 +23,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from spell_megatron import rendezvous
+from spell_megatron.base import rendezvous
+from spell_megatron.base.secret import new_secret
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.transfer.manifest import buckets, described
 from spell_megatron.rollout.transfer.receiver import Receiver
-from spell_megatron.secret import new_secret
 
 NAME = "gloo"
 _BUCKET_BYTES = 64 << 20

@@ -22,8 +22,9 @@ import vllm
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
+from spell_megatron.base.rendezvous import own_address
+from spell_megatron.base.topology import LOCAL, Transfer
 from spell_megatron.config import ServersConfig
-from spell_megatron.rendezvous import own_address
 from spell_megatron.rollout.dialect import PAUSES, Route
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.transfer import gloo, nccl
@@ -32,7 +33,6 @@ from spell_megatron.rollout.transfer.fanout import FanOut, Fault, Peer
 from spell_megatron.rollout.transfer.local import LocalSender
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.rollout.transfer.store import WeightStore
-from spell_megatron.topology import LOCAL, Transfer
 
 _log = logging.getLogger(__name__)
 Weights = Iterable[tuple[str, torch.Tensor]]

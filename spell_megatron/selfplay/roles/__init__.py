@@ -7,7 +7,7 @@ A role of the user's own stands among them by its import path, in the order of p
 from __future__ import annotations
 
 from spell_megatron import config
-from spell_megatron.registry import Registry
+from spell_megatron.base.registry import Registry
 from spell_megatron.selfplay.prompts import STYLES, Prompts
 from spell_megatron.selfplay.roles.questioner import Questioner
 from spell_megatron.selfplay.roles.responder import Responder

@@ -5,7 +5,7 @@ A task of the user's own is named by its import path, as `corpus.sources=[{tasks
 
 from __future__ import annotations
 
-from spell_megatron.registry import Registry
+from spell_megatron.base.registry import Registry
 from spell_megatron.selfplay.tasks.choice import Choice
 from spell_megatron.selfplay.tasks.general import General
 from spell_megatron.selfplay.tasks.number import Number

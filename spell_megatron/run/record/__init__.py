@@ -1,0 +1,28 @@
+"""What a run leaves behind, and what is seen of it while it runs."""
+
+from spell_megatron.run.record.archive import Archive
+from spell_megatron.run.record.console import Console, Live, step_line
+from spell_megatron.run.record.folder import RunFolder, private
+from spell_megatron.run.record.journal import Journal, forget_episodes, same_episodes
+from spell_megatron.run.record.lock import RunLock, locked
+from spell_megatron.run.record.logs import logging_to
+from spell_megatron.run.record.metrics import Metrics, read_metrics
+from spell_megatron.run.record.report import write_report
+
+__all__ = [
+    "Archive",
+    "Console",
+    "Journal",
+    "Live",
+    "Metrics",
+    "RunFolder",
+    "RunLock",
+    "forget_episodes",
+    "locked",
+    "logging_to",
+    "private",
+    "read_metrics",
+    "same_episodes",
+    "step_line",
+    "write_report",
+]

@@ -1,0 +1,102 @@
+"""A recipe's plan by arithmetic alone, or with what its built model says."""
+
+from __future__ import annotations
+
+from spell_megatron.config import ClusterConfig, Config
+from spell_megatron.policy.layout import WorldShape, check_layout
+from spell_megatron.tools.plan.assumptions import GIB, Assumptions
+from spell_megatron.tools.plan.catalogue import architecture
+from spell_megatron.tools.plan.dealing import Deal, even, packed
+from spell_megatron.tools.plan.engine import EngineMemory, engine_memory
+from spell_megatron.tools.plan.findings import Plan
+from spell_megatron.tools.plan.memory import stage_plans
+from spell_megatron.tools.plan.parameters import Held, held
+from spell_megatron.tools.plan.rehearsal import Rehearsal
+from spell_megatron.tools.plan.saving import saving
+from spell_megatron.tools.plan.timing import Seconds, step_seconds
+from spell_megatron.tools.plan.traffic import Traffic, step_traffic
+from spell_megatron.tools.plan.update import update_costs
+from spell_megatron.tools.plan.workload import Lengths, Rollouts, batch_work, expected_batch, group_lengths
+from spell_megatron.weights.contents import shape_of
+from spell_megatron.weights.shape import ModelShape
+
+
+def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None = None) -> Plan:
+    """The plan by arithmetic. With a built model, what a rank holds comes from it, and the batch is really packed."""
+    policy, cluster = config.policy, config.cluster
+    shape = shape_of(architecture(config.model.path), config.model.families)
+    world = check_layout(policy.layout, shape, cluster.gpus)
+    parts = held(shape, policy.layout)
+    lengths = Lengths.of(config, assumed)
+    engine = engine_memory(config, shape, lengths, cluster.nodes, cluster.gpu_memory_gib, assumed)
+    batch = expected_batch(config.selfplay, lengths)
+    faults = _faults(config, shape, engine, cluster)
+    if rehearsal is not None:
+        dealt = packed(config, shape, world, lengths)
+    else:
+        dealt = even(config, shape, world, lengths, shared=policy.share_prompts)
+    unshared = even(config, shape, world, lengths, shared=False)
+    rollouts = Rollouts.of(config, lengths, assumed)
+
+    def costs(deal: Deal) -> dict[str, float]:
+        traffic = _traffic(config, shape, world, parts, deal)
+        return update_costs(
+            config, shape, world, deal.busiest, deal.tokens, deal.rows, deal.streams, traffic, parts, assumed
+        )
+
+    def seconds(update: dict[str, float]) -> Seconds:
+        return step_seconds(config, shape, engine, rollouts, update, assumed)
+
+    update = costs(dealt)
+    stages = stage_plans(config, shape, world, parts, engine, dealt.streams, assumed, rehearsal)
+    return Plan(
+        config=config,
+        shape=shape,
+        world=world,
+        stages=tuple(stages),
+        engine=engine,
+        lengths=lengths,
+        streams=dealt.streams,
+        work=batch_work(shape, group_lengths(batch), shared=policy.share_prompts),
+        work_shared=batch_work(shape, group_lengths(batch), shared=True),
+        work_unshared=batch_work(shape, group_lengths(batch), shared=False),
+        traffic=_traffic(config, shape, world, parts, dealt),
+        costs=update,
+        seconds=seconds(update),
+        seconds_unshared=seconds(costs(unshared)),
+        saving=saving(config, world, parts, [stage.static for stage in stages], engine, assumed),
+        faults=tuple(faults),
+        assumed=assumed,
+        rehearsal=rehearsal,
+    )
+
+
+def _traffic(config: Config, shape: ModelShape, world: WorldShape, parts: list[Held], deal: Deal) -> Traffic:
+    return step_traffic(shape, config.policy, world, parts, deal.tokens, deal.rows)
+
+
+def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: ClusterConfig) -> list[str]:
+    """Contradictions between model, lengths, engine and cluster that no memory would mend."""
+    rollout, play, faults = config.rollout, config.selfplay, []
+    limits = play.sampling
+    longest = config.corpus.cluster_tokens + max(limits.questioner_tokens, limits.responder_tokens)
+    if longest > rollout.max_model_len:
+        faults.append(
+            f"rollout.max_model_len={rollout.max_model_len} is below cluster and response: {longest}"
+        )
+    if rollout.max_model_len > config.policy.stream_tokens:
+        faults.append(
+            f"policy.stream_tokens={config.policy.stream_tokens} cannot hold a sequence of"
+            f" rollout.max_model_len={rollout.max_model_len}"
+        )
+    if engine.fault:
+        faults.append(engine.fault)
+    if shape.heads % engine.tensor:
+        faults.append(f"rollout.servers.tensor={engine.tensor} does not divide {shape.heads} heads")
+    wanted = max(engine.kv_wanted, engine.sequence)
+    if engine.kv_cache < wanted:
+        faults.append(
+            f"a KV cache of {engine.kv_cache / GIB:.1f} GiB is below the {wanted / GIB:.1f} GiB of the planned"
+            f" {play.concurrency} questions in flight: raise rollout.kv_cache_mib, or lower selfplay.concurrency"
+        )
+    return faults

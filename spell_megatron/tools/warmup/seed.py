@@ -1,0 +1,163 @@
+"""The seed model from nothing: tokenizer, newborn weights, lessons through the learner."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from transformers import GenerationConfig
+
+from spell_megatron.base.outputs import new_folder
+from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
+from spell_megatron.corpus.toy import pieces, transcripts
+from spell_megatron.policy.learner import Learner, Update
+from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.tools.warmup.lessons import LAST, POLISH, PRACTICE, SCHOOL, Lesson, School, message
+from spell_megatron.tools.warmup.newborn import newborn
+from spell_megatron.types import TrainBatch
+from tokenizer.chat import ChatTokenizer
+from tokenizer.convert import save
+from tokenizer.train import train
+
+POSITIONS = 1024
+_TOKENIZER_CLUSTERS = 400
+_REPORT_EVERY = 50
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Term:
+    """Lessons under one learning rate: linear warm-up, then cosine decay over `decay_steps`."""
+
+    lessons: tuple[Lesson, ...]
+    lr: float
+    decay_steps: int
+    """May be more than the term has: it then ends at a rate still high."""
+
+    @property
+    def steps(self) -> int:
+        return sum(lesson.steps for lesson in self.lessons)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the seed model is taught, and how; with a seed it settles every weight."""
+
+    terms: tuple[Term, ...] = (
+        Term(SCHOOL, 3e-3, 1200),
+        Term(PRACTICE, 2e-3, 600),
+        Term(LAST, 2e-3, 300),
+        Term(POLISH, 2e-3, 500),
+    )
+    tokens: int = 4096
+    """Tokens of one update."""
+    vocabulary: int = 1024
+    """Upper bound of the tokenizer's size."""
+
+
+RECIPE = Recipe()
+
+
+def make_seed_model(
+    folder: Path, seed: int = 0, recipe: Recipe = RECIPE, *, report: Callable[[str], None] = _log.info
+) -> Path:
+    """Make the seed model in `folder`, a complete Hugging Face model with `provenance.json`; returns it.
+
+    Raises SpellError where the folder is not empty and no earlier model of ours. `report` is told how far it is,
+    as text. About twenty minutes on two CPU cores.
+    """
+    digest = hashlib.sha256()
+    with new_folder(folder, "model") as made, TemporaryDirectory() as scratch:
+        model = Path(scratch) / "newborn"
+        _be_born(model, seed, recipe)
+        school = School(ChatTokenizer.load(model), seed)
+        world = start_world(LayoutConfig(), seed=seed, timeout_seconds=600)
+        try:
+            for number, term in enumerate(recipe.terms, start=1):
+                learner = Learner(_policy(term, recipe), model, world)
+                _teach(learner, school, term, recipe, digest, report)
+                last = number == len(recipe.terms)
+                model = made if last else Path(scratch) / f"term-{number}"
+                learner.save_hf(model)
+        finally:
+            stop_world()
+        provenance = {
+            "command": f"spell-megatron seed-model OUT --seed {seed}",
+            "seed": seed,
+            "lessons_sha256": digest.hexdigest(),
+            "recipe": asdict(recipe),
+        }
+        (made / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def _policy(term: Term, recipe: Recipe) -> PolicyConfig:
+    optimizer = OptimizerConfig(
+        lr=term.lr,
+        warmup_steps=min(100, term.steps // 4),
+        decay_steps=term.decay_steps,
+        min_lr=term.lr / 30,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+    )
+    return PolicyConfig(dtype="float32", stream_tokens=2 * recipe.tokens, optimizer=optimizer)
+
+
+def _be_born(folder: Path, seed: int, recipe: Recipe) -> None:
+    """Tokenizer files and untaught weights."""
+    save(_train_tokenizer(seed, recipe.vocabulary), POSITIONS, folder)
+    codec = ChatTokenizer.load(folder)
+    newborn(codec.vocab_size, codec.eos_ids[0], POSITIONS, seed).save_pretrained(folder)
+    GenerationConfig(eos_token_id=list(codec.eos_ids)).save_pretrained(folder)
+
+
+def _teach(
+    learner: Learner,
+    school: School,
+    term: Term,
+    recipe: Recipe,
+    digest: hashlib._Hash,
+    report: Callable[[str], None],
+) -> None:
+    """The lessons of a term; `digest` takes in their tokens and weights."""
+    step = 0
+    for lesson in term.lessons:
+        for batch in school.batches(lesson, recipe.tokens):
+            digest.update(_bytes(batch))
+            update = learner.update(batch)
+            step += 1
+            if step % _REPORT_EVERY == 0:
+                nats = _surprise(batch, update)
+                report(f"{lesson.name}: step {step} of {term.steps}, {nats:.3f} nats a token")
+
+
+def _train_tokenizer(seed: int, size: int) -> bytes:
+    """On what the three roles read and write; every line is a text of its own."""
+    prompts = Prompts("short")
+    exchanges = (exchange for index in range(_TOKENIZER_CLUSTERS) for exchange in transcripts(seed, index))
+    texts = (text for exchange in exchanges for text in (message(prompts, exchange), exchange.reply))
+    return train((line for text in texts for line in text.split("\n")), pieces(), size)
+
+
+def _surprise(batch: TrainBatch, update: Update) -> float:
+    """Mean negative log-likelihood of the tokens that count."""
+    samples = [sample for group in batch.groups for sample in group.samples]
+    logprobs = np.concatenate([row for group in update.scores.logprobs for row in group])
+    weights = np.concatenate([np.asarray(sample.weights) for sample in samples])
+    return -float(logprobs[weights >= 1].mean())
+
+
+def _bytes(batch: TrainBatch) -> bytes:
+    """A batch's tokens and weights, for the digest."""
+    samples = [sample for group in batch.groups for sample in group.samples]
+    rows = [*(group.prompt for group in batch.groups), *(sample.tokens for sample in samples)]
+    weights = [weight for sample in samples for weight in sample.weights]
+    tokens = [token for row in rows for token in row]
+    return np.asarray(tokens, np.int32).tobytes() + np.asarray(weights, np.float32).tobytes()
