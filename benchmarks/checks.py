@@ -21,6 +21,8 @@ from typing import Any
 
 from rich.table import Table
 
+from spell_megatron.base.interpreter import environment
+
 Figures = dict[str, Any]
 Check = tuple[str, Callable[[], Figures]]
 """A name, and what measures: it returns figures, and raises where the check fails."""
@@ -89,7 +91,12 @@ def follow(command: Sequence[str], name: str, limit: float) -> Iterator[Row]:
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env=environment(),  # where benchmarks are found, whatever folder this is
         )
         # Servers have sessions of their own; they end with the process that started them.
         timer = Timer(limit, os.killpg, (process.pid, signal.SIGKILL))

@@ -35,6 +35,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if light and HEAVY & loads(collection_path) else None
 
 
+LONGEST = ("test_resync_fleet", "test_gpu_check", "test_launchers_slurm", "test_durability", "test_cuda")
+"""Files of minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of two workers none is left with one when the other is through."""
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
+
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     """Megatron's parallel state for one process."""

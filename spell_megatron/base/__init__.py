@@ -1,1 +1,1 @@
-"""What every room stands on: files, folders, child processes, places of ranks and engines. Torch only in `rendezvous`."""
+"""What every room stands on: files, folders, child processes, places of ranks and engines, registries."""

@@ -1,6 +1,6 @@
 """vLLM's dialect: every route, argument, environment variable and word that is vLLM's and not ours.
 
-Nothing here imports vLLM. `tests/test_contract.py` looks for all of it in vLLM's source.
+Nothing here imports vLLM. `tests/rollout/test_contract.py` looks for all of it in vLLM's source.
 """
 
 from __future__ import annotations

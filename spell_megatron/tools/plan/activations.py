@@ -1,7 +1,7 @@
 """Bytes of activations at the peak of an update, by what the layers keep for their backward pass. No torch.
 
 The terms follow `policy/layers.py`, `policy/attention.py` and `policy/head.py` tensor by tensor;
-`tests/test_plan.py` compares their sum with what real learners hold.
+`tests/tools/test_plan.py` compares their sum with what real learners hold.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Assumptions:
     atomics: float = 11.0
     """What a sum by atomics in bfloat16 costs, as passes over what is summed; 250 GB/s, an estimate."""
     logit_bytes: float = 229.0
-    """Read and written for every logit, forward and backward: counted in `tests/test_cuda.py`."""
+    """Read and written for every logit, forward and backward: counted in `tests/policy/test_cuda.py`."""
     nucleus_bytes: float = 67.0
     """Besides, for the nucleus: counted there."""
     exchange_efficiency: float = 0.6

@@ -1,0 +1,354 @@
+"""Documents as people have them: what is read of every type, what is left alone and why, and in how much memory."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from places import ROOT
+from pyarrow import ipc, parquet
+from typer.testing import CliRunner
+
+from spell_megatron.config import CorpusConfig, SourceConfig
+from spell_megatron.corpus import ClusterSampler
+from spell_megatron.corpus.cleaning import clean
+from spell_megatron.corpus.reading import Skipped, Text, opened, read
+from spell_megatron.corpus.reading.text import plain
+from spell_megatron.tools.cli import app
+
+pytestmark = pytest.mark.unit
+
+ROWS = [{"text": f"row {i}: schön", "cluster": f"c{i % 2}", "n": i} for i in range(5)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def texts_of(path: Path, **options: str) -> tuple[list[Text], Skipped]:
+    skipped = Skipped()
+    return list(read(SourceConfig(path=str(path), **options), skipped)), skipped  # type: ignore[arg-type]
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.output_stream(sink, compression="zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".GZ": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", LINES),
+        ("array.jsonl", json.dumps(ROWS).encode()),
+        ("rows.json", LINES),
+        ("array.json", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=1).encode()),
+        ("spread.json", b"\n".join(json.dumps(row, indent=2).encode() for row in ROWS)),
+        (
+            "rows.csv",
+            b"text,cluster\n" + b"".join(f'"{r["text"]}",{r["cluster"]}\n'.encode() for r in ROWS),
+        ),
+        ("rows.tsv", b"cluster\ttext\n" + b"".join(f"{r['cluster']}\t{r['text']}\n".encode() for r in ROWS)),
+    ],
+)
+def test_rows_of_every_type_however_compressed(
+    tmp_path: Path, name: str, content: bytes, packed: str
+) -> None:
+    (tmp_path / f"{name}{packed}").write_bytes(PACKERS[packed](content))
+    texts, skipped = texts_of(tmp_path)
+    assert [(text.text, text.cluster) for text in texts] == [(row["text"], row["cluster"]) for row in ROWS]
+    assert not skipped.counts
+
+
+def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
+    """As `datasets.Dataset.save_to_disk` writes it: Arrow streams, and JSON about them."""
+    table = pyarrow.Table.from_pylist(ROWS)
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    (folder / "dataset_info.json").write_text('{"features": {}}')
+    with ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    with ipc.new_file(folder / "file.arrow", table.schema) as file:
+        file.write_table(table)
+    texts, skipped = texts_of(tmp_path)
+    assert [text.text for text in texts] == 2 * [row["text"] for row in ROWS]
+    assert skipped.counts == {"kept by a tool": 3}
+
+
+def test_pages_give_their_text_without_what_surrounds_it(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(
+        "<?xml version='1.0' encoding='UTF-8'?><html><head><title>Rates &amp; fees</title><style>p {x}</style></head>"
+        "<body><nav>Home | About</nav><header>Bank</header><h1>Rates</h1><p>The rate is <b>4.5</b>&nbsp;%.</p>"
+        "<table><tr><th>year</th><th>fee</th></tr><tr><td>2024</td><td>12</td></tr></table>"
+        "<script>alert(1)</script><footer>Imprint</footer></body></html>",
+        encoding="utf-8",
+    )
+    (tmp_path / "old.htm").write_bytes(
+        "<html><head><meta charset='iso-8859-1'></head><body>schöne Grüße</body></html>".encode("latin-1")
+    )
+    (tmp_path / "empty.html").write_text("<html><body><nav>only this</nav></body></html>")
+    (tmp_path / "deep.html").write_text("<div>" * 100_000)
+    (old, page), skipped = texts_of(tmp_path)
+    assert page.title == "Rates & fees"
+    assert page.text.split() == ["Rates", "The", "rate", "is", "4.5", "%.", "year", "fee", "2024", "12"]
+    assert old.text.strip() == "schöne Grüße"
+    assert skipped.counts == {"empty": 2}
+
+
+def test_what_is_no_document_is_left_alone(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("a secret")
+    root = tmp_path / "root"
+    for name in (
+        ".git/config",
+        ".gitattributes",
+        ".DS_Store",
+        "sub/.ipynb_checkpoints/a.md",
+        "node_modules/x/readme.md",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("nothing that anybody wrote to be read")
+    (root / "big.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    (root / "kept.txt").write_text("kept")
+    (root / "link.txt").symlink_to("kept.txt")
+    (root / "leaves.txt").symlink_to(outside)
+    (root / "up").symlink_to(tmp_path)
+    texts, skipped = texts_of(root)
+    assert [text.name for text in texts] == ["kept.txt", "link.txt"]
+    assert skipped.counts == {
+        "hidden": 4,
+        "kept by a tool": 1,
+        "a pointer to a file that was not fetched": 1,
+        "links that leave the folder": 1,
+        "links to folders": 1,
+    }
+
+
+def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "123"
+    blobs = tmp_path / "datasets--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "f00").write_bytes(LINES)
+    (snapshot / "rows.jsonl").symlink_to("../../blobs/f00")
+    texts, skipped = texts_of(snapshot)
+    assert len(texts) == len(ROWS) and not skipped.counts
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["bomb.txt", "bomb.jsonl", "bomb.json", "bomb.csv", "bomb.html"])
+def test_what_unfolds_beyond_measure_is_left_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, packed: str
+) -> None:
+    monkeypatch.setattr(opened, "FREE", 1 << 20)
+    monkeypatch.setattr(opened, "RATIO", 2)
+    start = {"bomb.json": b"[1,", "bomb.csv": b"text\n"}.get(name, b"")
+    row = b'{"text": "again"}' + (b"," if name == "bomb.json" else b"\n")
+    (tmp_path / f"{name}{packed}").write_bytes(PACKERS[packed](start + row * 300_000))
+    (tmp_path / "kept.txt").write_text("kept")
+    texts, skipped = texts_of(tmp_path)
+    assert skipped.counts["unfolding beyond measure"] == 1
+    assert sum(len(text.text) for text in texts) <= 1 << 20
+    assert texts[-1].text == "kept"
+
+
+def test_damage_in_the_middle_of_compressed_data(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    whole = "\n".join(f"{draw.random()}" for _ in range(20_000)).encode()
+    for packed in (".gz", ".bz2", ".xz", ".zst"):
+        data = bytearray(PACKERS[packed](whole))
+        data[len(data) // 2 :] = data[len(data) // 2 : -100]
+        (tmp_path / f"torn.txt{packed}").write_bytes(data)
+    _, skipped = texts_of(tmp_path)
+    assert skipped.counts.total() == 4
+    assert skipped.counts.keys() <= {"damaged", "unreadable"}
+
+
+NAMES = [
+    b"caf\xe9.txt",
+    "naïve\u2028name.txt".encode(),
+    b"new\nline.txt",
+    b"esc\x1b[31m.txt",
+    b"n" * 250 + b".txt",
+]
+
+
+def test_no_name_ends_the_corpus(tmp_path: Path) -> None:
+    for number, name in enumerate(NAMES):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(f"text number {number}".encode())
+    rows = [
+        {"text": f"text of row {n}", "title": f"half \ud800 {n}", "cluster": key}
+        for n, key in enumerate(["a\ud800", "a\ud801", "b\x00c", 7, ["x"], {"y": 1}, "line\nbreak"])
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampler = ClusterSampler(
+        CorpusConfig(sources=(SourceConfig(path=str(tmp_path)),), cluster_tokens=50),
+        lambda text: len(text.split()),
+        0,
+    )
+    documents = {
+        document.text: document
+        for cluster, _ in sampler.draw(3 * sampler.domains[tmp_path.name])
+        for document in cluster.documents
+    }
+    assert len(documents) == len(NAMES) + len(rows)
+    for document in documents.values():
+        for shown in (document.id, document.title):
+            shown.encode("utf-8")
+            assert shown.isprintable() and len(shown) <= 420
+
+
+@settings(deadline=None)
+@given(st.text(st.characters()), st.text(st.characters()))
+def test_names_that_differ_stay_apart_and_are_one_printable_line(one: str, other: str) -> None:
+    for name in (one, other):
+        assert "\n" not in plain(name) and "\x1b" not in plain(name)
+        plain(name).encode("utf-8")
+    surrogates = [f"{a}\ud800" for a in (one, other)]
+    if one.strip() != other.strip() and max(map(len, surrogates)) < 100 and (one + other).isprintable():
+        assert plain(surrogates[0]) != plain(surrogates[1])
+
+
+@pytest.mark.parametrize(
+    "mark", ["\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+)
+def test_whatever_ends_a_line_keeps_words_apart(mark: str) -> None:
+    assert clean(f"one{mark}two") == "one\ntwo"
+    assert clean(f"one{mark}\n{mark}two") in ("one\n\ntwo", "one\n\ntwo\n")
+
+
+def test_a_text_in_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("Grüße aus Köln\n", encoding="utf-16")
+    (tmp_path / "bom.txt").write_text("\ufeffwith a mark\n", encoding="utf-8")
+    (bom, notes), _ = texts_of(tmp_path)
+    assert notes.text == "Grüße aus Köln\n" and bom.text == "with a mark\n"
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    (tmp_path / "semicolons.csv").write_bytes(
+        '\ufefftitle;text\r\nA;"two\r\nlines; and a ""quote"""\r\nB;short\r\nC;too;many\r\nD\r\n'.encode()
+    )
+    texts, skipped = texts_of(tmp_path)
+    assert [(t.title, t.text) for t in texts] == [("A", 'two\r\nlines; and a "quote"'), ("B", "short")]
+    assert skipped.counts == {"with more fields than the header": 1, "empty": 1}
+
+
+@pytest.mark.long
+def test_a_survey_shows_what_a_run_would_read(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(" ".join(f"w{number}x{i}" for i in range(400)))
+    (tmp_path / "again.txt").write_text((tmp_path / "1.txt").read_text())
+    (tmp_path / "[red] bad.csv").write_text("a,b\n1,2\n")
+    command = [
+        "corpus",
+        str(tmp_path),
+        "group_by=random",
+        "corpus.cluster_tokens=2000",
+        "--samples",
+        "2",
+        "--json",
+    ]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    found = json.loads(done.stdout.splitlines()[-1])
+    (facts,) = found["sources"].values()
+    assert facts["documents"] == 30 and facts["duplicates"] == 1
+    assert facts["skipped"] == {"without a column 'text'": 1}
+    assert 1 <= facts["lengths"]["documents"][0] <= facts["lengths"]["documents"][-1] <= 20
+    assert facts["lengths"]["tokens"][-1] <= 2000
+    assert len(found["samples"]) == 2 and all(cluster["documents"] for cluster in found["samples"])
+    assert "[red] bad.csv" in done.stderr
+
+
+def test_a_mistyped_key_of_a_source_is_answered_with_the_nearest() -> None:
+    done = CliRunner().invoke(app, ["corpus", "/somewhere", "group_bi=random"])
+    assert done.exit_code == 2 and "did you mean 'group_by'" in done.stderr
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from spell_megatron.config import CorpusConfig, SourceConfig
+from spell_megatron.corpus import ClusterSampler
+from spell_megatron.corpus.reading import files, tables  # what reading imports counts as the base
+import pyarrow.parquet, pyarrow.ipc, inscriptis
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
+
+longest = 0
+def count(text):
+    global longest
+    longest = max(longest, len(text))
+    return len(text) // 4
+
+before = peak()
+sampler = ClusterSampler(CorpusConfig(sources=(SourceConfig(path=sys.argv[1]),)), count, 0, Path(sys.argv[2]))
+sys.stdout.write(f"{peak() - before} {longest} {len(sampler.draw(20))}")
+"""
+
+
+@pytest.fixture(scope="module")
+def long_text() -> str:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(5000)]
+    return " ".join(" ".join(draw.sample(words, 1000)) for _ in range(7_200))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["jsonl", "json.gz", "parquet"])
+def test_a_text_of_fifty_megabytes_takes_little_memory(tmp_path: Path, long_text: str, kind: str) -> None:
+    assert len(long_text) > 50e6
+    path = tmp_path / "in" / f"long.{kind}"
+    path.parent.mkdir()
+    row = json.dumps({"text": long_text}).encode()
+    match kind:
+        case "jsonl":
+            path.write_bytes(row + b"\n")
+        case "json.gz":
+            path.write_bytes(gzip.compress(b"[" + row + b"]", 1))
+        case "parquet":
+            parquet.write_table(pyarrow.table({"text": [long_text]}), path)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path.parent), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    mib, longest, drawn = map(int, done.stdout.split())
+    assert drawn == 20
+    assert longest <= 1 << 15, "a tokenizer takes a hundred times what it is given"
+    assert mib <= 300
+
+
+def test_a_cell_without_an_end_is_no_burden(tmp_path: Path) -> None:
+    (tmp_path / "open.csv").write_bytes(b'text\nfine\n"never closed' + b" and on" * 3_000_000)
+    (text,), skipped = texts_of(tmp_path)
+    assert text.text == "fine"
+    assert skipped.counts == {"damaged": 1}

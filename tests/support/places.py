@@ -1,0 +1,10 @@
+"""Where things lie, for tests in whatever folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
+VECTORS = ROOT / "tests" / "vectors"
+TOY_SEED = ROOT / "spell_megatron" / "weights" / "assets" / "toy-seed"
