@@ -35,5 +35,5 @@ def random_model(name: str, layers: int, folder: Path) -> Path:
 
 
 def device_name() -> str:
-    """Of the device that everything here runs on."""
+    """The device that everything here runs on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"

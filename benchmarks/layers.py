@@ -73,7 +73,7 @@ def layer_classes(
 
 
 def _works(shape: ModelShape, group: Group) -> tuple[Work, Work, Work]:
-    """Of one forward pass of each class."""
+    """The work of one forward pass, by class."""
     batch = TrainBatch((group,))
     without_mlp = replace(shape, layers=1, vocab=0, ffn=0, experts=0, expert_ffn=0)
     attention = batch_work(without_mlp, group_lengths(batch), shared=True)

@@ -47,13 +47,13 @@ from tokenizer.chat import ChatTokenizer
 
 GROUP = 8
 KEPT = 128 / 480
-"""Of the questions that a step asks, as in the paper."""
+"""The share of questions that a step keeps, as in the paper."""
 IN_FLIGHT = 2
 """Questions under way at a time, for every one that is kept. With barriers all have to be."""
 LAYERS = 28
 """Those beyond the model's own add nothing but time, so that a step's depends less on its batch, as on a GPU."""
 CLUSTERS = 2
-"""Of the toy world, in one prompt."""
+"""Clusters of the toy world in one prompt."""
 SETTINGS = (
     f"selfplay.group_size={GROUP}",
     "rollout.max_model_len=1024",
@@ -71,11 +71,11 @@ class Run:
     requests: Counter[tuple[tuple[int, ...], int]]
     phases: list[int]
     prompt_tokens: float
-    """Of a request, on average."""
+    """Tokens of a request, on average."""
     hits: float
     """Share of prompt tokens that the prefix cache held."""
     samples: Counter[tuple[int, ...]]
-    """Of the batch."""
+    """Requests of the batch."""
 
 
 class Wide:

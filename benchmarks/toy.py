@@ -121,7 +121,7 @@ def main(
 
 
 def score(heldout: dict[str, Any], name: str) -> float:
-    """Of one task, or the `mean`."""
+    """The score of one task, or the `mean`."""
     return float(heldout["mean"] if name == "mean" else heldout["by_task"][name])
 
 

@@ -38,7 +38,7 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Of a process of ours that is no rank: this one's, without what would make it take itself for one.
+    """The environment of a process of ours that is no rank: this one's, without what would make it take itself for one.
 
     It finds the same packages of ours, and nothing in the working folder.
     """

@@ -12,8 +12,8 @@ from pathlib import Path
 from spell_megatron.types import SpellError
 
 PORT_PIPE, RANKS_SECRET = "SPELL_PORT_PIPE", "SPELL_RANKS_SECRET"
-"""Of a rank's environment, by who started it on this machine: the descriptor of a pipe through which rank 0 tells the
-others the port of its store, and what ranks know each other by that have no secret of their run."""
+"""Variables that a starter sets for its ranks: the descriptor of a pipe by which rank 0 tells the others its store's
+port, and what ranks know each other by whose run has no secret."""
 _DIGEST = "sha256"
 DIGEST_BYTES = 32
 _SHORTEST = 16

@@ -120,5 +120,5 @@ def _title(path: str) -> str:
 
 
 def _anchor(path: str) -> str:
-    """Of a heading, as the usual renderers of Markdown make it."""
+    """The anchor of a heading, as the usual renderers of Markdown make it."""
     return "".join(char for char in _title(path).lower().replace(" ", "-") if char.isalnum() or char in "-_")

@@ -23,7 +23,7 @@ from spell_megatron.rollout.dialect import START_METHOD
 _LOOK_SECONDS = 2e-3
 """After a message, for the next one. ZeroMQ may drop a call that comes within a millisecond of another."""
 _RECHECK_MILLISECONDS = 100
-"""Of sleep at most: a call that was lost all the same costs no more."""
+"""The longest sleep: a call that was lost all the same costs no more."""
 
 
 def look_at_models_here() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from spell_megatron.config import ConfigError, RolloutConfig
 
 PREFIX = "VLLM_"
-"""Of its environment variables."""
+"""Prefix of its environment variables."""
 LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 SERVED_NAME = "policy"
@@ -23,7 +23,7 @@ SERVED_NAME = "policy"
 
 
 class Route(StrEnum):
-    """Of a server."""
+    """Routes of a server."""
 
     HEALTH = "/health"
     GENERATE = "/inference/v1/generate"
@@ -108,7 +108,7 @@ def sampling_parameters(
     stop: Sequence[int],
     experts_from: int | None = None,
 ) -> dict[str, Any]:
-    """Of one completion, by vLLM's names."""
+    """The parameters of one completion, by vLLM's names."""
     told = {} if experts_from is None else {EXPERTS_FROM: experts_from}
     return {
         "seed": seed & ((1 << _SEED_BITS) - 1),

@@ -7,7 +7,8 @@ At a port anybody may listen, so there the secret is never sent. A client says `
 a nonce of its own and a seal of both; and the client's next request, `Spell NONCE SEAL`, bears another seal of both.
 Each end has then shown that it knows the secret, and a stranger has learned nothing: the seals are of these nonces and
 of the address at which the server was reached, so that they open no other server, nor this one once it was started
-anew. In a socket's folder, where only its user can listen, the secret itself does (`Bearer SECRET`).
+anew. In a socket's folder, where only its user can listen, our clients say the secret itself (`Bearer SECRET`). A port
+takes that as well, from who knows the secret and whom it talks to: `curl` on the node, say.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Door:
 
     def _knows(self, given: list[str], where: str) -> bool:
         match given:
-            case ["Bearer", secret] if not where:
+            case ["Bearer", secret]:
                 wanted = self._secret
             case [scheme, nonce, secret] if scheme == SCHEME:
                 wanted = client_seal(self._secret, nonce, self._nonce, where)

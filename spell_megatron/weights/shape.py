@@ -42,7 +42,7 @@ class ModelShape:
         return (row for row in self.family.rows if row.having in having)
 
     def sizes(self, row: Row) -> list[Sizes]:
-        """Of each Hugging Face tensor of a row."""
+        """Sizes of each Hugging Face tensor of a row."""
         length: dict[Dimension, int] = {
             "vocab": self.vocab,
             "hidden": self.hidden,
@@ -56,7 +56,7 @@ class ModelShape:
         return [tuple(length[name] for name in size) for size in row.sizes]
 
     def elements(self, row: Row) -> int:
-        """Of a row's parameter in one layer and of one expert, whole."""
+        """The size of a row's parameter in one layer and of one expert, whole."""
         return sum(map(math.prod, self.sizes(row)))
 
     def copies(self, row: Row) -> int:

@@ -31,7 +31,7 @@ class Split(Enum):
 
 
 Dimension = Literal["vocab", "hidden", "queries", "keys", "head", "ffn", "experts", "expert_ffn"]
-"""Of a tensor, by name: `queries` and `keys` are heads times the size of a `head`."""
+"""A dimension of a tensor, by name: `queries` and `keys` are heads times the size of a `head`."""
 Having = Literal["", "qkv_bias", "qk_norm", "dense", "experts", "untied"]
 """Which models have a row: all, or those with this."""
 
@@ -43,9 +43,9 @@ class Row:
     megatron: str
     """Its name; within its layer, where it is in one. Of experts without the expert's number."""
     names: tuple[str, ...]
-    """Of the tensors, with `{layer}` and `{expert}` for their numbers."""
+    """Names of the tensors, with `{layer}` and `{expert}` for their numbers."""
     sizes: tuple[tuple[Dimension, ...], ...]
-    """Of each of the tensors."""
+    """Sizes of each of the tensors."""
     split: Split
     having: Having = ""
 

@@ -25,7 +25,7 @@ LETTERS = "ABCD"
 TASKS = ("doc_general_qa", "docmath_qa", "doc_mc")
 LINKS_ASKED = (1, 2, 3, 4)
 LENGTHS = (1, 2, 4)
-"""Of held-out documents, in lengths of the training half's."""
+"""Lengths of held-out documents, in those of the training half."""
 PARAPHRASED = 0.2
 """Share of general questions, keys apart, whose reference is in other words than the documents': the rule finds it
 in no answer that quotes them."""

@@ -41,9 +41,9 @@ class Extent:
     chains: tuple[int, int] = (2, 3)
     """Chains of keys."""
     keys: tuple[int, int] = (3, 5)
-    """Of a chain."""
+    """Links of a chain."""
     tokens: tuple[int, int] = (600, 1500)
-    """Of a document."""
+    """Tokens of a document."""
     times: int = 1
     """Documents are so many times as long: more padding between the same facts."""
 

@@ -9,7 +9,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Of an H100 SXM node with NVLink and one 400 Gb/s network card a GPU, and of the run's texts."""
+    """Assumed: H100 SXM nodes with NVLink, one 400 Gb/s network card a GPU, and what a run's texts are like."""
 
     peak_flops: float = 989e12
     """Dense bfloat16 operations a second of one GPU."""
@@ -24,8 +24,8 @@ class Assumptions:
     file_rate: float = 2e9
     """Bytes a second between one node and the file system of the run's folder; checkpoints are digested as fast."""
     save_seconds: float = 0.3
-    """Of a save, besides copying: every rank looks up its parts and they agree to begin (0.2 s seen on a CPU for one of
-    32 ranks of Qwen3-30B-A3B)."""
+    """Seconds of a save, besides copying: every rank looks up its parts and they agree to begin (0.2 s seen on a CPU
+    for one of 32 ranks of Qwen3-30B-A3B)."""
     fa2_forward: float = 350e12
     """Operations a second of attention, by kernel, head dimension 128 and 16K tokens: arXiv 2407.08608, figures 5 and
     6 (FlashAttention 2: 370 forward), rounded down."""
@@ -34,11 +34,11 @@ class Assumptions:
     """There 648."""
     fa3_backward: float = 500e12
     dense_rate: float = 600e12
-    """Of large products in bfloat16, clocks under load: three fifths of peak; an estimate."""
+    """Rate of large products in bfloat16, clocks under load: three fifths of peak; an estimate."""
     grouped_rate: float = 450e12
-    """Of Transformer Engine's grouped products, thousands of rows an expert; an estimate."""
+    """Rate of Transformer Engine's grouped products, thousands of rows an expert; an estimate."""
     looped_rate: float = 300e12
-    """Of one product after another, an expert each; an estimate."""
+    """Rate of one product after another, an expert each; an estimate."""
     memory_efficiency: float = 0.8
     """Share of the GPU's memory rate that passes over large tensors reach; an estimate."""
     atomics: float = 11.0
@@ -57,7 +57,7 @@ class Assumptions:
     decode_seconds: float = 0.008
     """Least time of one decoding step: launches, sampling, scheduling."""
     tensor_seconds: float = 100e-6
-    """Of a resync, for each tensor: launches of its gathering and its copies, and vLLM's loading of it."""
+    """Seconds of a resync, for each tensor: launches of its gathering and its copies, and vLLM's loading of it."""
     bucket_seconds: float = 0.01
     """The same for each bucket of tensors: ranks that meet, a request to a server and its answer."""
     response_fill: float = 0.25

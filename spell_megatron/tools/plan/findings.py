@@ -95,7 +95,7 @@ class Plan:
         return 3 * self.work.total / (self.seconds.update * self.world.size * self.assumed.peak_flops)
 
     def flops(self, *, shared: bool) -> float:
-        """Of a step's update: forward and backward over the batch, without recomputation."""
+        """Operations of a step's update: forward and backward over the batch, without recomputation."""
         return 3 * (self.work_shared if shared else self.work_unshared).total
 
     def to_dict(self) -> dict[str, Any]:

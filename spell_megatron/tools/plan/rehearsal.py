@@ -38,7 +38,7 @@ class Build:
     folder: Path
     """With its config.json."""
     size: int
-    """Of the world."""
+    """Ranks of the world."""
     families: tuple[str, ...] = ()
     """A user's own, by import path."""
 
