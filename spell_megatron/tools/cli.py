@@ -29,11 +29,6 @@ from spell_megatron.base.terminal import Terminal, log_to_stderr, say
 from spell_megatron.run.preemption import listen
 from spell_megatron.types import SpellError
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line about NUMA at every start of vLLM
-os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that libraries start
-if path := os.environ.get("PYTHONPATH"):  # jobs and servers start in folders of their own
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, path.split(os.pathsep))))
-
 app = typer.Typer(
     name="spell-megatron",
     help="Label-free self-play reinforcement learning for long-context models, on Megatron-core and vLLM.",
@@ -447,5 +442,14 @@ def evaluate(
         raise SpellError("some questions have no answer: see the report, and run the command again to go on")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The program. What it sets in its environment is for the processes that it and libraries start."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line about NUMA at every start of vLLM
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if path := os.environ.get("PYTHONPATH"):  # jobs and servers start in folders of their own
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, path.split(os.pathsep))))
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -62,8 +62,9 @@ def test_the_command_line_as_it_is_installed(folder: Path) -> None:
 def test_what_the_command_line_starts_is_told(folder: Path) -> None:
     """Libraries start Python, too."""
     code = (
-        "import subprocess, sys, spell_megatron.tools.cli;"
-        f"sys.exit(subprocess.run([sys.executable, '-c', {IMPORTS!r}, 'safe']).returncode)"
+        "import subprocess, sys; from spell_megatron.tools import cli;"
+        f"cli.app = lambda: sys.exit(subprocess.run([sys.executable, '-c', {IMPORTS!r}, 'safe']).returncode);"
+        "cli.main()"
     )
     assert run(sys.executable, "-P", "-c", code) == "safe\n"
 
@@ -119,7 +120,7 @@ def test_a_foreign_package_of_our_name_is_named(tmp_path: Path, room: str, kind:
     foreign = tmp_path / (f"{room}.py" if kind == "file" else f"{room}/__init__.py")
     foreign.parent.mkdir(exist_ok=True)
     foreign.write_text("raise ImportError('a file of the user')")
-    code = "from spell_megatron.tools.cli import app; app()"
+    code = "from spell_megatron.tools.cli import main; main()"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "report", "run"],
