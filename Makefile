@@ -20,7 +20,7 @@ GPU_VLLM := vllm>=0.32,<0.33
 demo: setup
 	$(BIN)/spell-megatron train toy
 
-# While editing: what needs neither torch nor an engine, on few examples; on two cores it takes less than 45 s.
+# While editing: what needs neither torch nor an engine, on few examples; about a minute on two cores.
 fast: setup lint
 	$(PYTEST) -m "unit and not long" --light --hypothesis-profile=few $(TOGETHER)
 
