@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.checks import Check, Figures, made, markdown, table
 from benchmarks.smollm2 import convert
+from spell_megatron.base.interpreter import python
 from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.types import SpellError
 from tokenizer.chat import ChatTokenizer
@@ -141,9 +141,7 @@ class Real:
 
 def _command(*arguments: str) -> dict[str, Any]:
     """A command of the house, its progress on the terminal; with `--json` its answer. SpellError where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "spell_megatron.tools.cli", *arguments], stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(python("spell_megatron.tools.cli", *arguments), stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SpellError(f"`spell-megatron {' '.join(arguments)}` ended with code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1]) if "--json" in arguments else {}

@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from spell_megatron.base.interpreter import python
 from spell_megatron.corpus.toy import TASKS
 from spell_megatron.corpus.worlds import recalled
 from spell_megatron.run.record import Journal, RunFolder
@@ -37,16 +38,7 @@ _ASK = ("steps=1", "selfplay.questions=500", "selfplay.round_questions=1000", "h
 
 def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """One run of the recipe: what `train --json` says, tokens generated, the roles' truthfulness in the last step."""
-    command = [
-        sys.executable,
-        "-m",
-        "spell_megatron.tools.cli",
-        "train",
-        "toy",
-        f"seed={seed}",
-        *overrides,
-        "--json",
-    ]
+    command = python("spell_megatron.tools.cli", "train", "toy", f"seed={seed}", *overrides, "--json")
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     folder = RunFolder.open(Path(result["run_dir"]))

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.text import Text
-
 from launchers import check, local, slurm
 from launchers.job import PreparedRun, prepare
 from launchers.machines import machines
 from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
-from spell_megatron.base.pulse import Pulse, clock
+from spell_megatron.base.pulse import Pulse, lasting
 from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import ClusterConfig, ConfigError, load_config, written
 from spell_megatron.config.yamltext import Plain, load_yaml
@@ -124,7 +121,7 @@ def _slurm(job: PreparedRun, dryrun: bool) -> int:
         return 0
     slurm.check_accepted(job.sbatch)
     job_id = slurm.submit(job.sbatch)
-    standing, began = f"job {job_id} is submitted", time.monotonic()
+    standing = f"job {job_id} is submitted"
 
     def note(text: str) -> None:
         nonlocal standing
@@ -133,7 +130,7 @@ def _slurm(job: PreparedRun, dryrun: bool) -> int:
 
     console.note(f"job {job_id} submitted; run folder {job.run}")
     try:
-        with Pulse(lambda: Text(f"{standing} {clock(time.monotonic() - began)}"), console):
+        with Pulse(lasting(lambda: standing), console):
             end = slurm.follow(job, job_id, sys.stdout, note)
     except KeyboardInterrupt:
         console.note(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
 from typing import TypeVar
 
+from spell_megatron.config.explaining import nearest
 from spell_megatron.types import SpellError
 
 T = TypeVar("T")
@@ -32,9 +32,7 @@ def imported(path: str, kind: type[T], key: str) -> T:
     except Exception as error:  # a stranger's code raises anything
         raise SpellError(f"{where}: {_unimported(module, error)}") from error
     if not hasattr(home, name):
-        close = difflib.get_close_matches(name, dir(home), n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise SpellError(f"{where}: {module} has no {name!r}{hint}")
+        raise SpellError(f"{where}: {module} has no {name!r}{nearest(name, dir(home))}")
     found = getattr(home, name)
     if isinstance(found, kind):
         return found

@@ -57,15 +57,17 @@ def _due() -> float:
     return max(0.0, Terminal.printed + SILENCE_SECONDS - time.monotonic())
 
 
+def lasting(what: Callable[[], str]) -> Callable[[], Text]:
+    """A pulse's line: what is under way, and for how long since this was called."""
+    began = time.monotonic()
+    return lambda: Text(f"{what()} {clock(time.monotonic() - began)}")
+
+
 @contextmanager
 def working(what: str, terminal: Terminal | None = None) -> Iterator[None]:
     """Say that this is under way, and for how long, until the block ends."""
-    terminal, began = terminal or Terminal(stderr=True), time.monotonic()
-
-    def standing() -> Text:
-        return Text(f"{what} {clock(time.monotonic() - began)}")
-
-    with Pulse(standing, terminal):
+    terminal = terminal or Terminal(stderr=True)
+    with Pulse(lasting(lambda: what), terminal):
         if terminal.is_terminal:
             with terminal.status(Text(what)):
                 yield

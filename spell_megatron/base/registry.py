@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from spell_megatron.base.imports import imported
+from spell_megatron.config.explaining import nearest
 from spell_megatron.types import SpellError
 
 
@@ -35,9 +35,8 @@ class Registry(Mapping[str, Record]):
         if ":" not in reference:
             if reference in self._records:
                 return self._records[reference]
-            close = difflib.get_close_matches(reference, self._records, n=1, cutoff=0.4)
             raise SpellError(
-                f"{key}: no {self._kind} {reference!r}{f'; did you mean {close[0]!r}?' if close else ''}; there are"
+                f"{key}: no {self._kind} {reference!r}{nearest(reference, self._records, cutoff=0.4)}; there are"
                 f" {', '.join(self._records)}, and your own by its import path, package.module:Name"
             )
         found = imported(reference, self._record, key)

@@ -36,7 +36,6 @@ from spell_megatron.config.schema import (
     ServersConfig,
     SourceConfig,
     StageConfig,
-    TaskName,
 )
 from spell_megatron.config.yamltext import ConfigError, dump_yaml, read_mapping, written
 
@@ -65,7 +64,6 @@ __all__ = [
     "ServersConfig",
     "SourceConfig",
     "StageConfig",
-    "TaskName",
     "dump_config",
     "load_config",
     "model_recipes",

@@ -26,8 +26,9 @@ def inside(kind: Any, part: int | str) -> Any:
     return None
 
 
-def nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+def nearest(word: str, words: Iterable[str], prefix: str = "", cutoff: float = 0.5) -> str:
+    """The hint at what was meant, to stand behind a wrong word; empty where no word is as near as `cutoff`."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 

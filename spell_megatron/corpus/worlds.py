@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from spell_megatron.corpus import hard, toy
+from spell_megatron.corpus.toy.world import Derived
 from spell_megatron.types import Cluster, Document, Question, SpellError
 
 
@@ -28,10 +29,13 @@ class GeneratedWorld:
     """The bare value in an answer."""
 
 
+def _question(found: Derived | hard.Asked | None) -> Question | None:
+    return found.question if found else None
+
+
 def _toy() -> GeneratedWorld:
     def ask(documents: Sequence[Document], task: str, rng: Random) -> Question | None:
-        derived = toy.ask(documents, task, rng)
-        return derived.question if derived else None
+        return _question(toy.ask(documents, task, rng))
 
     return GeneratedWorld("toy", toy.toy_cluster, ask, toy.heldout, toy.truth, toy.plain)
 
@@ -41,8 +45,7 @@ def _hard(name: str, scale: hard.Extent) -> GeneratedWorld:
         return hard.cluster(f"{name}-{seed}-{half}-{index}", name, half, replace(scale, times=times))
 
     def ask(documents: Sequence[Document], task: str, rng: Random) -> Question | None:
-        derived = hard.ask(documents, task, rng)
-        return derived.question if derived else None
+        return _question(hard.ask(documents, task, rng))
 
     def heldout(count: int, seed: int) -> list[tuple[Cluster, Question]]:
         return list(hard.heldout(count, lambda index, times: drawn(hard.HELD_OUT, seed, index, times)))

@@ -60,13 +60,8 @@ class Writer:
         max_model_len: int,
         judge: Judge | None = None,
     ) -> None:
-        self.settings, self.roles, self.prompts, self.codec, self.judge = (
-            settings,
-            roles,
-            prompts,
-            codec,
-            judge,
-        )
+        self.settings, self.roles, self.judge = settings, roles, judge
+        self.prompts, self.codec = prompts, codec
         self.examples = cache(prompts.examples)
         self._generator, self._seed, self._max_model_len = generator, seed, max_model_len
 

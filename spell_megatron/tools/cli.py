@@ -11,7 +11,6 @@ if __name__ == "__main__" and not sys.flags.safe_path:  # `python -m`, without w
 
 import json
 import logging
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +23,7 @@ import typer
 from rich.text import Text
 
 from spell_megatron.base.interpreter import check_rooms
-from spell_megatron.base.pulse import Pulse, clock, working
+from spell_megatron.base.pulse import Pulse, lasting, working
 from spell_megatron.base.terminal import Terminal, log_to_stderr, say
 from spell_megatron.run.preemption import listen
 from spell_megatron.types import SpellError
@@ -91,8 +90,7 @@ def _heard(name: str) -> AbstractContextManager[object]:
     """A line whenever a command is silent for long, whatever it does: imports from a cold file system take minutes."""
     if name == "watch" or os.environ.get("RANK", "0") != "0":
         return nullcontext()
-    began = time.monotonic()
-    return Pulse(lambda: Text(f"{name.replace('_', '-')} {clock(time.monotonic() - began)}"), _err)
+    return Pulse(lasting(lambda: name.replace("_", "-")), _err)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,12 +6,12 @@ weight's name or size.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Literal
 
+from spell_megatron.config.explaining import nearest
 from spell_megatron.types import SpellError
 
 
@@ -103,9 +103,9 @@ def named(names: Mapping[str, tuple[str, ...]]) -> tuple[Row, ...]:
     rows = {row.megatron: row for row in ROWS}
     for megatron, own in names.items():
         if megatron not in rows:
-            close = difflib.get_close_matches(megatron, rows, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise SpellError(f"the name table has no parameter {megatron!r}{hint}")
+            raise SpellError(
+                f"the name table has no parameter {megatron!r}{nearest(megatron, rows, cutoff=0.6)}"
+            )
         if len(own) != len(rows[megatron].names):
             usual = ", ".join(rows[megatron].names)
             raise SpellError(

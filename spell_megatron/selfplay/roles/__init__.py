@@ -6,6 +6,8 @@ A role of the user's own stands among them by its import path, in the order of p
 
 from __future__ import annotations
 
+from random import Random
+
 from spell_megatron import config
 from spell_megatron.base.registry import Registry
 from spell_megatron.selfplay.prompts import STYLES, Prompts
@@ -52,8 +54,7 @@ def prompts_of(settings: config.Config) -> Prompts:
 
 def check_prompts(prompts: Prompts, task: str, roles: tuple[Role, ...] = tuple(ROLES.values())) -> None:
     """Raise SpellError where a message cannot be made, or leaves out what its role cannot do without."""
-    question = TASKS[task].trial()
-    key = question.answer if question.options else None
+    question, key = TASKS[task].trial(), TASKS[task].key(Random(0))
     for role in roles:
         for trial in role.trials(prompts, question, key):
             if missing := [text for text in trial.wanted if text not in trial.message]:
