@@ -24,6 +24,7 @@ class Registry(Mapping[str, Record]):
     def __init__(self, kind: str, record: type[Record], shipped: Iterable[Record]) -> None:
         self._kind, self._record = kind, record
         self._records = {one.name: one for one in shipped}
+        self._imported: dict[str, Record] = {}
         self.shipped = tuple(self._records)
 
     def find(self, reference: str, key: str) -> Record:
@@ -39,13 +40,20 @@ class Registry(Mapping[str, Record]):
                 f"{key}: no {self._kind} {reference!r}{nearest(reference, self._records, cutoff=0.4)}; there are"
                 f" {', '.join(self._records)}, and your own by its import path, package.module:Name"
             )
+        if reference not in self._imported:
+            self._imported[reference] = self._admitted(reference, key)
+        return self._imported[reference]
+
+    def _admitted(self, reference: str, key: str) -> Record:
         found = imported(reference, self._record, key)
-        known = self._records.get(found.name)
-        if known is not None and (found.name in self.shipped or type(known) is not type(found)):
+        known = self._records.setdefault(found.name, found)
+        # What a class of the user's own makes is the same each time; of records as they come, one is one.
+        alike = type(known) is type(found) is not self._record
+        if found.name in self.shipped or not (known is found or alike):
             raise SpellError(
                 f"{key}: {reference} calls itself {found.name!r}, and so does another {self._kind}: rename it"
             )
-        return self._records.setdefault(found.name, found)
+        return known
 
     def __getitem__(self, name: str) -> Record:
         return self._records[name]

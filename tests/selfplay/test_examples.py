@@ -18,7 +18,7 @@ from summariser import Summariser
 from table import NO_CELL
 
 from spell_megatron.config import ConfigError, LossConfig, load_config
-from spell_megatron.policy.loss import SURROGATES, TokenTerms, token_losses
+from spell_megatron.policy.loss import SURROGATES, Surrogate, TokenTerms, token_losses
 from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.train import train
 from spell_megatron.selfplay import Prompts, prompts_of, step_metrics
@@ -81,6 +81,19 @@ def test_what_is_no_record_is_refused_at_the_start(overrides: list[str], said: s
 
 class Impostor(Summariser):
     name = "responder"
+
+
+ANOTHER = Surrogate("cispo", CISPO.compute, metrics=("clipped",))
+
+
+@pytest.mark.unit
+def test_an_own_record_is_one_and_no_other_has_its_name() -> None:
+    """A task is asked for with every question: what its path leads to is made once."""
+    key = "corpus.sources.tasks"
+    assert TASKS.find("table:Table", key) is TASKS.find("table:Table", key) is TASKS["table"]
+    assert SURROGATES.find("cispo:CISPO", "policy.loss.surrogate") is CISPO
+    with pytest.raises(SpellError, match="calls itself 'cispo', and so does another loss"):
+        SURROGATES.find("test_examples:ANOTHER", "policy.loss.surrogate")
 
 
 @pytest.mark.unit
