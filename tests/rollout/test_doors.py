@@ -171,7 +171,10 @@ def guarded(host: str = "127.0.0.1", path: str | None = None) -> Iterator[Addres
     """A server behind a door that answers with what it was sent."""
 
     async def echo(scope: Any, receive: Any, send: Any) -> None:
-        body = (await receive())["body"] if scope["type"] == "http" else b""
+        body, more = b"", scope["type"] == "http"
+        while more:  # a large one comes in pieces
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
