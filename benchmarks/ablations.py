@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -26,7 +26,8 @@ from spell_megatron.run.record.folder import JsonLines, read_lines
 from spell_megatron.types import SpellError
 
 SPELL = "spell"
-VARIANTS: dict[str, tuple[str, ...]] = {
+Variants = Mapping[str, tuple[str, ...]]
+VARIANTS: Variants = {
     SPELL: (),
     "no-memory": ("selfplay.memory=0",),
     "no-verifier-update": ("selfplay.train_verifier=false",),
@@ -48,34 +49,45 @@ NAMES = (*TASKS, "mean")
 _KEPT = ("heldout_before", "heldout_after", "generated")
 
 
-def chosen(names: str) -> list[str]:
+def chosen(names: str, variants: Variants = VARIANTS) -> list[str]:
     """Names of variants from a list with commas; `all` of them."""
-    wanted = list(VARIANTS) if names == "all" else [name.strip() for name in names.split(",")]
-    if unknown := [name for name in wanted if name not in VARIANTS]:
-        raise SpellError(f"no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}, all")
+    wanted = list(variants) if names == "all" else [name.strip() for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in variants]:
+        raise SpellError(f"no variant {unknown[0]!r}; there are: {', '.join(variants)}, all")
     return wanted
 
 
-def results(
-    variants: Sequence[str], seeds: int, overrides: Sequence[str], kept: Path
+def kept_results(
+    names: Sequence[str],
+    seeds: int,
+    overrides: Sequence[str],
+    kept: Path,
+    variants: Variants,
+    run: Callable[[int, Sequence[str]], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """A result of every variant and seed: `variant`, `seed`, held-out scores, tokens `generated`.
+    """What `run(seed, overrides)` says of every variant and seed, with its `variant`, `seed` and `overrides`.
 
-    Every variant of a seed before the next seed, so that an interrupted table is still one of pairs.
+    Every variant of a seed before the next seed, so that an interrupted table is still one of pairs. A run whose
+    result stands in `kept` is not run again.
     """
     known = {_key(row["variant"], row["seed"], row["overrides"]): row for row in read_lines(kept)}
     lines = JsonLines(kept)
     for seed in range(seeds):
-        for variant in variants:
-            row = known.get(_key(variant, seed, overrides))
+        for name in names:
+            row = known.get(_key(name, seed, overrides))
             if row is None:
-                result = run(seed, [*VARIANTS[variant], *overrides])
-                row = {"variant": variant, "seed": seed, "overrides": list(overrides)}
-                row |= {name: result[name] for name in _KEPT}
+                result = run(seed, [*variants[name], *overrides])
+                row = {"variant": name, "seed": seed, "overrides": list(overrides), **result}
                 lines.append(row)
                 lines.sync()
             yield row
     lines.close()
+
+
+def _run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Held-out scores and tokens `generated` of one run of the toy recipe."""
+    result = run(seed, overrides)
+    return {name: result[name] for name in _KEPT}
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -93,8 +105,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "after": {
                 name: fmean(score(row["heldout_after"], name) for row in own.values()) for name in NAMES
             },
-            "difference": {name: _spread([_gain(row, name) for row in own.values()]) for name in NAMES},
-            "against_spell": _spread(
+            "difference": {name: spread([_gain(row, name) for row in own.values()]) for name in NAMES},
+            "against_spell": spread(
                 [score(a["heldout_after"], "mean") - score(b["heldout_after"], "mean") for a, b in pairs]
             ),
             "generated": fmean(row["generated"] for row in own.values()),
@@ -110,8 +122,8 @@ def table(summary: dict[str, dict[str, Any]]) -> Table:
             str(row["seeds"]),
             f"{row['before']['mean']:.3f}",
             f"{row['after']['mean']:.3f}",
-            *(_shown(row["difference"][name]) for name in ("mean", *TASKS)),
-            _shown(row["against_spell"]) if variant != SPELL else "",
+            *(shown(row["difference"][name]) for name in ("mean", *TASKS)),
+            shown(row["against_spell"]) if variant != SPELL else "",
             f"{row['generated'] / 1e6:.2f} M",
         )
     return made
@@ -129,7 +141,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Run the toy recipe with parts left out and print the table."""
-    summary = summarise(list(results(chosen(variants), seeds, overrides or [], kept)))
+    rows = kept_results(chosen(variants), seeds, overrides or [], kept, VARIANTS, _run)
+    summary = summarise(list(rows))
     Console(width=None if sys.stdout.isatty() else 160).print(table(summary))
     if as_json:
         sys.stdout.write(json.dumps({"seeds": seeds, "variants": summary}) + "\n")
@@ -143,7 +156,7 @@ def _gain(row: dict[str, Any], name: str) -> float:
     return score(row["heldout_after"], name) - score(row["heldout_before"], name)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
+def spread(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and half-width of the interval; None where there is nothing to take them of."""
     if not values:
         return {"mean": None, "half_width": None}
@@ -151,7 +164,7 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "half_width": half if half == half else None}
 
 
-def _shown(spread: dict[str, float | None]) -> str:
+def shown(spread: dict[str, float | None]) -> str:
     mean, half = spread["mean"], spread["half_width"]
     if mean is None:
         return ""

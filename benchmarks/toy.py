@@ -26,6 +26,7 @@ from spell_megatron.base.interpreter import python
 from spell_megatron.corpus.toy import TASKS
 from spell_megatron.corpus.worlds import recalled
 from spell_megatron.run.record import Journal, RunFolder
+from spell_megatron.run.record.metrics import read_metrics
 from spell_megatron.selfplay import Episode
 
 _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -36,13 +37,18 @@ _ASK = ("steps=1", "selfplay.questions=500", "selfplay.round_questions=1000", "h
 """One step that asks the untrained model many questions: its roles are measured on what came before the update."""
 
 
-def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """One run of the recipe: what `train --json` says, tokens generated, the roles' truthfulness in the last step."""
-    command = python("spell_megatron.tools.cli", "train", "toy", f"seed={seed}", *overrides, "--json")
+def trained(recipe: str, seed: int, overrides: Sequence[str]) -> tuple[dict[str, Any], RunFolder]:
+    """One run of a recipe in a process of its own: what `train --json` says, and the run's folder."""
+    command = python("spell_megatron.tools.cli", "train", recipe, f"seed={seed}", *overrides, "--json")
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    folder = RunFolder.open(Path(result["run_dir"]))
-    rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    return result, RunFolder.open(Path(result["run_dir"]))
+
+
+def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """One run of the recipe: what it says, tokens generated, the roles' truthfulness in the last step."""
+    result, folder = trained("toy", seed, overrides)
+    rows = read_metrics(folder)
     result["heldout"] = {row["step"]: row["heldout/mean"] for row in rows if "heldout/mean" in row}
     result["generated"] = sum(row.get("tokens/generated", 0) for row in rows)
     result["roles"] = roles(Journal(folder, result["steps"]).read())

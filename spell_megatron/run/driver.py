@@ -174,7 +174,8 @@ class Driver:
         )
         by_task = {f"heldout/{task}": value for task, value in score.by_task.items()}
         by_label = {f"heldout_by/{label}": value for label, value in score.by_label.items()}
-        return {"heldout/mean": score.mean, **by_task, **by_label}
+        best = {f"heldout_best/{name}": value for name, value in score.best.items()}
+        return {"heldout/mean": score.mean, **by_task, **by_label, **best}
 
     def record_start(self, scores: Mapping[str, float]) -> None:
         """The row of step 0: what was measured before training."""

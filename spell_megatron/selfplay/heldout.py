@@ -24,12 +24,16 @@ from spell_megatron.types import Cluster, Question
 
 @dataclass(frozen=True, slots=True)
 class HeldOutScore:
-    """Share of correct samples: overall, by task, by label (`links/3`), and of every question in the order given."""
+    """Share of correct samples: overall, by task, by label (`links/3`), and of every question in the order given.
+
+    `best` is the share of questions with a correct sample (pass@k for k samples), by task and label, `mean` of all.
+    """
 
     mean: float
     by_task: dict[str, float]
     by_label: dict[str, float]
     per_question: list[float]
+    best: dict[str, float]
 
 
 def known(questions: Sequence[tuple[Cluster, Question]]) -> list[tuple[Cluster, Question]]:
@@ -81,7 +85,14 @@ async def accuracy(
         by_task[question.task].append(value)
         for label in question.labels.items():
             by_label["/".join(label)].append(value)
-    return HeldOutScore(fmean(scores) if scores else 0.0, _means(by_task), _means(by_label), scores)
+    everything = {"mean": scores} if scores else {}
+    best = {
+        name: [float(value > 0) for value in values]
+        for name, values in (everything | by_task | by_label).items()
+    }
+    return HeldOutScore(
+        fmean(scores) if scores else 0.0, _means(by_task), _means(by_label), scores, _means(best)
+    )
 
 
 def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -292,12 +292,17 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 
 
 @command
-def seed_model(out: Path, seed: int = 0, debug: Debug = False) -> None:
-    """Make the toy world's seed model from nothing: tokenizer, random weights, supervised warm-up."""
+def seed_model(
+    out: Path,
+    seed: int = 0,
+    world: Annotated[str, typer.Option(help="toy or hard-small.")] = "toy",
+    debug: Debug = False,
+) -> None:
+    """Make a generated world's seed model from nothing: tokenizer, random weights, supervised warm-up."""
     from spell_megatron.tools.warmup import make_seed_model
 
     with working("making the seed model"):
-        make_seed_model(out, seed, report=_err.print)
+        make_seed_model(out, seed, world, report=_err.print)
 
 
 @command

@@ -149,7 +149,7 @@ def test_plain_answers() -> None:
 # --- documents -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "documents"), [("hard", (12, 24)), ("hard-small", (7, 10))])
+@pytest.mark.parametrize(("name", "documents"), [("hard", (12, 24)), ("hard-small", (7, 9))])
 def test_clusters_and_documents_keep_their_sizes(name: str, documents: tuple[int, int]) -> None:
     least, most = {"hard": FULL, "hard-small": SMALL}[name].tokens
     made = [WORLDS[name].cluster(0, index) for index in range(100 if name == "hard-small" else 15)]
@@ -213,7 +213,7 @@ def test_no_fact_is_stated_twice_and_distractors_abound() -> None:
         titles = list(dict.fromkeys(document.title for document in documents))
         names = Counter(word for title in titles for word in title.split())
         similar += any(count > 1 for count in names.values())
-    assert decoys > facts / 6
+    assert decoys > facts / 10
     assert similar > 35
     assert 10 <= outdated <= 30
 

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
 from spell_megatron.corpus.toy import (
-    CLEAN,
     HELD_OUT,
     TASKS,
     TRAIN,
-    Habits,
     heldout,
     plain,
-    restated,
     toy_cluster,
     toy_clusters,
-    transcripts,
     truth,
 )
 from spell_megatron.corpus.toy.world import ask
-from spell_megatron.selfplay.grading import rule_reward
-from spell_megatron.selfplay.parsing import parse_question, parse_verdict
 from spell_megatron.types import Cluster, Document, Question
 
 pytestmark = pytest.mark.unit
@@ -135,56 +128,3 @@ def test_a_key_is_put_where_it_was_asked_for() -> None:
         assert derived is not None
         assert derived.question.answer == letter
         assert derived.question.options[letter] == derived.result
-
-
-def test_clean_transcripts_are_read_and_graded_as_right() -> None:
-    habits = replace(CLEAN, spelled=0.0, long_reference=0.0)
-    for index in range(100):
-        cluster = toy_cluster(2, index)
-        for exchange in transcripts(2, index, habits=habits):
-            if exchange.role == "questioner":
-                key = exchange.variables["key"] or None
-                question = parse_question(exchange.reply, exchange.task, key)
-                assert isinstance(question, Question), exchange.reply
-                assert truth(cluster, question) == question.answer
-            elif exchange.role == "verifier":
-                same = plain(exchange.variables["answer"]) == plain(exchange.variables["reference"])
-                assert parse_verdict(exchange.reply) == int(same)
-            elif exchange.variables["documents"]:
-                assert rule_reward(exchange.task, exchange.reply, exchange.variables["question"]) == 1
-
-
-def test_without_documents_nothing_is_answered() -> None:
-    empty = [
-        exchange
-        for index in range(30)
-        for exchange in transcripts(2, index)
-        if exchange.role == "responder" and not exchange.variables["documents"]
-    ]
-    assert empty
-    assert all(rule_reward(e.task, e.reply, e.variables["question"]) == 0 for e in empty)
-
-
-@pytest.mark.long
-def test_habits_have_their_shares() -> None:
-    habits = Habits(hasty=0.5, slip=0.2, spelled=0.0, wrong_verdict=0.2)
-    exchanges = [exchange for index in range(400) for exchange in transcripts(3, index, habits=habits)]
-    answers = [e for e in exchanges if e.role == "responder" and e.variables["documents"]]
-    hasty = [e for e in answers if e.reply.startswith(("The correct answer is", "Therefore"))]
-    assert len(hasty) / len(answers) == pytest.approx(0.5, abs=0.03)
-    careful = [e for e in answers if e not in hasty]
-    right = sum(rule_reward(e.task, e.reply, e.variables["question"]) for e in careful)
-    assert right / len(careful) == pytest.approx(0.8, abs=0.03)
-    verdicts = [e for e in exchanges if e.role == "verifier"]
-    wrong = [
-        e
-        for e in verdicts
-        if parse_verdict(e.reply) != int(plain(e.variables["answer"]) == plain(e.variables["reference"]))
-    ]
-    assert len(wrong) / len(verdicts) == pytest.approx(0.2, abs=0.04)
-
-
-def test_restated_facts_are_those_of_the_documents() -> None:
-    documents, facts = restated(0, 0)
-    assert documents == toy_cluster(0, 0).documents
-    assert len(facts) == sum(document.text.count(".") for document in documents)

@@ -27,10 +27,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
     def run(seed: int, overrides: list[str]) -> dict[str, Any]:
         made.append((seed, tuple(overrides)))
         after = 0.6 + seed / 10 - 0.1 * ("selfplay.memory=0" in overrides)
-        return {"heldout_before": scores(0.5), "heldout_after": scores(after), "generated": 1e6}
+        return {"heldout_before": scores(0.5), "heldout_after": scores(after), "generated": 1e6, "more": 1}
 
     monkeypatch.setattr(ablations, "run", run)
     return made
+
+
+def results(names: list[str], seeds: int, overrides: list[str], kept: Path) -> list[dict[str, Any]]:
+    rows = ablations.kept_results(names, seeds, overrides, kept, ablations.VARIANTS, ablations._run)
+    return list(rows)
 
 
 def test_every_variant_is_a_configuration() -> None:
@@ -45,18 +50,18 @@ def test_every_variant_is_a_configuration() -> None:
 
 def test_what_is_over_is_not_run_again(asked: list[object], tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
-    first = list(ablations.results(["spell"], 2, ["steps=1"], kept))
+    first = results(["spell"], 2, ["steps=1"], kept)
     assert asked == [(0, ("steps=1",)), (1, ("steps=1",))]
-    again = list(ablations.results(["spell", "no-memory"], 2, ["steps=1"], kept))
+    again = results(["spell", "no-memory"], 2, ["steps=1"], kept)
     assert asked[2:] == [(0, ("selfplay.memory=0", "steps=1")), (1, ("selfplay.memory=0", "steps=1"))]
     assert [row for row in again if row["variant"] == "spell"] == first
-    list(ablations.results(["spell"], 1, ["steps=2"], kept))
+    results(["spell"], 1, ["steps=2"], kept)
     assert asked[4:] == [(0, ("steps=2",))]
 
 
 @pytest.mark.usefixtures("asked")
 def test_variants_are_compared_with_spell_seed_by_seed(tmp_path: Path) -> None:
-    rows = list(ablations.results(["spell", "no-memory"], 3, [], tmp_path / "kept.jsonl"))
+    rows = results(["spell", "no-memory"], 3, [], tmp_path / "kept.jsonl")
     summary = ablations.summarise(rows)
     assert summary["spell"]["after"]["mean"] == pytest.approx(0.7)
     assert summary["spell"]["difference"]["doc_mc"]["mean"] == pytest.approx(0.2)

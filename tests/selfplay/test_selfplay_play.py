@@ -486,3 +486,14 @@ def test_held_out_accuracy_is_the_rules():
     assert score.by_label == pytest.approx(
         {"links/0": sum(score.per_question[:5:2]) / 3, "links/1": sum(score.per_question[1:5:2]) / 2}
     )
+    met = [float(value > 0) for value in score.per_question]
+    assert score.best == pytest.approx(
+        {
+            "mean": sum(met) / 10,
+            "docmath_qa": sum(met[:5]) / 5,
+            "doc_general_qa": sum(met[5:]) / 5,
+            "links/0": sum(met[:5:2]) / 3,
+            "links/1": sum(met[1:5:2]) / 2,
+        }
+    )
+    assert score.best["docmath_qa"] == 0.8, "the first question is the one that nobody answers"

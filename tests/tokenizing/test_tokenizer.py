@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from places import TOY_SEED
 from tokenizers_built import FAMILIES
 
-from spell_megatron.corpus.toy import HELD_OUT, pieces, toy_cluster, transcripts
+from spell_megatron.corpus.toy import DEMONSTRATIONS, HABITS, HELD_OUT, toy_cluster
 from spell_megatron.types import SpellError
 from tokenizer.chat import ChatTokenizer
 from tokenizer.convert import convert, save
@@ -25,11 +25,14 @@ SPECIAL = (PAD, UNKNOWN, BOS, EOS, USER, ASSISTANT)
 SHIPPED = TOY_SEED
 
 
+def demonstrated(seed: int, index: int) -> list[str]:
+    return [exchange.reply for exchange in DEMONSTRATIONS.transcripts(seed, index, habits=HABITS)]
+
+
 @pytest.fixture(scope="module")
 def model() -> bytes:
-    return train(
-        (exchange.reply for index in range(60) for exchange in transcripts(1, index)), pieces(), 1024
-    )
+    replies = (reply for index in range(60) for reply in demonstrated(1, index))
+    return train(replies, DEMONSTRATIONS.pieces(), 1024)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,22 @@ def test_any_text_round_trips_as_in_sentencepiece(codec, reference, text: str) -
 @settings(max_examples=300)
 @given(
     st.lists(
-        st.sampled_from([*pieces(), " ", "  ", "\n", "<0x41>", "<0x0A>", "é", "漢", "🙂", "13", "7.5", "Rom"])
+        st.sampled_from(
+            [
+                *DEMONSTRATIONS.pieces(),
+                " ",
+                "  ",
+                "\n",
+                "<0x41>",
+                "<0x0A>",
+                "é",
+                "漢",
+                "🙂",
+                "13",
+                "7.5",
+                "Rom",
+            ]
+        )
     )
 )
 def test_mixtures_of_known_and_unknown_round_trip_as_in_sentencepiece(
@@ -81,7 +99,7 @@ def test_unseen_documents_round_trip_as_in_sentencepiece(codec, reference) -> No
 
 
 def test_what_is_to_be_kept_is_one_token(codec) -> None:
-    for piece in pieces():
+    for piece in DEMONSTRATIONS.pieces():
         assert codec.count(f"x{piece}") == codec.count("x") + 1, piece
 
 
@@ -195,9 +213,9 @@ def test_a_model_without_exact_counterpart_is_refused() -> None:
 def test_the_shipped_tokenizer_equals_its_sentencepiece_model() -> None:
     shipped = ChatTokenizer.load(SHIPPED)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(SHIPPED / "tokenizer.model"))
-    for exchange in transcripts(5, 5):
-        same(shipped, reference, exchange.reply)
-    for piece in pieces():
+    for reply in demonstrated(5, 5):
+        same(shipped, reference, reply)
+    for piece in DEMONSTRATIONS.pieces():
         assert shipped.count(f"x{piece}") == shipped.count("x") + 1, f"the shipped tokenizer splits {piece!r}"
 
 

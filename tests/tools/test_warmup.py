@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from places import TOY_SEED
 
-from spell_megatron.corpus.toy import transcripts
+from spell_megatron.corpus.toy import DEMONSTRATIONS
 from spell_megatron.selfplay.prompts import Prompts
-from spell_megatron.tools.warmup.lessons import (
-    ANSWER_WEIGHT,
-    LAST,
-    POLISH,
-    PRACTICE,
-    PROMPT_WEIGHT,
-    SCHOOL,
-    School,
-    message,
-)
-from spell_megatron.tools.warmup.newborn import newborn
-from spell_megatron.types import Group, TrainBatch
+from spell_megatron.tools.warmup import make_seed_model
+from spell_megatron.tools.warmup.lessons import ANSWER_WEIGHT, PROMPT_WEIGHT, Lesson, Lessons, message
+from spell_megatron.tools.warmup.recipes import PRACTICE, RECIPES
+from spell_megatron.tools.warmup.untaught import Shape, untaught
+from spell_megatron.types import Group, SpellError, TrainBatch
 from tokenizer.chat import ChatTokenizer
+from tokenizer.convert import save
+from tokenizer.train import train
 
 pytestmark = pytest.mark.unit
 
@@ -45,20 +41,25 @@ def sequences(groups: tuple[Group, ...]) -> list[tuple[list[int], list[float]]]:
     ]
 
 
-def test_three_heads_of_the_first_layer_look_one_two_and_three_tokens_back() -> None:
-    model = newborn(700, 3, 128, seed=0)
+@pytest.mark.parametrize("shape", [recipe.shape for _, recipe in RECIPES.values()], ids=RECIPES)
+def test_wired_heads_of_the_first_layer_look_as_far_back_as_they_should(shape: Shape) -> None:
+    model = untaught(700, 3, 128, seed=0, shape=shape)
     model.set_attn_implementation("eager")
     ids = torch.randint(10, 700, (1, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         first = model(ids, output_attentions=True).attentions[0][0]
     places = torch.arange(10, 100)
-    for head, back in enumerate((1, 2, 3)):
+    for head, back in enumerate(shape.back):
         hits = first[head, 10:].argmax(-1) == places - back
         assert hits.float().mean() > 0.9, f"head {head} does not look {back} back"
 
 
 def test_the_same_seed_is_born_the_same_and_fits_the_vocabulary() -> None:
-    one, two, other = newborn(700, 3, 128, 0), newborn(700, 3, 128, 0), newborn(700, 3, 128, 1)
+    one, two, other = (
+        untaught(700, 3, 128, 0, Shape()),
+        untaught(700, 3, 128, 0, Shape()),
+        untaught(700, 3, 128, 1, Shape()),
+    )
     weights = [model.model.embed_tokens.weight for model in (one, two, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -67,21 +68,21 @@ def test_the_same_seed_is_born_the_same_and_fits_the_vocabulary() -> None:
 
 
 def test_batches_are_full_and_reproducible(codec: ChatTokenizer) -> None:
-    batches = list(School(codec, 4).batches(LESSON, 2048))
+    batches = list(Lessons(codec, DEMONSTRATIONS, 4).batches(LESSON, 2048))
     assert len(batches) == 3
-    assert batches == list(School(codec, 4).batches(LESSON, 2048))
-    assert batches != list(School(codec, 5).batches(LESSON, 2048))
+    assert batches == list(Lessons(codec, DEMONSTRATIONS, 4).batches(LESSON, 2048))
+    assert batches != list(Lessons(codec, DEMONSTRATIONS, 5).batches(LESSON, 2048))
     for batch in batches:
         size = sum(len(group.prompt) + group.response_tokens for group in batch.groups)
         assert 2048 <= size < 4096
 
 
 def test_every_exchange_is_there_with_its_weights(codec: ChatTokenizer) -> None:
-    batch: TrainBatch = next(School(codec, 4).batches(LESSON, 20_000))
+    batch: TrainBatch = next(Lessons(codec, DEMONSTRATIONS, 4).batches(LESSON, 20_000))
     found = {tuple(tokens): weights for tokens, weights in sequences(batch.groups)}
     prompts = Prompts("short")
     for exchange in itertools.chain(
-        *(transcripts(4, i, habits=LESSON.habits, mix=LESSON.mix) for i in range(5))
+        *(DEMONSTRATIONS.transcripts(4, i, habits=LESSON.habits, mix=LESSON.mix) for i in range(5))
     ):
         prompt = codec.prompt(message(prompts, exchange))
         reply = [*codec.encode(exchange.reply), codec.eos_ids[0]]
@@ -93,16 +94,42 @@ def test_every_exchange_is_there_with_its_weights(codec: ChatTokenizer) -> None:
 
 
 def test_documents_are_computed_once_for_all_their_exchanges(codec: ChatTokenizer) -> None:
-    batch = next(School(codec, 4).batches(LESSON, 4096))
+    batch = next(Lessons(codec, DEMONSTRATIONS, 4).batches(LESSON, 4096))
     shared = sum(len(group.prompt) + group.response_tokens for group in batch.groups)
     alone = sum(len(tokens) for tokens, _ in sequences(batch.groups))
     assert shared < 0.5 * alone
 
 
-@pytest.mark.parametrize("lesson", [*SCHOOL, *PRACTICE, *LAST, *POLISH], ids=lambda lesson: lesson.name)
-def test_every_lesson_teaches_something_that_can_be_known(codec: ChatTokenizer, lesson) -> None:
-    batch = next(School(codec, 4).batches(replace(lesson, steps=1), 2048))
+@pytest.fixture(scope="module")
+def codecs(codec: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTokenizer]:
+    """A tokenizer for each world that has lessons."""
+    hard = tmp_path_factory.mktemp("hard")
+    shown, recipe = RECIPES["hard-small"]
+    texts = (e.reply for index in range(20) for e in shown.transcripts(0, index, habits=LESSON.habits))
+    save(train(texts, shown.pieces(), recipe.vocabulary), recipe.positions, hard)
+    return {"toy": codec, "hard-small": ChatTokenizer.load(hard)}
+
+
+@pytest.mark.parametrize(
+    ("world", "lesson"),
+    [(world, one) for world, (_, recipe) in RECIPES.items() for term in recipe.terms for one in term.lessons],
+    ids=lambda part: getattr(part, "name", part),
+)
+def test_every_lesson_teaches_something_that_can_be_known(codecs, world: str, lesson: Lesson) -> None:
+    lessons = Lessons(codecs[world], RECIPES[world][0], 4)
+    batch = next(lessons.batches(replace(lesson, steps=1), 2048))
     for group in batch.groups:
         assert group.prompt
         assert any(weight >= 1 for sample in group.samples for weight in sample.weights)
         assert all(len(sample.tokens) == len(sample.weights) for sample in group.samples)
+
+
+def test_a_word_or_a_phrase_of_the_hard_world_is_one_token(codecs) -> None:
+    shown, hard = RECIPES["hard-small"][0], codecs["hard-small"]
+    for piece in shown.pieces():
+        assert hard.count(f"x{piece}") == hard.count("x") + 1, f"{piece!r} is split"
+
+
+def test_a_world_without_lessons_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpellError, match="did you mean 'hard-small'"):
+        make_seed_model(tmp_path / "seed", world="hard-smal")

@@ -31,6 +31,8 @@ PARAPHRASED = 0.2
 in no answer that quotes them."""
 _FURTHER = 1_000_000
 """Between the numbers of held-out clusters that are tried for one question."""
+_ALIKE = 0.5
+"""Share of made-up choices that have a word of their name from another one."""
 _TRIES = 4
 """Texts of a kind that are tried before it counts as one that the documents do not answer."""
 
@@ -153,10 +155,10 @@ def _question(
 def _in_other_words(solution: Solution, said: str, rng: random.Random) -> str:
     """The answer by a longer form, or by a synonym where there is one."""
     alike = [word for word in (solution.value, *words.SYNONYMS) if plain(word) == solution.value]
-    return rng.choice([_answering(solution).long_form.format(v=said), *(w for w in alike if w != said)])
+    return rng.choice([answering(solution).long_form.format(v=said), *(w for w in alike if w != said)])
 
 
-def _answering(solution: Solution) -> Predicate:
+def answering(solution: Solution) -> Predicate:
     """A relation that has values like the answer."""
     last = solution.steps[-1].relation
     if solution.kind != "comparison":
@@ -166,12 +168,12 @@ def _answering(solution: Solution) -> Predicate:
 
 def _choices(reading: Knowledge, solution: Solution, rng: random.Random, key: str) -> dict[str, str]:
     """Four values, the right one at `key`; two of the wrong ones out of the documents where there are so many."""
-    relation = _answering(solution)
+    relation = answering(solution)
     near = [fact.value for fact in reading.of(relation.name)]
     if relation.to:
         near += [subject for subject in reading.subjects if grammar.kind(subject) == relation.to]
     near = [value for value in dict.fromkeys(near) if value != solution.value]
-    far = relation.values or subjects(rng, half_of(solution.value), 2 * len(LETTERS), relation.to)
+    far = relation.values or subjects(rng, half_of(solution.value), 2 * len(LETTERS), relation.to, _ALIKE)
     rng.shuffle(near)
     wrong = near[:2]
     while len(wrong) < len(LETTERS) - 1:

@@ -152,8 +152,6 @@ PRICE = Predicate(
     of=SHOP,
 )
 """The measure of an item at a shop: a fact of it belongs to the relation `price of {item}`."""
-LARGEST = 40
-"""Measures are 1 to this."""
 
 RELATIONS = {relation.name: relation for relation in (*TRAITS, *LINKS, *MEASURES)}
 
@@ -162,6 +160,9 @@ OUT_OF_DATE = "This note is out of date."
 NEXT_KEY = "Key {k} leads to key {n}."
 LAST_KEY = "Key {k} asks: {q}"
 """A chain of keys ends in a question."""
+
+PLUS, MINUS = "{x} + {y} = {v}.", "{x} and {y} differ by {v}."
+"""How a reader calculates."""
 
 FILLERS = (
     "{s} bought a {i} on day {d}.",

@@ -18,10 +18,6 @@ from spell_megatron.corpus.hard.reading import WHAT
 from spell_megatron.types import Cluster, Document
 
 TRAIN, HELD_OUT = 0, 1
-_SIMILAR = 0.5
-"""Share of subjects that have a word of their name from another one of the cluster."""
-_DECOYS = 0.4
-"""Share of the sentences without a fact that look like one."""
 _OTHER_WORD = 0.5
 """Share of values with a synonym that are said by it."""
 
@@ -44,6 +40,14 @@ class Extent:
     """Links of a chain."""
     tokens: tuple[int, int] = (600, 1500)
     """Tokens of a document."""
+    largest: int = 40
+    """Measures are 1 to this."""
+    similar: float = 0.5
+    """Share of subjects that have a word of their name from another one of the cluster."""
+    decoys: float = 0.4
+    """Share of the sentences without a fact that look like one; 0 for none at all."""
+    wordings: int = 2
+    """Ways to say a fact, at most."""
     times: int = 1
     """Documents are so many times as long: more padding between the same facts."""
 
@@ -51,14 +55,15 @@ class Extent:
 FULL = Extent()
 SMALL = Extent(
     people=(4, 5),
-    shops=(3, 4),
+    shops=(3, 3),
     outdated=(0, 1),
     traits=(2, 3),
-    items=(2, 4),
-    goods=5,
+    items=(2, 3),
+    goods=4,
     chains=(1, 2),
     keys=(2, 3),
-    tokens=(60, 200),
+    tokens=(60, 130),
+    largest=12,
 )
 
 
@@ -75,13 +80,13 @@ def cluster(identity: str, domain: str, half: int, scale: Extent) -> Cluster:
     rng, padding = (random.Random(f"{identity}/{half}/{part}") for part in ("facts", "padding"))
     cast = _Cast.drawn(rng, half, scale)
     holds = {subject: _facts(rng, subject, cast, scale) for subject in cast.subjects}
-    notes = [_Note.written(rng, subject, said, cast) for subject, said in holds.items()]
+    notes = [_Note.written(rng, subject, said, cast, scale) for subject, said in holds.items()]
     for sentence in _chains(rng, half, cast, scale):
         room = [note for note in notes if note.length + grammar.LONGEST_SENTENCE <= scale.tokens[1]]
         rng.choice(room).add(sentence)
     for subject in rng.sample(cast.subjects, rng.randint(*scale.outdated)):
         before = [_another(rng, one, subject, cast) for one in holds[subject]]
-        notes.append(_Note.written(rng, subject, before, cast, outdated=True))
+        notes.append(_Note.written(rng, subject, before, cast, scale, outdated=True))
     rng.shuffle(notes)
     for note in notes:
         rng.shuffle(note.sentences)
@@ -104,14 +109,15 @@ class _Cast:
     shops: list[str]
     goods: list[str]
     friends: dict[str, str]
+    largest: int
 
     @classmethod
     def drawn(cls, rng: random.Random, half: int, scale: Extent) -> _Cast:
-        people = subjects(rng, half, rng.randint(*scale.people), PERSON)
-        shops = subjects(rng, half, rng.randint(*scale.shops), SHOP)
+        people = subjects(rng, half, rng.randint(*scale.people), PERSON, scale.similar)
+        shops = subjects(rng, half, rng.randint(*scale.shops), SHOP, scale.similar)
         ring = rng.sample(people, len(people))
         friends = dict(zip(ring, [*ring[1:], ring[0]], strict=True))
-        return cls(people, shops, rng.sample(words.ITEMS, scale.goods), friends)
+        return cls(people, shops, rng.sample(words.ITEMS, scale.goods), friends, scale.largest)
 
     @property
     def subjects(self) -> list[str]:
@@ -123,19 +129,19 @@ class _Cast:
             others = self.shops if relation.to == SHOP else self.people
             return rng.choice([other for other in others if other != subject])
         if not relation.values:
-            return str(rng.randint(1, grammar.LARGEST))
+            return str(rng.randint(1, self.largest))
         value = rng.choice(relation.values)
         other = [word for word, meant in words.SYNONYMS.items() if meant == value]
         return rng.choice(other) if other and rng.random() < _OTHER_WORD else value
 
 
-def subjects(rng: random.Random, half: int, count: int, kind: str) -> list[str]:
-    """Different names of a kind out of a half; many have one of their two words in common."""
+def subjects(rng: random.Random, half: int, count: int, kind: str, similar: float = 0.0) -> list[str]:
+    """Different names of a kind out of a half; a share `similar` has one of its two words from another."""
     firsts, seconds = (words.SHOPS, words.TRADES) if kind == SHOP else (words.NAMES, words.SURNAMES)
     made: list[str] = []
     while len(made) < count:
         first, second = rng.choice(firsts), rng.choice(seconds)
-        if made and rng.random() < _SIMILAR:
+        if made and rng.random() < similar:
             like = rng.choice(made).split()
             first, second = (like[0], second) if rng.random() < 0.5 else (first, like[1])
         name = f"{first} {second}"
@@ -218,13 +224,20 @@ class _Note:
 
     @classmethod
     def written(
-        cls, rng: random.Random, subject: str, said: list[_Said], cast: _Cast, outdated: bool = False
+        cls,
+        rng: random.Random,
+        subject: str,
+        said: list[_Said],
+        cast: _Cast,
+        scale: Extent,
+        outdated: bool = False,
     ) -> _Note:
         """With all facts, and a first decoy."""
         note = cls(subject, said, [], outdated, grammar.tokens(grammar.OUT_OF_DATE) * outdated)
         for one in said:
-            note.add(one.sentence(rng, one.relation.facts, subject))
-        note.add(_decoy(rng, subject, said, cast))
+            note.add(one.sentence(rng, one.relation.facts[: scale.wordings], subject))
+        if scale.decoys:
+            note.add(_decoy(rng, subject, said, cast))
         return note
 
     @property
@@ -241,20 +254,20 @@ class _Note:
         length, stated = rng.randint(least, most - grammar.LONGEST_SENTENCE), self.sentences
         self.sentences = []
         while self.length < length:
-            self.add(_padding(rng, self.subject, self.said, cast))
+            self.add(_padding(rng, self.subject, self.said, cast, scale))
         places = sorted(rng.choices(range(len(self.sentences) + 1), k=len(stated)), reverse=True)
         for place, sentence in zip(places, reversed(stated), strict=True):
             self.sentences.insert(place, sentence)
 
 
-def _padding(rng: random.Random, subject: str, said: Sequence[_Said], cast: _Cast) -> str:
+def _padding(rng: random.Random, subject: str, said: Sequence[_Said], cast: _Cast, scale: Extent) -> str:
     """A sentence without a fact."""
-    if rng.random() < _DECOYS:
+    if rng.random() < scale.decoys:
         return _decoy(rng, subject, said, cast)
     fillers = grammar.SHOP_FILLERS if grammar.kind(subject) == SHOP else grammar.FILLERS
     return rng.choice(fillers).format(
         s=subject,
         i=rng.choice(words.ITEMS),
         c=rng.choice(words.CITIES),
-        d=rng.randint(1, grammar.LARGEST),
+        d=rng.randint(1, cast.largest),
     )

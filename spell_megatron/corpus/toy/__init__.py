@@ -1,16 +1,6 @@
 """The toy world: documents without end, questions about them, the truth, and worked examples."""
 
-from spell_megatron.corpus.toy.transcripts import (
-    CLEAN,
-    HABITS,
-    Habits,
-    Mix,
-    Transcript,
-    choices,
-    restated,
-    transcripts,
-)
-from spell_megatron.corpus.toy.vocabulary import pieces
+from spell_megatron.corpus.toy.transcripts import DEMONSTRATIONS, HABITS
 from spell_megatron.corpus.toy.world import (
     HELD_OUT,
     TASKS,
@@ -26,24 +16,17 @@ from spell_megatron.corpus.toy.world import (
 )
 
 __all__ = [
-    "CLEAN",
+    "DEMONSTRATIONS",
     "HABITS",
     "HELD_OUT",
     "TASKS",
     "TRAIN",
     "WHOLE",
-    "Habits",
-    "Mix",
     "Scale",
-    "Transcript",
     "ask",
-    "choices",
     "heldout",
-    "pieces",
     "plain",
-    "restated",
     "toy_cluster",
     "toy_clusters",
-    "transcripts",
     "truth",
 ]

@@ -13,9 +13,9 @@ from spell_megatron.run.record.plots import (
     TEAL,
     Draw,
     Rows,
+    change,
     difficulty,
     each,
-    heldout_change,
     heldout_curve,
     lines,
     one,
@@ -51,7 +51,17 @@ _LEARNT: list[tuple[str, str, Draw]] = [
     (
         "Held-out accuracy, before and after",
         "Questions that self-play never saw. Hollow: before the first step; filled: after the last.",
-        heldout_change,
+        change("heldout"),
+    ),
+    (
+        "Best of several answers, before and after",
+        "Share of the held-out questions that at least one of the answers to each gets right (pass@k).",
+        change("heldout_best"),
+    ),
+    (
+        "Held-out accuracy by kind of question",
+        "By the labels of the held-out questions, such as the links or the documents that an answer needs.",
+        change("heldout_by"),
     ),
     (
         "Held-out accuracy over the run",

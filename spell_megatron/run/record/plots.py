@@ -282,10 +282,14 @@ def stack(prefix: str, colours: Mapping[str, str], *, share: bool) -> Draw:
     return make
 
 
-def heldout_change(rows: Rows) -> str | None:
-    """Before and after, a row a task."""
-    tasks = _coloured(names_under(rows, "heldout"), TASKS)
-    measured = {name: series(rows, f"heldout/{name}") for name in ("mean", *tasks)}
+def change(prefix: str) -> Draw:
+    """Before and after, a row a task or another name of the metrics `prefix/…`, their mean first."""
+    return lambda rows: _change(rows, prefix)
+
+
+def _change(rows: Rows, prefix: str) -> str | None:
+    tasks = _coloured(names_under(rows, prefix), TASKS)
+    measured = {name: series(rows, f"{prefix}/{name}") for name in ("mean", *tasks)}
     ends = {
         name: (points[1][0], points[1][-1])
         for name, points in measured.items()

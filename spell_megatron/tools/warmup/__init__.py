@@ -1,5 +1,5 @@
-"""How the toy world's seed model comes to be: born half wired, then taught by supervised lessons."""
+"""How a generated world's seed model comes to be: it starts half wired, then learns supervised lessons."""
 
-from spell_megatron.tools.warmup.seed import RECIPE, Recipe, make_seed_model
+from spell_megatron.tools.warmup.seed import make_seed_model
 
-__all__ = ["RECIPE", "Recipe", "make_seed_model"]
+__all__ = ["make_seed_model"]

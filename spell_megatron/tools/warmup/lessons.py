@@ -3,9 +3,6 @@
 A transcript's tokens with weight 1 in a TrainBatch make the policy-gradient loss the negative
 log-likelihood, so warm-up needs no trainer of its own. All exchanges about one cluster share their
 documents, and so one Group: the documents are computed once.
-
-The lessons go from looking up in few short documents to the whole world, and end with the habits
-(hasty answers, slips, wrong keys) that leave self-play something to improve.
 """
 
 from __future__ import annotations
@@ -13,20 +10,11 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from spell_megatron.corpus.toy import (
-    CLEAN,
-    HABITS,
-    WHOLE,
-    Habits,
-    Mix,
-    Scale,
-    Transcript,
-    choices,
-    restated,
-    transcripts,
-)
+from spell_megatron.corpus.demonstrations import Demonstrations, Habits, Mix, Transcript
+from spell_megatron.corpus.hard import Extent
+from spell_megatron.corpus.toy import Scale
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.types import Document, Group, Sample, TrainBatch
 from tokenizer.chat import ChatTokenizer
@@ -45,7 +33,7 @@ class Lesson:
     name: str
     steps: int
     habits: Habits
-    scale: Scale
+    scale: Scale | Extent
     mix: Mix
     restate: bool = True
     """Also say every cluster's facts again in other words, and find the letters of `choices`."""
@@ -57,34 +45,12 @@ class Lesson:
     """Lists of choices per cluster."""
 
 
-_SMALL = Scale(people=(2, 2), shops=(1, 1), traits=(2, 2), items=(2, 2), paraphrases=False)
-_MIDDLE = Scale(people=(3, 4), shops=(1, 2), traits=(2, 3), items=(2, 3))
-_DIRECT = replace(CLEAN, hops=0.0, hops_after_history=0.0)
+class Lessons:
+    """Turns lessons into batches of a world's demonstrations, in an order that `seed` settles."""
 
-SCHOOL = (
-    Lesson("look up", 300, _DIRECT, _SMALL, Mix(5, 1, 1, 0), patterns=3),
-    Lesson("other words", 200, replace(CLEAN, hops=0.2), _MIDDLE, Mix(8, 2, 2, 1), choices=1),
-    Lesson("the whole world", 200, CLEAN, WHOLE, Mix(10, 4, 3, 1), choices=1),
-)
-PRACTICE = (
-    Lesson("all roles", 350, CLEAN, WHOLE, Mix(6, 6, 3, 1, 3), choices=1),
-    Lesson("habits", 250, HABITS, WHOLE, Mix(6, 6, 3, 1, 3), restate=False),
-)
-LAST = (
-    Lesson("copying", 150, CLEAN, WHOLE, Mix(4, 8, 2, 1, 4), verbatim=True),
-    Lesson("habits again", 150, HABITS, WHOLE, Mix(6, 8, 3, 1, 4), verbatim=True),
-)
-_TRUE_KEYS = replace(HABITS, wrong_key=0.0, long_reference=1.0)
-POLISH = (Lesson("true keys", 500, _TRUE_KEYS, WHOLE, Mix(4, 12, 2, 1, 4), verbatim=True),)
-
-
-class School:
-    """Turns lessons into batches, in an order that `seed` settles."""
-
-    def __init__(self, codec: ChatTokenizer, seed: int) -> None:
-        self._codec, self._seed, self._next = codec, seed, 0
+    def __init__(self, codec: ChatTokenizer, shown: Demonstrations, seed: int) -> None:
+        self._codec, self._shown, self._seed, self._next = codec, shown, seed, 0
         self._prompts = Prompts("short")
-        self._stop = codec.encode(".")[-1]
         self._fence = codec.encode("</text>")[-1]
 
     def batches(self, lesson: Lesson, tokens: int) -> Iterator[TrainBatch]:
@@ -102,14 +68,16 @@ class School:
     def _cluster(self, lesson: Lesson, index: int) -> list[Group]:
         """One group for each thing that exchanges about a cluster have in common."""
         shared: dict[tuple[str, int], list[tuple[list[int], Sample]]] = defaultdict(list)
-        exchanges = transcripts(self._seed, index, habits=lesson.habits, scale=lesson.scale, mix=lesson.mix)
+        exchanges = self._shown.transcripts(
+            self._seed, index, habits=lesson.habits, scale=lesson.scale, mix=lesson.mix
+        )
         for exchange in exchanges:
             read = len(exchange.variables.get("documents", ()))
             shared[exchange.role, read].append(self._exchange(exchange))
         groups = [_common(pairs) for pairs in shared.values()]
         rng = random.Random(f"drills/{self._seed}/{index}")
         if lesson.restate:
-            documents, facts = restated(self._seed, index, lesson.scale)
+            documents, facts = self._shown.restated(self._seed, index, lesson.scale)
             groups.append(self._restated(documents, facts))
             groups += [self._choices(documents, rng) for _ in range(lesson.choices)]
             if lesson.verbatim:
@@ -123,14 +91,22 @@ class School:
         weights = [ANSWER_WEIGHT if token == answer else 1.0 for token in reply]
         return self._codec.prompt(message(self._prompts, exchange)), Sample(reply, weights)
 
-    def _restated(self, documents: Sequence[Document], facts: Sequence[str]) -> Group:
+    def _restated(self, documents: Sequence[Document], facts: Sequence[tuple[str, str]]) -> Group:
         """Facts by threes after their documents; only the values can be known, and only they count."""
         prompt = self._codec.prompt(_fenced(documents))
-        said = [self._codec.encode(" ".join(facts[at : at + 3])) for at in range(0, len(facts), 3)]
-        samples = [
-            Sample(tokens, [float(after == self._stop) for after in [*tokens[1:], -1]]) for tokens in said
-        ]
-        return Group(prompt[: prompt.index(self._fence) + 1], tuple(samples))
+        said = [self._stated(facts[at : at + 3]) for at in range(0, len(facts), 3)]
+        return Group(prompt[: prompt.index(self._fence) + 1], tuple(said))
+
+    def _stated(self, facts: Sequence[tuple[str, str]]) -> Sample:
+        """Some facts one after another, whose values weigh 1 each token."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        for sentence, value in facts:
+            said, known = self._codec.encode(sentence), self._codec.encode(value)
+            at = max(at for at in range(len(said)) if said[at : at + len(known)] == known)
+            weights += [float(at <= place < at + len(known)) for place in range(len(said))]
+            tokens += said
+        return Sample(tokens, weights)
 
     def _verbatim(self, documents: Sequence[Document]) -> Group:
         """Each document once more, after all of them; its first token cannot be known."""
@@ -141,7 +117,7 @@ class School:
 
     def _choices(self, documents: Sequence[Document], rng: random.Random) -> Group:
         """Each of four choices quoted, documents before them; only its letter counts."""
-        listed, quotes = choices(rng)
+        listed, quotes = self._shown.choices(rng)
         said = [self._codec.encode(quote) for quote in quotes]
         samples = [Sample(tokens, [0.0] * (len(tokens) - 2) + [ANSWER_WEIGHT, 0.0]) for tokens in said]
         return Group(self._codec.prompt(f"{_fenced(documents)} <ask> {listed}"), tuple(samples))

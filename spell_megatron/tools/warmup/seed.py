@@ -1,4 +1,4 @@
-"""The seed model from nothing: tokenizer, newborn weights, lessons through the learner."""
+"""A seed model from nothing: tokenizer, untaught weights, lessons through the learner."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,81 +15,53 @@ from transformers import GenerationConfig
 
 from spell_megatron.base.outputs import new_folder
 from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
-from spell_megatron.corpus.toy import pieces, transcripts
+from spell_megatron.config.explaining import nearest
+from spell_megatron.corpus.demonstrations import Demonstrations
+from spell_megatron.corpus.toy import HABITS
 from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.selfplay.prompts import Prompts
-from spell_megatron.tools.warmup.lessons import LAST, POLISH, PRACTICE, SCHOOL, Lesson, School, message
-from spell_megatron.tools.warmup.newborn import newborn
-from spell_megatron.types import TrainBatch
+from spell_megatron.tools.warmup.lessons import Lessons, message
+from spell_megatron.tools.warmup.recipes import RECIPES, Recipe, Term
+from spell_megatron.tools.warmup.untaught import untaught
+from spell_megatron.types import SpellError, TrainBatch
 from tokenizer.chat import ChatTokenizer
 from tokenizer.convert import save
 from tokenizer.train import train
 
-POSITIONS = 1024
 _TOKENIZER_CLUSTERS = 400
 _REPORT_EVERY = 50
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Term:
-    """Lessons under one learning rate: linear warm-up, then cosine decay over `decay_steps`."""
-
-    lessons: tuple[Lesson, ...]
-    lr: float
-    decay_steps: int
-    """May be more than the term has: it then ends at a rate still high."""
-
-    @property
-    def steps(self) -> int:
-        return sum(lesson.steps for lesson in self.lessons)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the seed model is taught, and how; with a seed it settles every weight."""
-
-    terms: tuple[Term, ...] = (
-        Term(SCHOOL, 3e-3, 1200),
-        Term(PRACTICE, 2e-3, 600),
-        Term(LAST, 2e-3, 300),
-        Term(POLISH, 2e-3, 500),
-    )
-    tokens: int = 4096
-    """Tokens of one update."""
-    vocabulary: int = 1024
-    """Upper bound of the tokenizer's size."""
-
-
-RECIPE = Recipe()
-
-
 def make_seed_model(
-    folder: Path, seed: int = 0, recipe: Recipe = RECIPE, *, report: Callable[[str], None] = _log.info
+    folder: Path, seed: int = 0, world: str = "toy", *, report: Callable[[str], None] = _log.info
 ) -> Path:
-    """Make the seed model in `folder`, a complete Hugging Face model with `provenance.json`; returns it.
+    """Make a world's seed model in `folder`, a complete Hugging Face model with `provenance.json`; returns it.
 
-    Raises SpellError where the folder is not empty and no earlier model of ours. `report` is told how far it is,
-    as text. About twenty minutes on two CPU cores.
+    Raises SpellError where the folder is not empty and no earlier model of ours, or no world is called so. `report`
+    is told how far it is, as text. About twenty minutes on two CPU cores for the toy world.
     """
+    if world not in RECIPES:
+        raise SpellError(f"no seed model of the world {world!r}{nearest(world, RECIPES)}")
+    shown, recipe = RECIPES[world]
     digest = hashlib.sha256()
     with new_folder(folder, "model") as made, TemporaryDirectory() as scratch:
-        model = Path(scratch) / "newborn"
-        _be_born(model, seed, recipe)
-        school = School(ChatTokenizer.load(model), seed)
-        world = start_world(LayoutConfig(), seed=seed, timeout_seconds=600)
+        model = Path(scratch) / "untaught"
+        _begin(model, seed, shown, recipe)
+        lessons = Lessons(ChatTokenizer.load(model), shown, seed)
+        ranks = start_world(LayoutConfig(), seed=seed, timeout_seconds=600)
         try:
             for number, term in enumerate(recipe.terms, start=1):
-                learner = Learner(_policy(term, recipe), model, world)
-                _teach(learner, school, term, recipe, digest, report)
+                learner = Learner(_policy(term, recipe), model, ranks)
+                _teach(learner, lessons, term, recipe, digest, report)
                 last = number == len(recipe.terms)
                 model = made if last else Path(scratch) / f"term-{number}"
                 learner.save_hf(model)
         finally:
             stop_world()
         provenance = {
-            "command": f"spell-megatron seed-model OUT --seed {seed}",
+            "command": f"spell-megatron seed-model OUT --world {world} --seed {seed}",
             "seed": seed,
             "lessons_sha256": digest.hexdigest(),
             "recipe": asdict(recipe),
@@ -110,17 +82,17 @@ def _policy(term: Term, recipe: Recipe) -> PolicyConfig:
     return PolicyConfig(dtype="float32", stream_tokens=2 * recipe.tokens, optimizer=optimizer)
 
 
-def _be_born(folder: Path, seed: int, recipe: Recipe) -> None:
+def _begin(folder: Path, seed: int, shown: Demonstrations, recipe: Recipe) -> None:
     """Tokenizer files and untaught weights."""
-    save(_train_tokenizer(seed, recipe.vocabulary), POSITIONS, folder)
+    save(_train_tokenizer(seed, shown, recipe.vocabulary), recipe.positions, folder)
     codec = ChatTokenizer.load(folder)
-    newborn(codec.vocab_size, codec.eos_ids[0], POSITIONS, seed).save_pretrained(folder)
+    untaught(codec.vocab_size, codec.eos_ids[0], recipe.positions, seed, recipe.shape).save_pretrained(folder)
     GenerationConfig(eos_token_id=list(codec.eos_ids)).save_pretrained(folder)
 
 
 def _teach(
     learner: Learner,
-    school: School,
+    lessons: Lessons,
     term: Term,
     recipe: Recipe,
     digest: hashlib._Hash,
@@ -129,7 +101,7 @@ def _teach(
     """The lessons of a term; `digest` takes in their tokens and weights."""
     step = 0
     for lesson in term.lessons:
-        for batch in school.batches(lesson, recipe.tokens):
+        for batch in lessons.batches(lesson, recipe.tokens):
             digest.update(_bytes(batch))
             update = learner.update(batch)
             step += 1
@@ -138,12 +110,13 @@ def _teach(
                 report(f"{lesson.name}: step {step} of {term.steps}, {nats:.3f} nats a token")
 
 
-def _train_tokenizer(seed: int, size: int) -> bytes:
+def _train_tokenizer(seed: int, shown: Demonstrations, size: int) -> bytes:
     """On what the three roles read and write; every line is a text of its own."""
     prompts = Prompts("short")
-    exchanges = (exchange for index in range(_TOKENIZER_CLUSTERS) for exchange in transcripts(seed, index))
+    clusters = (shown.transcripts(seed, index, habits=HABITS) for index in range(_TOKENIZER_CLUSTERS))
+    exchanges = (exchange for cluster in clusters for exchange in cluster)
     texts = (text for exchange in exchanges for text in (message(prompts, exchange), exchange.reply))
-    return train((line for text in texts for line in text.split("\n")), pieces(), size)
+    return train((line for text in texts for line in text.split("\n")), shown.pieces(), size)
 
 
 def _surprise(batch: TrainBatch, update: Update) -> float:
