@@ -31,7 +31,7 @@ class ModelConfig:
     """The model that is trained, and how it is asked."""
 
     path: Location = ""
-    """A Hugging Face model folder, a hub id, or `toy-seed`, the model that is shipped."""
+    """A Hugging Face model folder, a hub id, or `toy-seed` or `hard-seed`, the models that are shipped."""
     families: tuple[str, ...] = ()
     """Your own families of models, by import path: `[my_package.families:MINE]` (docs/models.md)."""
     prompts: Location = "full"

@@ -7,4 +7,5 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
 VECTORS = ROOT / "tests" / "vectors"
-TOY_SEED = ROOT / "spell_megatron" / "weights" / "assets" / "toy-seed"
+_ASSETS = ROOT / "spell_megatron" / "weights" / "assets"
+TOY_SEED, HARD_SEED = _ASSETS / "toy-seed", _ASSETS / "hard-seed"

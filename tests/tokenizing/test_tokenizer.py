@@ -10,9 +10,11 @@ import pytest
 import sentencepiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from places import TOY_SEED
+from places import HARD_SEED, TOY_SEED
 from tokenizers_built import FAMILIES
 
+from spell_megatron.corpus.demonstrations import Demonstrations
+from spell_megatron.corpus.hard.transcripts import SMALL_DEMONSTRATIONS
 from spell_megatron.corpus.toy import DEMONSTRATIONS, HABITS, HELD_OUT, toy_cluster
 from spell_megatron.types import SpellError
 from tokenizer.chat import ChatTokenizer
@@ -210,12 +212,15 @@ def test_a_model_without_exact_counterpart_is_refused() -> None:
         convert(proto.SerializeToString(), 512)
 
 
-def test_the_shipped_tokenizer_equals_its_sentencepiece_model() -> None:
-    shipped = ChatTokenizer.load(SHIPPED)
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(SHIPPED / "tokenizer.model"))
-    for reply in demonstrated(5, 5):
-        same(shipped, reference, reply)
-    for piece in DEMONSTRATIONS.pieces():
+@pytest.mark.parametrize(
+    ("folder", "shown"), [(TOY_SEED, DEMONSTRATIONS), (HARD_SEED, SMALL_DEMONSTRATIONS)], ids=("toy", "hard")
+)
+def test_a_shipped_tokenizer_equals_its_sentencepiece_model(folder: Path, shown: Demonstrations) -> None:
+    shipped = ChatTokenizer.load(folder)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for exchange in shown.transcripts(5, 5, habits=HABITS):
+        same(shipped, reference, exchange.reply)
+    for piece in shown.pieces():
         assert shipped.count(f"x{piece}") == shipped.count("x") + 1, f"the shipped tokenizer splits {piece!r}"
 
 

@@ -1,0 +1,96 @@
+"""Whether a run's questions have true keys, and what speaks for false ones: by step, memory, reach and reward.
+
+    python -m benchmarks.truth RUN [RUN …]
+
+RUN is the folder of a run on a generated world. The generator's truth, which no training step sees, is compared with
+the questioner's own reference. A question that the world does not understand is counted apart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from spell_megatron.corpus.worlds import recalled
+from spell_megatron.run.record import Journal, RunFolder
+from spell_megatron.run.record.metrics import read_metrics
+from spell_megatron.selfplay import Episode
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A valid question of a run."""
+
+    episode: Episode
+    true: bool | None
+    """Whether its reference is right; None where the world does not understand it."""
+
+
+def posed(folder: RunFolder) -> Iterator[Posed]:
+    """Every valid question of a run, in the order of its steps."""
+    for row in read_metrics(folder):
+        if not row["step"]:
+            continue
+        for episode in Journal(folder, int(row["step"])).read():
+            if episode.question is None:
+                continue
+            world, cluster = recalled(episode.cluster)
+            truth = world.truth(cluster, episode.question)
+            yield Posed(episode, None if truth is None else truth == world.plain(episode.question.answer))
+
+
+VIEWS: dict[str, Callable[[Posed], str]] = {
+    "step": lambda one: f"{one.episode.step:3d}",
+    "remembered": lambda one: str(len(one.episode.history)),
+    "documents read": lambda one: str(len(one.episode.documents)),
+    "task": lambda one: one.episode.task,
+    "mean reward": lambda one: (
+        f"{round(4 * one.episode.mean_reward) / 4:.2f}" if one.episode.answered else "none"
+    ),
+}
+
+
+def table(name: str, found: Iterable[Posed]) -> Table:
+    """A row for each value of a view: questions, understood ones, true ones, and what true and false keys earned."""
+    made = Table(
+        name, "questions", "understood", "true", "kept if true", "kept if false", "reward if true", "if false"
+    )
+    rows: dict[str, list[Posed]] = defaultdict(list)
+    for one in found:
+        rows[VIEWS[name](one)].append(one)
+    for value, ones in sorted(rows.items()):
+        known = [one for one in ones if one.true is not None]
+        sides = [[one.episode for one in known if one.true is side] for side in (True, False)]
+        made.add_row(
+            value,
+            str(len(ones)),
+            _share(one.true is not None for one in ones),
+            _share(bool(one.true) for one in known),
+            *(_share(episode.kept for episode in side) for side in sides),
+            *(_share(e.reward for e in side if e.reward is not None) for side in sides),
+        )
+    return made
+
+
+def _share(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{fmean(found):.2f}" if found else ""
+
+
+def main(runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")]) -> None:
+    """Print a table for each view of the runs' questions."""
+    found = [one for run in runs for one in posed(RunFolder.open(run))]
+    for name in VIEWS:
+        Console().print(table(name, found))
+
+
+if __name__ == "__main__":
+    typer.run(main)
