@@ -74,6 +74,28 @@ STREET = Cluster(
 )
 
 
+_FRAGMENTS = (
+    *(
+        "Which has the lowest budget: ",
+        "What is the sum of ",
+        "What is the ",
+        "the budget of ",
+        "the friend of ",
+    ),
+    *(
+        "Nora Berg",
+        "Hugo Hale",
+        ", ",
+        " or ",
+        " and ",
+        "?",
+        "/",
+        "Key b1-b1-b1-b1 asks: ",
+        " come to together?",
+    ),
+)
+
+
 @pytest.mark.parametrize(
     ("text", "answer", "links", "documents"),
     [
@@ -126,12 +148,19 @@ def test_what_is_asked_is_read_off_the_documents(text: str, answer: str, links: 
         "What is the difference between the budget of Nora Berg?",
         "What is the sum of the budget of Nora Berg and the cup of Hugo Hale?",
         "What is the answer to the question that key d3-d3-d3-d3 leads to?",
+        "Which has the lowest budget: Nora Holt or Key b1-b1-b1-b1 asks: the friend of Nora Berg?",
         "Why is the sky blue?",
         "",
     ],
 )
 def test_what_is_not_said_has_no_answer(text: str) -> None:
     assert truth(STREET, Question("doc_general_qa", text, "")) is None
+
+
+@given(st.lists(st.sampled_from(_FRAGMENTS), max_size=6))
+def test_whatever_a_model_asks_is_understood_or_not(fragments: list[str]) -> None:
+    answer = truth(STREET, Question("doc_general_qa", "".join(fragments), ""))
+    assert answer is None or isinstance(answer, str)
 
 
 def test_a_key_that_asks_for_itself_ends() -> None:

@@ -143,7 +143,12 @@ _Slots = dict[str, Any]
 
 
 def _chain(reading: Knowledge, expression: str, last: str) -> tuple[Stated, ...] | None:
-    """The facts from an expression's subject along its links, and the one of the relation `last` at their end."""
+    """The facts from an expression's subject along its links, and the one of the relation `last` at their end.
+
+    None where one is missing, or the expression is none: a model may list anything.
+    """
+    if not re.fullmatch(_EXPRESSION, expression):
+        return None
     *nouns, subject = re.sub(rf"the ({_VIA}) of ", r"\1/", expression).split("/")
     return reading.follow(subject, [*(_NAMED[noun].name for noun in reversed(nouns)), last])
 
