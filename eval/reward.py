@@ -18,7 +18,9 @@ from eval.judge import bracketed_verdict
 from spell_megatron.config import Config, ExternalJudgeConfig
 from spell_megatron.selfplay.ports import Opinion
 from spell_megatron.selfplay.prompts import Prompts
-from spell_megatron.types import Question
+from spell_megatron.selfplay.roles import ROLES, check_prompts
+from spell_megatron.selfplay.tasks import tasks_of
+from spell_megatron.types import Question, SpellError
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +36,10 @@ LONGEST_WAIT = 30.0
 class RewardJudge:
     """Satisfies `selfplay.ports.Judge`. For one event loop, in which it opens its endpoint when it is first asked."""
 
-    def __init__(self, settings: ExternalJudgeConfig, api_key: str = "") -> None:
-        self._settings, self._prompts = settings, Prompts("full")
+    def __init__(
+        self, settings: ExternalJudgeConfig, api_key: str = "", prompts: Prompts | None = None
+    ) -> None:
+        self._settings, self._prompts = settings, prompts or Prompts("full")
         limits = RequestLimits(settings.timeout_seconds, settings.tries, LONGEST_WAIT)
         self._endpoint = Endpoint(settings.url, model=settings.model, api_key=api_key, limits=limits)
         self._places = asyncio.Semaphore(settings.concurrency)
@@ -89,6 +93,22 @@ class RewardJudge:
 
 
 def reward_judge(config: Config) -> RewardJudge | None:
-    """For `train` and `resume`: None where the recipe names no judge."""
+    """For `train` and `resume`: None where the recipe names no judge.
+
+    It is asked as a verifier of `full` prompts is, about a task of the user's own by the template that it brings.
+    Raises SpellError where it brings none.
+    """
     settings = config.selfplay.external_judge
-    return RewardJudge(settings, os.environ.get(KEY, "")) if settings.url else None
+    if not settings.url:
+        return None
+    tasks, model = tasks_of(config.corpus), config.model
+    own = {name: text for task in tasks for name, text in task.templates.items()}
+    prompts = Prompts("full", language=model.language, form=model.answer_form, more=own)
+    try:
+        for task in tasks:
+            check_prompts(prompts, task.name, (ROLES["verifier"],))
+    except SpellError as error:
+        raise SpellError(
+            f"selfplay.external_judge: {error}; a task of your own brings it in `templates`"
+        ) from None
+    return RewardJudge(settings, os.environ.get(KEY, ""), prompts)

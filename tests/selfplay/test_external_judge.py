@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from typing import ClassVar
 
 import pytest
 from eval_standin import StandIn, chat_reply
@@ -18,7 +19,8 @@ from spell_megatron.config import ConfigError, ExternalJudgeConfig, load_config
 from spell_megatron.selfplay import StarvedError, step_metrics
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.rewards import UNJUDGED
-from spell_megatron.types import Question
+from spell_megatron.selfplay.tasks.general import General
+from spell_megatron.types import Question, SpellError
 
 pytestmark = pytest.mark.unit
 QUESTION = Question("doc_general_qa", "Which fruit?", "orange")
@@ -205,3 +207,30 @@ def test_the_key_is_in_the_environment_alone(monkeypatch):
         config = load_config("toy", [f"selfplay.external_judge.url={server.url}"])
         asked(reward_judge(config), "plum")
         assert server.keys == {"Bearer from the environment"}
+
+
+class Riddle(General):
+    name, label = "riddle", "riddle"
+    templates: ClassVar = {
+        "verifier_riddle.j2": "Is {{ answer }} as good an answer to {{ question.text }} as {{ reference }}?"
+    }
+
+
+def test_it_is_asked_about_a_task_of_ones_own_in_the_words_that_the_task_brings():
+    told = []
+
+    def behave(kind, body, number):
+        told.append(body["messages"][0]["content"])
+        return chat_reply("[[YES]]")
+
+    def judge(task: str) -> RewardJudge:
+        url = f"selfplay.external_judge.url={server.url}"
+        return reward_judge(load_config("toy", [url, f"corpus.sources=[{{path: toy, tasks: ['{task}']}}]"]))
+
+    with StandIn(behave) as server:
+        riddle = Question("riddle", "What has a neck and no head?", "a bottle")
+        opinion = asyncio.run(judge("test_external_judge:Riddle")(riddle, "a shirt"))
+        assert opinion.score == 1.0
+        assert told == ["Is a shirt as good an answer to What has a neck and no head? as a bottle?"]
+        with pytest.raises(SpellError, match=r"none of the templates verifier_table\.j2.*your own brings it"):
+            judge("table:Table")
