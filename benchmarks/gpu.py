@@ -33,7 +33,8 @@ from benchmarks.layers import layer_classes
 from benchmarks.switches import BASE, NOT_HERE, settings, step, try_step
 from spell_megatron.config import Dtype, LayoutConfig, PolicyConfig
 from spell_megatron.policy.attention import attend
-from spell_megatron.policy.learner import Learner, main_gradient
+from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.optimizer import main_gradient
 from spell_megatron.policy.spans import plan_spans
 from spell_megatron.policy.world import World, start_world, stop_world
 from spell_megatron.types import Group, TrainBatch

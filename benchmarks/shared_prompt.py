@@ -21,7 +21,8 @@ import typer
 from benchmarks.common import random_group, run_ranks, save_model, show
 from benchmarks.memory import PeakMemory
 from spell_megatron.config import LayoutConfig, PolicyConfig
-from spell_megatron.policy.learner import Learner, main_gradient
+from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.optimizer import main_gradient
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import TrainBatch
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spell_megatron.policy.learner import Scores
+from spell_megatron.policy.scores import Scores
 from spell_megatron.types import Group, TrainBatch, version_spans
 
 

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from spell_megatron.config import OptimizerConfig
 
@@ -66,3 +67,9 @@ def build_optimizer(
         override_opt_param_scheduler=True,  # a resumed run's own rate, not that of its checkpoint
     )
     return megatron, schedule
+
+
+def main_gradient(weight: Tensor) -> Tensor:
+    """The float32 gradient of a parameter, which Megatron adds up in a buffer of its own."""
+    gradient: Tensor = weight.main_grad  # type: ignore[attr-defined]
+    return gradient

@@ -7,16 +7,14 @@ state is ever saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spell_megatron.policy.scores import PerSample
 from spell_megatron.types import SpellError, TrainBatch
-
-PerSample: TypeAlias = Sequence[Sequence[np.ndarray]]
 
 
 class UnsoundError(SpellError):

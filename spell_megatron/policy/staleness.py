@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from spell_megatron.policy.learner import Scores
 from spell_megatron.policy.mismatch import gaps_of
+from spell_megatron.policy.scores import Scores
 from spell_megatron.types import TrainBatch, version_spans
 
 

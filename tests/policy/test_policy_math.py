@@ -17,11 +17,11 @@ from spell_megatron.policy import attention
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.kernels import Kernels, cpu, plain, varlen
 from spell_megatron.policy.layout import LayoutError, check_layout
-from spell_megatron.policy.learner import Scores
 from spell_megatron.policy.loss import TokenTerms, token_losses
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.model import uses_transformer_engine
 from spell_megatron.policy.norm import rms_norm
+from spell_megatron.policy.scores import Scores
 from spell_megatron.policy.spans import Pieces, SpanPlan, plan_spans
 from spell_megatron.policy.world import World
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch

@@ -18,8 +18,9 @@ from reference import Reference, random_batch, reference, relative_error, with_e
 from transformers import AutoModelForCausalLM
 
 from spell_megatron.config import OptimizerConfig, PolicyConfig
-from spell_megatron.policy.learner import Learner, main_gradient
+from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
+from spell_megatron.policy.optimizer import main_gradient
 from spell_megatron.policy.replay import Choices, replayed
 from spell_megatron.policy.spans import plan_spans
 from spell_megatron.policy.stream import Part, Stream

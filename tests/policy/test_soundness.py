@@ -16,6 +16,7 @@ from objectives import batch_with_engine
 
 from spell_megatron.config import Config, OptimizerConfig, PolicyConfig, RecordConfig
 from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.passes import Pass
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.world import World
 from spell_megatron.run.run import BadStepError, Collected, Run, Updated
@@ -73,18 +74,19 @@ def test_a_batch_that_is_not_finite_names_its_group(
 def test_one_gradient_stops_the_update_and_the_next_one_goes_on(learner: Learner, value: float) -> None:
     before = weights(learner)
     name, parameter = list(learner.named_parameters())[3]
-    run = learner._run
+    run = learner._passes.run
 
-    def with_a_fault(*args: Any, **kwargs: Any) -> None:
-        run(*args, **kwargs)
+    def with_a_fault(*args: Any, **kwargs: Any) -> Pass:
+        done = run(*args, **kwargs)
         parameter.main_grad.view(-1)[7] = value  # type: ignore[attr-defined]
+        return done
 
-    learner._run = with_a_fault  # type: ignore[method-assign]
+    learner._passes.run = with_a_fault  # type: ignore[method-assign]
     with pytest.raises(UnsoundError, match=f"gradients are not finite at {name}") as error:
         learner.update(BATCH)
     assert not error.value.touched
     assert all(torch.equal(before[name], now) for name, now in weights(learner).items())
-    learner._run = run  # type: ignore[method-assign]
+    learner._passes.run = run  # type: ignore[method-assign]
     assert learner.update(BATCH).grad_norm > 0
     assert not all(torch.equal(before[name], now) for name, now in weights(learner).items())
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from spell_megatron.policy.learner import Scores
 from spell_megatron.policy.mismatch import groups_beyond, mismatch
+from spell_megatron.policy.scores import Scores
 from spell_megatron.policy.staleness import importance, staleness
 from spell_megatron.rollout.engine import versions_of
 from spell_megatron.types import Group, Sample, TrainBatch, version_spans

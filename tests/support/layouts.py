@@ -166,7 +166,8 @@ def _run_case(case: Case) -> list[Result]:
 
     from megatron_patches import cpu_products
     from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
-    from spell_megatron.policy.learner import Learner, main_gradient
+    from spell_megatron.policy.learner import Learner
+    from spell_megatron.policy.optimizer import main_gradient
     from spell_megatron.policy.world import start_world
 
     results, for_small = [], (cpu_products._WORTH_IT, cpu_products._GRAIN)

@@ -26,13 +26,12 @@ import torch
 from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig, RolloutConfig, ServersConfig
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
-from spell_megatron.policy.world import World, start_world, stop_world
+from spell_megatron.policy.world import World, share, start_world, stop_world
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.follower import FollowerEngine
 from spell_megatron.rollout.health import State
-from spell_megatron.run.run import share
 from spell_megatron.types import Group, Sample, TrainBatch
 
 LAYOUTS = {
@@ -166,6 +165,8 @@ class Following:
 
     def _gap(self, batch: TrainBatch) -> float:
         scores = self._learner.score(batch)
+        if not self._world.is_main:
+            return 0.0
         return mismatch(batch, scores, ["all"] * len(batch.groups)).get("mismatch/max", 0.0)
 
     _learner: Learner
