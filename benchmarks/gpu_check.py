@@ -48,11 +48,11 @@ from spell_megatron.config import (
 )
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
-from spell_megatron.policy.residence import LearnerResidence
+from spell_megatron.policy.offload import LearnerOffload
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
-from spell_megatron.rollout.residence import EngineResidence
+from spell_megatron.rollout.offload import EngineOffload
 from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.train import train
 from spell_megatron.tools.doctor import examine
@@ -112,7 +112,7 @@ class _Pair:
             servers=ServersConfig(count=1, verify="checksum", start_seconds=180, sync_seconds=60),
         )
         self._placement = Placement()
-        self._placement.admit(LearnerResidence(self._learner))
+        self._placement.admit(LearnerOffload(self._learner))
         self._placement.enter(Phase.BUILD)
         self._fleet: Fleet | None = None
 
@@ -122,7 +122,7 @@ class _Pair:
             self._model, self._settings, scratch=self._scratch / "vllm", logs=self._scratch / "logs", stop=()
         )
         self._fleet = fleet
-        self._placement.admit(EngineResidence(fleet))
+        self._placement.admit(EngineOffload(fleet))
         return {"GiB taken": (free - _free()) / GIB, "mean gap": self._agree(self._sampled())}
 
     def sleep(self) -> Figures:

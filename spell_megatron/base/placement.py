@@ -2,8 +2,8 @@
 
 On the same GPUs (`rollout.placement: colocated`) the two do not fit side by side, and the order in which one
 leaves and the other comes decides whether a step runs out of memory. The order is no matter of care here: a
-phase names its residents, and a change of phase frees what the new one does not name, waits until every rank
-has done so, and only then takes what it does. At no moment is there more than the larger of the two.
+phase names what it holds, and a change of phase offloads what the new one does not name, waits until every rank
+has done so, and only then loads what it does. At no moment is there more than the larger of the two.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ class Phase(Enum):
     SAVE = PhaseMemory(frozenset({"parameters", "optimizer"}))
 
 
-class Resident(Protocol):
+class Offloadable(Protocol):
     """Something whose parts can leave the device's memory and come back."""
 
     @property
     def parts(self) -> frozenset[Part]: ...
 
-    def free(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
+    def offload(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
         """Let `parts` leave; the content of those in `lost` need not be kept."""
         ...
 
-    def take(self, parts: frozenset[Part]) -> None: ...
+    def onload(self, parts: frozenset[Part]) -> None: ...
 
 
 class Placement:
-    """Moves residents in and out, phase by phase. `barrier` returns when every rank has called it.
+    """Offloads and loads parts, phase by phase. `barrier` returns when every rank has called it.
 
-    Without residents (`disaggregated`) nothing ever moves. Every rank has to enter the same phases in the same order:
-    one that does not is waited for at the barrier.
+    Where nothing was admitted (`disaggregated`) nothing ever moves. Every rank has to enter the same phases in the same
+    order: one that does not is waited for at the barrier.
     """
 
     def __init__(self, barrier: Callable[[], None] = lambda: None) -> None:
         self._barrier = barrier
-        self._residents: list[Resident] = []
+        self._owners: list[Offloadable] = []
         self._present: frozenset[Part] = frozenset()
         self._phase: Phase | None = None
 
-    def admit(self, resident: Resident) -> None:
+    def admit(self, owner: Offloadable) -> None:
         """Look after one more, which is in memory with all its parts."""
-        self._residents.append(resident)
-        self._present |= resident.parts
+        self._owners.append(owner)
+        self._present |= owner.parts
 
     def enter(self, phase: Phase) -> None:
-        if not self._residents or phase is self._phase:
+        if not self._owners or phase is self._phase:
             return
         leaving, coming = self._present - phase.value.holds, phase.value.holds - self._present
-        for resident in self._residents:
-            if own := leaving & resident.parts:
-                resident.free(own, phase.value.loses)
+        for owner in self._owners:
+            if own := leaving & owner.parts:
+                owner.offload(own, phase.value.loses)
         self._barrier()
-        for resident in self._residents:
-            if own := coming & resident.parts:
-                resident.take(own)
+        for owner in self._owners:
+            if own := coming & owner.parts:
+                owner.onload(own)
         self._present, self._phase = phase.value.holds, phase

@@ -35,7 +35,8 @@ class Topology:
     trainer: tuple[Seat, ...]
     """By rank."""
     engines: tuple[Seat, ...]
-    """The servers of a node after one another; none where the engine is inside the trainer's only process."""
+    """The servers of a node after one another; none where rank 0 has an engine of the user's own, or has vLLM inside
+    the trainer's only process."""
     colocated: bool
     """Trainer and engines take turns in the memory of the same devices."""
     transfer: Transfer
@@ -68,6 +69,8 @@ def topology(config: Config, *, cuda: bool, gpus: int, ranks: int | None = None)
     home = _home(config, cuda)
     width = servers.tensor if cuda else 0
     count = servers.count or _unasked(home, gpus, width)
+    if _own_engine(config):
+        count = 0
     taken = count * width if home is _Home.SPLIT else 0
     most = gpus - taken if cuda else None
     if cuda:
@@ -129,6 +132,11 @@ def _home(config: Config, cuda: bool) -> _Home:
     return _Home.SPLIT
 
 
+def _own_engine(config: Config) -> bool:
+    """Whether rank 0 has an engine that the user brings, with which it does as it likes: nothing is started for it."""
+    return config.rollout.kind != "vllm"
+
+
 def _unasked(home: _Home, gpus: int, width: int) -> int:
     """Servers of a node where the recipe names no number."""
     if home is _Home.ELSEWHERE:
@@ -149,6 +157,8 @@ def _inside(config: Config, home: _Home, ranks: int, cuda: bool) -> bool:
 
 def _transfer(config: Config, home: _Home, cuda: bool) -> Transfer:
     asked, shared = config.rollout.servers.transfer, home is _Home.SHARED
+    if _own_engine(config):
+        return "nccl" if cuda else "gloo"  # rank 0 has the tensors, and gives them on
     if asked == "auto":
         if shared:
             return "ipc" if cuda else "shm"

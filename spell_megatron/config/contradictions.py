@@ -76,6 +76,11 @@ def check_contradictions(config: Config, where: str) -> None:
             "selfplay.external_judge.url holds a password, which would be written into the run's folder: put the key"
             " into the environment, as SPELL_JUDGE_KEY"
         )
+    if config.rollout.kind != "vllm" and (config.rollout.servers.count or config.cluster.engine_nodes):
+        faults.append(
+            "rollout.servers.count and cluster.engine_nodes start servers of vLLM's, and rollout.kind="
+            f"{config.rollout.kind} is an engine of your own, which rank 0 makes: leave them out"
+        )
     for key in ("engine", "engine_environment"):
         for name in filter(names_secret, getattr(config.rollout, key)):
             faults.append(

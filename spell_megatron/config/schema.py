@@ -22,6 +22,7 @@ TaskName = Annotated[str, RecordName("task", ("doc_general_qa", "docmath_qa", "d
 RoleName = Annotated[str, RecordName("role", ("questioner", "responder", "verifier"))]
 SchemeName = Annotated[str, RecordName("scheme of advantages", ("standardised", "centred", "leave_one_out"))]
 SurrogateName = Annotated[str, RecordName("loss", ("clipped",))]
+EngineName = Annotated[str, RecordName("engine", ("vllm",))]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -277,6 +278,8 @@ class ServersConfig:
 class RolloutConfig:
     """The engine that generates."""
 
+    kind: EngineName = "vllm"
+    """Which engine: vLLM, or your own by its import path (docs/extending.md)."""
     dtype: Dtype = "bfloat16"
     """Precision of the engine's weights."""
     max_model_len: int = Field(default=22_528, gt=0)

@@ -51,7 +51,7 @@ from spell_megatron.rollout.health import (
     SyncFailed,
     Woke,
 )
-from spell_megatron.rollout.member import Member, Surroundings
+from spell_megatron.rollout.member import FleetContext, Member
 from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer.manifest import Manifest
 from spell_megatron.types import Rollout, Tokens
@@ -228,18 +228,18 @@ class Fleet:
 
     async def _open(self, launch: Launch) -> None:
         limits = Limits(restarts=self._servers.max_restarts)
-        surroundings = Surroundings(self._servers, limits, self._bring_up_to_date, self._notify, self._room)
+        context = FleetContext(self._servers, limits, self._bring_up_to_date, self._notify, self._room)
         on_cpu = backend.current() is dialect.CPU
         workers = len(self._seats) * self._servers.tensor
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, workers)) if on_cpu else None
         for index, seat in enumerate(self._seats):
             own = replace(launch, log=launch.log / f"engine-{index}.log", devices=seat.gpus, threads=threads)
-            member = Member(f"engine-{index}", Health(self._version), surroundings, launch=own)
+            member = Member(f"engine-{index}", Health(self._version), context, launch=own)
             self._members.append(member)
             await member.start()
         for index, url in enumerate(self._servers.urls):
             address = Address(url.rstrip("/"), secret=self._secret)
-            member = Member(f"remote-{index}", Health(self._version), surroundings, address=address)
+            member = Member(f"remote-{index}", Health(self._version), context, address=address)
             self._members.append(member)
         self._tending = [asyncio.create_task(member.tend()) for member in self._members]
 

@@ -39,7 +39,7 @@ _ALARMING = (State.DEAD, State.SUSPECT, State.LOST)
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class FleetContext:
     """What a member needs of its fleet."""
 
     servers: ServersConfig
@@ -62,7 +62,7 @@ class Member:
         self,
         name: str,
         health: Health,
-        fleet: Surroundings,
+        fleet: FleetContext,
         *,
         address: Address | None = None,
         launch: Launch | None = None,

@@ -1,7 +1,7 @@
 """What rank 0 alone does: engine, self-play, measurements, records. The other ranks hold a part of the learner.
 
 Its parts are built in the order that they need each other and taken down in reverse. Self-play and measuring
-run on a thread of their own (`ahead`); everything else is called, and runs, on the main thread.
+run on a thread of their own (`prefetch`); everything else is called, and runs, on the main thread.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from spell_megatron.policy.learner import Update
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.staleness import importance, staleness
 from spell_megatron.rollout.engine import Engine, EngineStats
-from spell_megatron.rollout.fleet import Fleet
-from spell_megatron.rollout.inprocess import InProcessEngine
-from spell_megatron.run.ahead import Ahead
+from spell_megatron.rollout.kinds import ENGINES, EngineOrder
 from spell_megatron.run.preemption import Stop
+from spell_megatron.run.prefetch import Prefetcher
 from spell_megatron.run.record import (
     Archive,
     Console,
@@ -89,7 +88,18 @@ class Driver:
         self._clusters = clusters
         _warn_of_rare_visits(settings, clusters)
         console.phase("starting engines")
-        self.engine = _engine(settings, run, model, self.codec.eos_ids, found)
+        self.engine = ENGINES.find(settings.rollout.kind, "rollout.kind").make(
+            EngineOrder(
+                model=model,
+                settings=settings.rollout,
+                seed=settings.seed,
+                stop=self.codec.eos_ids,
+                scratch=run.engine_cache,
+                logs=run.path / "engines",
+                found=found,
+                tells_experts=settings.policy.router_replay,
+            )
+        )
         stack.callback(self.engine.close)
         self.selfplay = SelfPlay(
             settings.selfplay,
@@ -102,12 +112,12 @@ class Driver:
             judge=judge,
             on_episode=self._on_episode,
         )
-        self._ahead = Ahead(
+        self._plays = Prefetcher(
             lambda step: stop.race(self._play(step)),
             ahead=settings.selfplay.max_staleness,
             last=settings.steps,
         )
-        stack.callback(self._ahead.close)
+        stack.callback(self._plays.close)
         self._stack = stack
 
     def begin(self, step: int) -> None:
@@ -128,11 +138,11 @@ class Driver:
         """
         self.live.begin(step, self.settings.selfplay.questions)
         with self.phase("play"):
-            return self._ahead.play(step)
+            return self._plays.play(step)
 
     def rewind(self, state: dict[str, Any]) -> None:
         """Have a play that broke off begin again, from a `Played.state`; its finished episodes are on disk."""
-        self._ahead.forget()
+        self._plays.forget()
         self.selfplay.restore(state)
 
     async def _play(self, step: int) -> Played:
@@ -152,7 +162,7 @@ class Driver:
     def measure(self, step: int) -> dict[str, float]:
         """Scores of the present weights, those after `step`: on held-out questions, and on benchmarks."""
         with self.phase("measure"):
-            return self._ahead.run(self._measure(step))
+            return self._plays.run(self._measure(step))
 
     async def _measure(self, step: int) -> dict[str, float]:
         scores = await self._accuracy() if self._questions else {}
@@ -286,23 +296,6 @@ class Driver:
     _kept: int
     _asked: int
     _rollouts: int
-
-
-def _engine(
-    settings: config.Config, run: RunFolder, model: Path, stop: tuple[int, ...], found: Topology
-) -> Engine:
-    """In this process where the topology has no servers, else a fleet of them."""
-    rollout = settings.rollout
-    common: dict[str, Any] = {
-        "scratch": run.engine_cache,
-        "stop": stop,
-        "tells_experts": settings.policy.router_replay,
-    }
-    if not found.engines and not rollout.servers.urls:
-        return InProcessEngine(model, rollout, seed=settings.seed, sleeps=found.colocated, **common)
-    # Of servers that somebody else started nobody knows which weights they hold, until they are given some.
-    version = -1 if rollout.servers.urls else 0
-    return Fleet(model, rollout, logs=run.path / "engines", version=version, found=found, **common)
 
 
 def _warn_of_rare_visits(settings: config.Config, clusters: ClusterSampler) -> None:

@@ -18,15 +18,16 @@ from spell_megatron.base.pulse import working
 from spell_megatron.config import Config
 from spell_megatron.policy.checkpoint import Checkpoints
 from spell_megatron.policy.head import Sampled
-from spell_megatron.policy.learner import Learner, Scores, Update
+from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.mismatch import groups_beyond
-from spell_megatron.policy.residence import LearnerResidence
+from spell_megatron.policy.offload import LearnerOffload
+from spell_megatron.policy.scores import Scores
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
-from spell_megatron.policy.world import Value, World, agreed
+from spell_megatron.policy.world import Value, World, share
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import WeightsWanted
-from spell_megatron.rollout.residence import EngineResidence
+from spell_megatron.rollout.offload import EngineOffload
 from spell_megatron.run.driver import Driver, Measurement, Played
 from spell_megatron.run.follower import Follower
 from spell_megatron.run.preemption import Preempted, Stop, attempt, listen, preempted
@@ -110,7 +111,7 @@ class Run:
         self._found = backend.here(config, ranks_of_a_node(world, config))
         self._placement = Placement(self._together)
         if self._found.colocated:
-            self._placement.admit(LearnerResidence(self.learner))
+            self._placement.admit(LearnerOffload(self.learner))
         self._placement.enter(Phase.BUILD)
         # What engines know by no name of its own stands there under another (`weights/known.py`).
         served = folder.path / "engine" / "model" if self.learner.shape.family.like else model
@@ -121,7 +122,7 @@ class Run:
             lambda: self._lead(known_folder(model, served, config.model.families), stack, benchmarks, judges),
         )
         if self._found.colocated and isinstance(self.lead, Driver):
-            self._placement.admit(EngineResidence(self.lead.engine))
+            self._placement.admit(EngineOffload(self.lead.engine))
         record = config.record
         self._checkpoints = Checkpoints(
             folder.checkpoints,
@@ -382,8 +383,3 @@ def _described(group: int, collected: Collected, dropped: frozenset[int]) -> str
 def ranks_of_a_node(world: World, config: Config) -> int:
     """Ranks that share a node: as whoever started them says, else as many as `cluster.nodes` makes of the world."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, world.size // config.cluster.nodes)
-
-
-def share(value: Value, world: World) -> Value:
-    """Rank 0's value, on every rank."""
-    return agreed(value, dist.group.WORLD if world.size > 1 else None)

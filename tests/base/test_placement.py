@@ -14,9 +14,9 @@ from reference import random_batch
 from spell_megatron.base.placement import Part, Phase, Placement
 from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.residence import LearnerResidence
+from spell_megatron.policy.offload import LearnerOffload
 from spell_megatron.policy.world import World, start_world, stop_world
-from spell_megatron.rollout.residence import EngineResidence
+from spell_megatron.rollout.offload import EngineOffload
 
 pytestmark = pytest.mark.unit
 
@@ -27,11 +27,11 @@ class Tenant:
     def __init__(self, log: list[tuple[str, str]], *parts: Part) -> None:
         self.parts, self._log = frozenset(parts), log
 
-    def free(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
-        self._log += [("free", part) for part in sorted(parts)]
+    def offload(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
+        self._log += [("offload", part) for part in sorted(parts)]
 
-    def take(self, parts: frozenset[Part]) -> None:
-        self._log += [("take", part) for part in sorted(parts)]
+    def onload(self, parts: frozenset[Part]) -> None:
+        self._log += [("onload", part) for part in sorted(parts)]
 
 
 def placed(log: list[tuple[str, str]]) -> Placement:
@@ -52,11 +52,11 @@ def test_nobody_comes_before_the_others_have_left(phases: tuple[Phase, ...]) -> 
         log.clear()
         placement.enter(phase)
         moves = [move for move, _ in log]
-        assert moves == sorted(moves, key=["free", "barrier", "take"].index)
+        assert moves == sorted(moves, key=["offload", "barrier", "onload"].index)
         for move, part in log:
-            if move == "free":
+            if move == "offload":
                 present.remove(part)
-            elif move == "take":
+            elif move == "onload":
                 present.add(part)
             assert present <= before or present <= set(phase.value.holds)
         assert present == set(phase.value.holds)
@@ -65,7 +65,7 @@ def test_nobody_comes_before_the_others_have_left(phases: tuple[Phase, ...]) -> 
 def test_the_engine_is_built_in_empty_memory() -> None:
     log: list[tuple[str, str]] = []
     placed(log)
-    assert log == [("free", "optimizer"), ("free", "parameters"), ("barrier", "")]
+    assert log == [("offload", "optimizer"), ("offload", "parameters"), ("barrier", "")]
 
 
 def test_every_rank_meets_at_the_same_barriers() -> None:
@@ -85,11 +85,11 @@ def test_a_step_moves_nothing_twice() -> None:
     placement = placed(log)
     for phase in (Phase.GENERATE, Phase.GENERATE, Phase.UPDATE, Phase.RESYNC, Phase.GENERATE):
         placement.enter(phase)
-    takes = [part for move, part in log if move == "take"]
-    assert takes == ["optimizer", "parameters", "engine weights", "engine cache"]
+    loads = [part for move, part in log if move == "onload"]
+    assert loads == ["optimizer", "parameters", "engine weights", "engine cache"]
 
 
-def test_without_residents_nothing_moves() -> None:
+def test_where_nothing_was_admitted_nothing_moves() -> None:
     log: list[tuple[str, str]] = []
     placement = Placement(lambda: log.append(("barrier", "")))
     for phase in Phase:
@@ -98,7 +98,7 @@ def test_without_residents_nothing_moves() -> None:
 
 
 class Engine:
-    """What `EngineResidence` needs of one."""
+    """What `EngineOffload` needs of one."""
 
     def __init__(self, log: list[str]) -> None:
         self._log = log
@@ -113,7 +113,7 @@ class Engine:
 def test_an_engine_leaves_as_a_whole_and_comes_back_in_parts() -> None:
     log: list[str] = []
     placement = Placement()
-    placement.admit(EngineResidence(Engine(log)))  # type: ignore[arg-type]
+    placement.admit(EngineOffload(Engine(log)))  # type: ignore[arg-type]
     for phase in (
         *(Phase.SAVE, Phase.RESYNC, Phase.GENERATE, Phase.UPDATE, Phase.RESYNC),
         Phase.SAVE,
@@ -148,7 +148,7 @@ def test_a_learner_is_the_same_when_it_comes_back(
     )
     stayed, travelled = (Learner(policy, folder, world) for _ in range(2))
     placement = Placement()
-    placement.admit(LearnerResidence(travelled))
+    placement.admit(LearnerOffload(travelled))
     batch = random_batch(256)
     for _ in range(3):
         expected = stayed.update(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers import nemo
 from launchers.job import prepare
 from launchers.machines import machines
 from launchers.profile import load_profile
@@ -175,6 +175,28 @@ def test_gpus_beyond_those_of_the_parent_are_refused() -> None:
         visible((2, 3), "0,1")
 
 
+@pytest.mark.parametrize("placement", ["auto", "colocated", "disaggregated"])
+@pytest.mark.parametrize(("cuda", "per_node"), [(True, 8), (False, 0)])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_for_an_engine_of_ones_own_nothing_is_started_and_no_gpu_kept_back(
+    placement: str, cuda: bool, per_node: int, staleness: int
+) -> None:
+    if staleness and placement == "colocated":
+        return
+    asked = config(placement=placement, staleness=staleness)
+    own = replace(asked, rollout=replace(asked.rollout, kind="my_package.engines:MINE"))
+    found = topology(own, cuda=cuda, gpus=per_node)
+    assert found.engines == ()
+    assert len(found.trainer) == max(per_node, 1)
+    assert found.transfer not in LOCAL, "the stream of weights passes through rank 0"
+
+
+def test_servers_of_vllm_beside_an_engine_of_ones_own_are_refused() -> None:
+    for more in ("rollout.servers.count=2", "cluster.engine_nodes=1"):
+        with pytest.raises(ConfigError, match="an engine of your own, which rank 0 makes"):
+            load_config("toy", ["rollout.kind=my_package.engines:MINE", more])
+
+
 MODELS = model_recipes()
 LAUNCHES = list(itertools.product(MODELS, (1, 4, 8), (0, 2)))
 
@@ -183,6 +205,8 @@ LAUNCHES = list(itertools.product(MODELS, (1, 4, 8), (0, 2)))
 @pytest.mark.parametrize(("recipe", "nodes", "engine_nodes"), LAUNCHES)
 def test_every_launch_of_every_recipe(tmp_path: Path, recipe: str, nodes: int, engine_nodes: int) -> None:
     """What the batch file starts where, and what that makes of its own configuration when it gets there."""
+    from launchers import nemo  # which takes torch along
+
     keys = [f"runs={tmp_path}", f"cluster.nodes={nodes}", f"cluster.engine_nodes={engine_nodes}"]
     asked, profile = load_config(recipe, keys), load_profile("h100")
     on = machines(profile, asked)

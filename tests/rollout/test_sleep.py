@@ -23,7 +23,7 @@ from spell_megatron.config import RolloutConfig, ServersConfig
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State
-from spell_megatron.rollout.residence import EngineResidence
+from spell_megatron.rollout.offload import EngineOffload
 from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer import fanout
 
@@ -52,7 +52,7 @@ class Stage:
             folder, settings, scratch=scratch / "vllm", logs=scratch / "logs", stop=(), sleeps=True
         )
         self.placement = Placement()
-        self.placement.admit(EngineResidence(self.fleet))
+        self.placement.admit(EngineOffload(self.fleet))
         self.version = 0
 
     def order(self, route: str, what: str) -> None:

@@ -19,6 +19,7 @@ from table import NO_CELL
 
 from spell_megatron.config import ConfigError, LossConfig, load_config
 from spell_megatron.policy.loss import SURROGATES, Surrogate, TokenTerms, token_losses
+from spell_megatron.rollout.kinds import ENGINES
 from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.train import train
 from spell_megatron.selfplay import Prompts, prompts_of, step_metrics
@@ -52,6 +53,7 @@ def test_the_names_that_a_recipe_may_use_are_those_of_the_records() -> None:
         "selfplay.roles": (ROLES, "selfplay.roles=[%s, responder]"),
         "selfplay.advantage": (ADVANTAGES, "selfplay.advantage=%s"),
         "policy.loss.surrogate": (SURROGATES, "policy.loss.surrogate=%s"),
+        "rollout.kind": (ENGINES, "rollout.kind=%s"),
     }
     for key, (registry, override) in shipped.items():
         for name in registry.shipped:

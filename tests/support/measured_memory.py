@@ -35,7 +35,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     """One learner, one update: this rank's bytes."""
     from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
     from spell_megatron.policy.learner import Learner
-    from spell_megatron.policy.residence import torch_optimizers
+    from spell_megatron.policy.offload import torch_optimizers
     from spell_megatron.policy.world import start_world
     from spell_megatron.types import Group, Sample, TrainBatch
 

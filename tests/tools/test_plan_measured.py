@@ -25,7 +25,7 @@ from spell_megatron.config import (
 )
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.residence import torch_optimizers
+from spell_megatron.policy.offload import torch_optimizers
 from spell_megatron.policy.world import World
 from spell_megatron.tools.plan import plan_all
 from spell_megatron.tools.plan.activations import FullStream, activations

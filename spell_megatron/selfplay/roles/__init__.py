@@ -15,7 +15,7 @@ from spell_megatron.selfplay.roles.questioner import Questioner
 from spell_megatron.selfplay.roles.responder import Responder
 from spell_megatron.selfplay.roles.role import Chosen, Role, Step
 from spell_megatron.selfplay.roles.verifier import Verifier
-from spell_megatron.selfplay.tasks import TASKS, tasks_of
+from spell_megatron.selfplay.tasks import TASKS, Task, tasks_of
 from spell_megatron.types import SpellError
 
 __all__ = ["ROLES", "Chosen", "Role", "Step", "prompts_of", "roles_of"]
@@ -41,7 +41,8 @@ def prompts_of(settings: config.Config) -> Prompts:
     Raises SpellError where a template that it needs is missing, cannot be used, or leaves out what it must show.
     """
     tasks, roles, model = tasks_of(settings.corpus), roles_of(settings.selfplay), settings.model
-    own = {name: text for one in (*tasks, *roles) for name, text in one.templates.items()}
+    records: tuple[Task | Role, ...] = (*tasks, *roles)
+    own = {name: text for one in records for name, text in one.templates.items()}
     prompts = Prompts(model.prompts, language=model.language, form=model.answer_form, more=own)
     if own or model.prompts not in STYLES:
         for task in tasks:

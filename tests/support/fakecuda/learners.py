@@ -110,7 +110,7 @@ _TOKENS = 320 + 4 * 32
 def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> None:
     from benchmarks.common import random_group
     from spell_megatron.policy.learner import Learner
-    from spell_megatron.policy.residence import LearnerResidence, _optimizer
+    from spell_megatron.policy.offload import LearnerOffload, _optimizer
     from spell_megatron.types import TrainBatch
 
     learner = Learner(policy, folder, world)
@@ -136,10 +136,10 @@ def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> N
     if policy.layout.pipeline == 1:  # else another stage would have to say what it has
         watch.phase = "weights"
         report.weights = sum(1 for _ in learner.weights())
-    watch.phase = "residence"
-    residence, parts = LearnerResidence(learner), frozenset({"parameters", "optimizer"})
-    residence.free(parts, frozenset())
-    residence.take(parts)
+    watch.phase = "offload"
+    offload, parts = LearnerOffload(learner), frozenset({"parameters", "optimizer"})
+    offload.offload(parts, frozenset())
+    offload.onload(parts)
 
 
 def head_bytes(top_p: float, watch: Any) -> int:
@@ -220,10 +220,10 @@ def main() -> None:
     import megatron_patches
     from fakecuda.machine import switch_on
     from fakecuda.waits import Watch
-    from spell_megatron.policy import learner
+    from spell_megatron.policy import inspection, learner
 
     learner.load_weights = lambda *_: None  # there are no values
-    learner.unsound_scores = lambda *_: None  # ranks that are not there left their places empty
+    inspection.unsound_scores = lambda *_: None  # ranks that are not there left their places empty
     watch = Watch()
     watch.top_k = 2
     switch_on(watch)

@@ -160,10 +160,14 @@ def _quiet_collectives() -> None:
         module.dist_all_gather_func = module.dist_reduce_scatter_func = nothing
     param_and_grad_buffer._coalescing_manager = lambda *_, **__: contextlib.nullcontext(_Work())
 
-    def gather_object(into: list[Any], value: Any, group: Any = None) -> None:
+    def all_gather_object(into: list[Any], value: Any, group: Any = None) -> None:
         into[:] = [value] * len(into)
 
-    dist.all_gather_object = gather_object
+    def gather_object(value: Any, into: list[Any] | None = None, dst: int = 0, group: Any = None) -> None:
+        if into is not None:
+            all_gather_object(into, value)
+
+    dist.all_gather_object, dist.gather_object = all_gather_object, gather_object
     dist.broadcast_object_list = lambda *_, **__: None
     create = mpu.create_group
     mpu.create_group = lambda *a, **k: create(*a, **{**k, "backend": None})  # gloo would be real

@@ -17,8 +17,8 @@ from spell_megatron.base.placement import Part
 from spell_megatron.policy.learner import Learner
 
 
-class LearnerResidence:
-    """A `placement.Resident`. What lies on the host anyway (an offloaded optimizer) stays there."""
+class LearnerOffload:
+    """A `placement.Offloadable`. What lies on the host anyway (an offloaded optimizer) stays there."""
 
     parts: frozenset[Part] = frozenset({"parameters", "optimizer"})
 
@@ -28,7 +28,7 @@ class LearnerResidence:
         self._cleared: list[tuple[torch.UntypedStorage, int]] = []
         self._host = _HostMemory()
 
-    def free(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
+    def offload(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
         self._learner.settle()
         device = self._learner.world.device
         parameters = _storages(_parameters(self._learner), device)
@@ -45,7 +45,7 @@ class LearnerResidence:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # other processes cannot have what torch keeps for itself
 
-    def take(self, parts: frozenset[Part]) -> None:
+    def onload(self, parts: frozenset[Part]) -> None:
         for part in parts:
             for storage, held in self._away.pop(part):
                 storage.resize_(held.numel())

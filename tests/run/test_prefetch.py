@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.run.ahead import Ahead
 from spell_megatron.run.preemption import Stop
+from spell_megatron.run.prefetch import Prefetcher
 
 pytestmark = pytest.mark.unit
 
@@ -22,8 +22,8 @@ PATIENCE = 30
 
 
 @contextmanager
-def opened(play, ahead: int, last: int) -> Iterator[Ahead]:
-    plays = Ahead(play, ahead=ahead, last=last)
+def opened(play, ahead: int, last: int) -> Iterator[Prefetcher]:
+    plays = Prefetcher(play, ahead=ahead, last=last)
     try:
         yield plays
     finally:

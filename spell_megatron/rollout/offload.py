@@ -8,8 +8,8 @@ from spell_megatron.rollout.engine import Engine, Memory
 _MEMORY: dict[Part, Memory] = {"engine weights": "weights", "engine cache": "cache"}
 
 
-class EngineResidence:
-    """A `placement.Resident`. vLLM lets go of everything at once and takes it back in parts."""
+class EngineOffload:
+    """A `placement.Offloadable`. vLLM lets go of everything at once and takes it back in parts."""
 
     parts: frozenset[Part] = frozenset(_MEMORY)
 
@@ -17,13 +17,13 @@ class EngineResidence:
         self._engine = engine
         self._awake = self.parts
 
-    def free(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
+    def offload(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
         self._engine.sleep(keep="engine weights" not in lost)
         staying, self._awake = self._awake - parts, frozenset()
         if staying:
-            self.take(staying)
+            self.onload(staying)
 
-    def take(self, parts: frozenset[Part]) -> None:
+    def onload(self, parts: frozenset[Part]) -> None:
         for part in sorted(parts, reverse=True):
             self._engine.wake(_MEMORY[part])
         self._awake |= parts

@@ -18,7 +18,7 @@ Played = TypeVar("Played")
 Result = TypeVar("Result")
 
 
-class Ahead(Generic[Played]):
+class Prefetcher(Generic[Played]):
     """Plays steps up to `last`, one after another in their order, at most `ahead` before they are asked for.
 
     Who asks for step s has weights s-1 in place. Step s+k may begin then, as soon as the one before it has
