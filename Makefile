@@ -15,13 +15,16 @@ NEWEST := .venv-newest
 CONTRACT := build/contract
 GPU_VLLM := vllm>=0.32,<0.33
 
-.PHONY: demo fast test explore test-newest test-contract real gpu-check setup lint types clean
+.PHONY: demo fast light test explore test-newest test-contract real gpu-check setup lint types clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
 
-# While editing: what needs neither torch nor an engine, on few examples; about a minute on two cores.
-fast: setup lint
+# While editing: lint, types, and beside them what needs neither torch nor an engine, on few examples.
+fast: setup
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint light
+
+light: setup
 	$(PYTEST) -m "unit and not long" --light --hypothesis-profile=few $(TOGETHER)
 
 test: setup lint

@@ -75,9 +75,9 @@ def errors_of(folder: Path, world: World) -> dict[str, dict[str, float]]:
     return errors
 
 
-def families(scratch: Path) -> dict[str, Path]:
-    """Write a small model of every family."""
-    shape = {**SMALL, "hidden_size": 512, "head_dim": 64}
+def families(scratch: Path, **changes: Any) -> dict[str, Path]:
+    """Write a small model of every family, with `changes` of its shape."""
+    shape = {**SMALL, "hidden_size": 512, "head_dim": 64, **changes}
     qwen2 = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in shape.items() if k != "head_dim"}))
     qwen2.save_pretrained(scratch / "qwen2.5")
     return {

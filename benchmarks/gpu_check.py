@@ -61,6 +61,8 @@ from spell_megatron.types import Group, Sample, SpellError, TrainBatch
 CUDA = torch.cuda.is_available()
 GIB = 2**30
 _WIDTH = 150
+_SHALLOW = {"num_hidden_layers": 2}
+"""Models that a CPU computes in bfloat16, which takes it long."""
 _MOMENT = 0.1
 """Seconds from a request to the death of who answers it."""
 _BOUNDS: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.02}
@@ -244,7 +246,7 @@ def loop(scratch: Path, graphs: bool) -> Iterator[Check]:
 def numerics(scratch: Path, graphs: bool) -> Iterator[Check]:
     """bfloat16 as near to float32 as that of transformers, and float32 exact (`benchmarks.gpu precision`)."""
     world = start_world(LayoutConfig(), seed=0, timeout_seconds=300)
-    families = gpu.families(scratch)
+    families = gpu.families(scratch) if CUDA else gpu.families(scratch, **_SHALLOW)
 
     def checked(folder: Path) -> Callable[[], Figures]:
         def precision() -> Figures:
@@ -289,7 +291,8 @@ def speed(scratch: Path, graphs: bool) -> Iterator[Check]:
 def _layers_and_steps(model: str, length: int, folder: Path, most: int | None) -> Iterator[Check]:
     """Each class of layers alone; a step as recipes have it, then with every switch at its other values."""
     name, _, layers = model.rpartition(":")
-    folder = random_model(name, int(layers), folder) if name else save_model(folder / "small", **EXPERTS)
+    small = {**EXPERTS, **_SHALLOW}
+    folder = random_model(name, int(layers), folder) if name else save_model(folder / "small", **small)
     group, policy = gpu.shared_group(length, folder), replace(BASE, stream_tokens=length)
     title = model or "a small model"
     world = start_world(LayoutConfig(), seed=0, timeout_seconds=300)
@@ -320,7 +323,7 @@ PARTS = {
 
 def _model(folder: Path) -> Path:
     """Random weights: four layers of a real size on a GPU, two of a small one elsewhere."""
-    return random_model("Qwen3-4B", 4, folder) if CUDA else save_model(folder, num_hidden_layers=2)
+    return random_model("Qwen3-4B", 4, folder) if CUDA else save_model(folder, **_SHALLOW)
 
 
 def _free() -> int:

@@ -108,24 +108,24 @@ def test_a_run_is_not_called_what_a_terminal_obeys(tmp_path: Path, name: str) ->
         RunFolder.create(tmp_path, name)
 
 
-@pytest.mark.parametrize(
-    "name", ["a$\\frac$b", "$a_$", "$$", "\ud800", "\x1b[2J\x00\x08", "two\nlines", "x" * 5000, "<b>&"]
-)
-def test_a_name_in_a_picture_is_text(name: str, tmp_path: Path) -> None:
-    rows = [{"step": step, f"outcome/{name}": 0.5, "outcome/kept": 0.5} for step in range(3)]
-    drawn = {
-        plots.each("outcome"): name,
-        plots.stack("outcome", {}, share=True): name.replace("_", " "),
-    }
-    for draw, told in drawn.items():
+def test_names_in_a_picture_are_text(tmp_path: Path) -> None:
+    names = ("a$\\frac$b", "$a_$", "$$", "\ud800", "\x1b[2J\x00\x08", "two\nlines", "x" * 5000, "<b>&")
+    rows = [{"step": step, "outcome/kept": 0.5} | {f"outcome/{n}": 0.05 for n in names} for step in range(3)]
+    for draw, spaced in ((plots.each("outcome"), False), (plots.stack("outcome", {}, share=True), True)):
         figure = draw(rows)
         assert figure is not None
         shown = ElementTree.fromstring(figure.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
-        assert label(told) in "".join(shown.itertext())
+        for name in names:
+            assert label(name.replace("_", " ") if spaced else name) in "".join(shown.itertext()), name
     half = Figure(0.5, 0.4, 0.6, 10)
-    result = Result(
-        *("b", name, None, "rule", half, half, (0.4, 0.6), {1: 0.5}, {1: 0.5}, {}, {}, {}),
-        *({"asked": 2, "scored": 2}, {}, {}, {}),
-    )
-    plot({name: [result], "other": [result]}, tmp_path / "plot.png")
+    results = {
+        name: [
+            Result(
+                *("b", name, None, "rule", half, half, (0.4, 0.6), {1: 0.5}, {1: 0.5}, {}, {}, {}),
+                *({"asked": 2, "scored": 2}, {}, {}, {}),
+            )
+        ]
+        for name in (*names, "other")
+    }
+    plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size

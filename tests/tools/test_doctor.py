@@ -21,6 +21,7 @@ def test_this_installation_can_train() -> None:
     assert part("vllm").state == "ok"
 
 
+@pytest.mark.long
 def test_a_vllm_of_another_version_is_wrong_and_the_right_one_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
