@@ -46,13 +46,13 @@ from spell_megatron.config import (
     ServersConfig,
     load_config,
 )
+from spell_megatron.policy.colocation import LearnerOffload
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
-from spell_megatron.policy.offload import LearnerOffload
 from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.rollout.colocation import EngineOffload
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
-from spell_megatron.rollout.offload import EngineOffload
 from spell_megatron.run.record import RunFolder, read_metrics
 from spell_megatron.run.train import train
 from spell_megatron.tools.doctor import examine

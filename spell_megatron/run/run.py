@@ -17,17 +17,17 @@ from spell_megatron.base.placement import Phase, Placement
 from spell_megatron.base.pulse import working
 from spell_megatron.config import Config
 from spell_megatron.policy.checkpoint import Checkpoints
+from spell_megatron.policy.colocation import LearnerOffload
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.learner import Learner, Update
 from spell_megatron.policy.mismatch import groups_beyond
-from spell_megatron.policy.offload import LearnerOffload
 from spell_megatron.policy.scores import Scores
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, share
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.colocation import EngineOffload
 from spell_megatron.rollout.engine import WeightsWanted
-from spell_megatron.rollout.offload import EngineOffload
 from spell_megatron.run.driver import Driver, Measurement, Played
 from spell_megatron.run.follower import Follower
 from spell_megatron.run.preemption import Preempted, Stop, attempt, listen, preempted

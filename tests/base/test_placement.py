@@ -13,10 +13,10 @@ from reference import random_batch
 
 from spell_megatron.base.placement import Part, Phase, Placement
 from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
+from spell_megatron.policy.colocation import LearnerOffload
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.offload import LearnerOffload
 from spell_megatron.policy.world import World, start_world, stop_world
-from spell_megatron.rollout.offload import EngineOffload
+from spell_megatron.rollout.colocation import EngineOffload
 
 pytestmark = pytest.mark.unit
 

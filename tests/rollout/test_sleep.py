@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from spell_megatron.base.placement import Phase, Placement
 from spell_megatron.config import RolloutConfig, ServersConfig
+from spell_megatron.rollout.colocation import EngineOffload
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State
-from spell_megatron.rollout.offload import EngineOffload
 from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer import fanout
 

@@ -34,8 +34,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def measure(case: dict[str, Any]) -> dict[str, int]:
     """One learner, one update: this rank's bytes."""
     from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
+    from spell_megatron.policy.colocation import torch_optimizers
     from spell_megatron.policy.learner import Learner
-    from spell_megatron.policy.offload import torch_optimizers
     from spell_megatron.policy.world import start_world
     from spell_megatron.types import Group, Sample, TrainBatch
 

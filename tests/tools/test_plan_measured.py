@@ -23,9 +23,9 @@ from spell_megatron.config import (
     load_config,
     model_recipes,
 )
+from spell_megatron.policy.colocation import torch_optimizers
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.offload import torch_optimizers
 from spell_megatron.policy.world import World
 from spell_megatron.tools.plan import plan_all
 from spell_megatron.tools.plan.activations import FullStream, activations

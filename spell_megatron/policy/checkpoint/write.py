@@ -25,8 +25,8 @@ from spell_megatron.policy.checkpoint.files import new_digest
 from spell_megatron.policy.checkpoint.index import Entry, write_index
 from spell_megatron.policy.checkpoint.parts import TensorPart
 from spell_megatron.policy.checkpoint.state import VALUES, learner_state
+from spell_megatron.policy.colocation import host_memory
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.offload import host_memory
 from spell_megatron.policy.world import Group, Value, agreed
 
 _Written = tuple[str, list[Entry], dict[str, str]]

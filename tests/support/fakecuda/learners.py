@@ -109,8 +109,8 @@ _TOKENS = 320 + 4 * 32
 
 def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> None:
     from benchmarks.common import random_group
+    from spell_megatron.policy.colocation import LearnerOffload, _optimizer
     from spell_megatron.policy.learner import Learner
-    from spell_megatron.policy.offload import LearnerOffload, _optimizer
     from spell_megatron.types import TrainBatch
 
     learner = Learner(policy, folder, world)
