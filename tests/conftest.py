@@ -35,7 +35,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if light and HEAVY & loads(collection_path) else None
 
 
-LONGEST = ("test_resync_fleet", "test_launchers_slurm", "test_durability", "test_cuda")
+LONGEST = (
+    *("test_resync_fleet", "test_gpu_check", "test_launchers_slurm", "test_durability", "test_cuda"),
+    *("test_chaos", "test_training", "test_layouts", "test_checkpoint"),
+)
 """Files of minutes."""
 
 

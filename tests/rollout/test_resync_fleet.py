@@ -16,8 +16,8 @@ from spell_megatron.base.interpreter import python
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-KINDS: dict[int, tuple[Kind, ...]] = {2: ("qwen3", "qwen3_tied", "moe"), 4: ("moe",)}
-"""By the number of ranks."""
+KINDS: dict[int, tuple[Kind, ...]] = {2: ("qwen3_tied", "moe"), 4: ("moe",)}
+"""By the number of ranks: dense with one matrix for embedding and head, experts with two."""
 TOLERANCE = 1e-4
 IN_TIME = resync_fleet.SETTINGS.servers.sync_seconds + 10 + 20
 """With the grace that a worker has, and what a machine that is busy adds."""
