@@ -76,7 +76,9 @@ def _name_the_device(watch: Watch) -> None:
         "set_device": lambda _: None,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
-        "get_device_properties": lambda device=None: types.SimpleNamespace(major=9, minor=0),
+        "get_device_properties": lambda device=None: types.SimpleNamespace(
+            major=9, minor=0, multi_processor_count=132
+        ),
         "manual_seed": lambda _: None,
         "empty_cache": lambda: None,
         "memory_allocated": lambda *_: 0,
