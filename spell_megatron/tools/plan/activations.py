@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spell_megatron.config import LayoutConfig, PolicyConfig
+from spell_megatron.policy.layout import depth
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.parameters import width
 from spell_megatron.weights.shape import ModelShape
@@ -33,13 +34,15 @@ class Activations:
     kept: int
     """For backward, by all microbatches in flight."""
     recomputed: int
-    """One layer's own, where it is computed again."""
+    """One layer's own, where all are computed again; else it comes when more than that has gone."""
     layer: int
     """Gradients that pass through one layer's backward, and what context parallelism gathers."""
     head: int
     """A chunk of logits and the head's gradient, on the last stage."""
     microbatches: float
     """In flight at the peak."""
+    host: int
+    """In pinned host memory, of offloaded layers."""
 
     @property
     def peak(self) -> int:
@@ -58,14 +61,11 @@ def activations(
     layout, b = policy.layout, width(policy)
     last = stage == layout.pipeline - 1
     residual = stream.local * shape.hidden * b / _sequence(layout)
-    layer = _attention(shape, policy, stream) + _mlp(shape, layout, stream, b, assumed)
-    per_layer = {
-        "none": layer,
-        "all_but_attention": residual + _attended(shape, policy, stream),
-        "full": residual,
-    }[policy.recompute]
-    chunks = layout.pipeline * (layout.virtual_pipeline or 1)
-    kept = _in_flight(layout, stage, microbatches) * (shape.layers / chunks) * per_layer
+    layer, chunk = layer_bytes(shape, policy, stream, assumed), depth(policy, shape)
+    attended = _attended(shape, policy, stream) if policy.recompute == "all_but_attention" else 0.0
+    whole = chunk.kept + (1 if chunk.offloaded else 0)  # the one that leaves last, or comes back first
+    in_flight = _in_flight(layout, stage, microbatches)
+    kept = in_flight * (chunk.recomputed * (residual + attended) + whole * layer)
     if policy.recompute != "none":
         kept += stream.local * shape.head_dim * 4  # rotary angles
     vocabulary, c = shape.vocab / layout.tensor, min(policy.head_chunk, stream.rows)
@@ -75,11 +75,17 @@ def activations(
     backward = (4 + b) * table + (12 + b % 4) * c * vocabulary + stream.rows * shape.hidden * b
     return Activations(
         kept=round(kept),
-        recomputed=round(layer - per_layer),
+        recomputed=0 if whole else round(layer - residual - attended),
         layer=round(_passing(shape, policy, stream, assumed)),
         head=round(final + max(forward, backward)) if last else 0,
-        microbatches=_in_flight(layout, stage, microbatches) / (layout.virtual_pipeline or 1),
+        microbatches=in_flight / (layout.virtual_pipeline or 1),
+        host=round(in_flight * chunk.offloaded * layer * assumed.pinned_rounding),
     )
+
+
+def layer_bytes(shape: ModelShape, policy: PolicyConfig, stream: FullStream, assumed: Assumptions) -> float:
+    """All that one layer keeps for its backward pass."""
+    return _attention(shape, policy, stream) + _mlp(shape, policy.layout, stream, width(policy), assumed)
 
 
 def _in_flight(layout: LayoutConfig, stage: int, microbatches: int) -> int:

@@ -21,6 +21,8 @@ class Assumptions:
     """Bytes a second that a GPU sends to other nodes."""
     host_rate: float = 25e9
     """Bytes a second between one GPU and host memory, all GPUs of the node at once."""
+    pinned_rounding: float = 1.44
+    """Bytes of pinned host memory for one that is asked for: torch rounds up to a power of two, 1 / ln 2 on average."""
     file_rate: float = 2e9
     """Bytes a second between one node and the file system of the run's folder; checkpoints are digested as fast."""
     save_seconds: float = 0.3

@@ -51,11 +51,13 @@ CASES = {
     "experts": Case("moe"),
     "experts tp2 ep2": Case("moe", {**SP, "expert": 2}, FULL),
     "experts cp2 ep2": Case("moe", {"context": 2, "expert": 2}, KEPT),
+    "experts, a layer offloaded": Case("moe", policy={"offload_layers": 1}),
     "te dense": Case(te=True),
     "te dense tp2 cp2": Case("qwen2", {**SP, "context": 2}, FULL, te=True),
     "te dense pp2, last stage": Case("qwen3_tied", {"pipeline": 2}, FULL, rank=1, te=True),
     "te experts tp2 ep2": Case("moe", {**SP, "expert": 2}, FULL, te=True),
     "te experts cp2 ep2": Case("moe", {"context": 2, "expert": 2}, KEPT, te=True),
+    "te experts, a layer offloaded": Case("moe", policy={"offload_layers": 1}, te=True),
     **{
         fault: Case("moe" if "expert" in fault else "qwen3", te="te's" in fault, plant=fault)
         for fault in (
@@ -192,8 +194,9 @@ def main() -> None:
     import megatron_patches
     from fakecuda.machine import switch_on
     from fakecuda.waits import Watch
-    from spell_megatron.policy import learner
+    from spell_megatron.policy import learner, offload
 
+    offload._LEAST = 0  # models are small
     learner.load_weights = lambda *_: None  # there are no values
     learner.unsound_scores = lambda *_: None  # ranks that are not there left their places empty
     watch = Watch()
