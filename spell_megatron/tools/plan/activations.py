@@ -160,5 +160,20 @@ def _passing(shape: ModelShape, policy: PolicyConfig, stream: FullStream, assume
     # Attention: float32 sums of the gradients; with CP the stream's keys and values, as gathered and in order.
     gathered = 2 * b + 4 if layout.context > 1 else 0
     attention = stream.local * heads * d * (4 + 2 * b) + stream.whole * 2 * kv * d * (4 + gathered)
+    if assumed.flash:
+        attention += _flash(shape, policy, stream)
     freed = _mlp(shape, layout, stream, b, assumed)
     return 2 * residual + max(mlp + kernel, attention - freed)
+
+
+def _flash(shape: ModelShape, policy: PolicyConfig, stream: FullStream) -> float:
+    """What a GPU's kernel takes in its backward pass, besides gradients in float32: theirs in half precision; its own
+    sums of the queries', in float32, and two numbers a row; of the keys' and values', where several queries' heads
+    share one, sums in float32 (version 3, `hopper/flash_api.cpp`) or gradients by every query's head (version 2,
+    `csrc/flash_attn/flash_api.cpp`)."""
+    heads, kv = _heads(shape, policy.layout)
+    b, d = width(policy), shape.head_dim
+    keys = 2 * kv * b
+    if heads > kv:
+        keys += 2 * heads * b if policy.attention == "fa2" else 2 * kv * 4
+    return stream.local * heads * (4 * d + 8) + stream.whole * d * keys
