@@ -119,12 +119,8 @@ def build_chunks(policy: PolicyConfig, shape: ModelShape, folder: Path) -> list[
     if policy.offload_layers:
         for chunk in chunks:
             others = chunk.decoder.layers[depth(policy, shape).recomputed :]
-            keep_on_host(others, policy.offload_layers, _device(chunk))
+            keep_on_host(others, policy.offload_layers, next(chunk.parameters()).device)
     return chunks
-
-
-def _device(chunk: SpanModel) -> torch.device:
-    return next(chunk.parameters()).device
 
 
 def _mark_split_parameters(chunks: list[SpanModel], shape: ModelShape) -> None:

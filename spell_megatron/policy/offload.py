@@ -29,7 +29,7 @@ def keep_on_host(layers: Sequence[nn.Module], count: int, device: torch.device) 
     ways, chosen = _Ways(device), [index * len(layers) // count for index in range(count)]
     for index in (*chosen, len(layers) - 1):
         forward = ways.around(layers[index], first=index == 0, last=index == len(layers) - 1)
-        layers[index].forward = forward  # type: ignore[method-assign]
+        layers[index].forward = forward
 
 
 class _Ways:
