@@ -140,6 +140,11 @@ def test_attention_is_computed_again_where_it_is_not_kept(
     assert calls["forward"] == times * calls["backward"] > 0
 
 
+@pytest.mark.parametrize("name", SOUND)
+def test_activations_leave_the_device_where_they_are_offloaded(reports: dict[str, Any], name: str) -> None:
+    assert (reports[name]["left"] > 0) == ("offloaded" in name)
+
+
 def test_the_nucleus_moves_less_than_twice_what_the_heads_products_take(reports: dict[str, Any]) -> None:
     rows, vocabulary, hidden = 1024, 151_936, 2048
     assumed = Assumptions()

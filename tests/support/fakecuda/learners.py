@@ -81,6 +81,8 @@ class Report:
     """What a layer's first product is made by."""
     attention: dict[str, int] = field(default_factory=dict)
     """Calls of the flash kernels in the second update."""
+    left: int = 0
+    """Tensors that left for the host without a wait, until then."""
     weights: int = 0
     """Tensors that were exported."""
 
@@ -92,6 +94,7 @@ def run(case: Case, watch: Any, folder: Path) -> Report:
     from spell_megatron.policy.world import start_world, stop_world
 
     watch.waits.clear(), watch.wide.clear()
+    watch.left = 0
     watch.phase, report = "build", Report()
     join_world(case.rank, case.world)
     layout = LayoutConfig(**case.layout)
@@ -141,7 +144,7 @@ def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> N
         watch.phase = f"update of {streams}"
         watch.attention.clear()
         learner.update(TrainBatch((group,) * streams * world.data_size))
-    report.attention = dict(watch.attention)
+    report.attention, report.left = dict(watch.attention), watch.left
     watch.phase = "score"
     learner.score(TrainBatch((group,) * world.data_size))
     report.types = {

@@ -53,6 +53,8 @@ class Watch(TorchDispatchMode):
         """Products in float32, which the tensor cores would not make."""
         self.attention: Counter[str] = Counter()
         """Calls of the flash kernels."""
+        self.left = 0
+        """Tensors of floating point that left for the host without a wait."""
         self.bytes = 0
         """Read and written by operations on the device, views and allocations apart."""
 
@@ -105,8 +107,10 @@ class Watch(TorchDispatchMode):
         source = args[1] if into else args[0]
         target = torch.device(args[0].device if into else kwargs.get("device") or source.device)
         later = (args[2] if len(args) > 2 else False) if into else kwargs.get("non_blocking", False)
-        if _on_device(source) and target.type == "cpu" and not later:
-            self.wait("copy to the host")
+        if _on_device(source) and target.type == "cpu":
+            self.left += bool(later) and source.is_floating_point()
+            if not later:
+                self.wait("copy to the host")
         sent = source.device.type == "cpu" and target.type == "cuda" and source.ndim and source.numel()
         if sent and not (later and getattr(source, "pinned", False)):
             self.wait("copy from memory that is not pinned")
