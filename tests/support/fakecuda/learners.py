@@ -1,4 +1,4 @@
-"""Learners on the device that is not there: `python learners.py LIBRARY SITE` prints what each did, as JSON.
+"""Learners on the device that is not there: `python learners.py LIBRARY SITE [NAME …]` prints what each did, as JSON.
 
 Those of Transformer Engine's layers where SITE is a folder with its Python, and else those of plain torch's.
 """

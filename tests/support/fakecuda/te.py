@@ -2,7 +2,7 @@
 
 Its wheel on PyPI is all of its Python, and no kernel; the extension that has them, `transformer_engine_torch`, is this
 module's. Of a kernel nothing is left but what it takes and gives: shapes, types and devices, and products, which stay
-products, so that torch refuses what a GPU would. What is not here refuses to be called, by its name.
+products, so that what a GPU would refuse is refused. What is not here refuses to be called, by its name.
 """
 
 from __future__ import annotations

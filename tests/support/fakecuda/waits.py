@@ -25,7 +25,7 @@ _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.mm.
 _FLASH = (_aten._flash_attention_forward.default, _aten._flash_attention_backward.default)
 _OURS, _UPSTREAM, _ENGINE = "/spell_megatron/", "/megatron/core/", "/transformer_engine/"
 _LAYERS = (
-    *(_OURS + f"policy/{name}" for name in ("attention", "kernels/", "layers", "norm", "replay")),
+    *(_OURS + f"policy/{name}" for name in ("attention", "kernels/", "layers", "norm", "offload", "replay")),
     *(_UPSTREAM + f"{name}/" for name in ("transformer", "tensor_parallel", "fusions")),
     *(_ENGINE + f"pytorch/{name}" for name in ("attention/", "module/", "ops/", "permutation")),
 )
