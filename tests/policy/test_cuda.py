@@ -58,7 +58,8 @@ A_STEP = 10
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of every learner. Those of one kind of layers share a process, since starting it takes longer."""
     library = build(tmp_path_factory.mktemp("device"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SUPPORT), str(ROOT)))}
+    path = os.pathsep.join((str(SUPPORT), str(ROOT)))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # nothing is computed
     command = [sys.executable, "-W", "ignore", str(Path(learners.__file__)), str(library)]
 
     def run(site: str) -> dict[str, Any]:
