@@ -13,6 +13,8 @@ TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 PYTHON312 ?= python3.12
 NEWEST := .venv-newest
 CONTRACT := build/contract
+# Transformer Engine's Python, beside the other packages: without its kernels it cannot be imported as they are.
+APART := $(VENV)/apart
 GPU_VLLM := vllm>=0.32,<0.33
 
 .PHONY: demo fast light test explore test-newest test-contract real gpu-check setup lint types clean
@@ -70,11 +72,12 @@ types: setup
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml requirements/cpu.lock requirements/launch.lock
+$(INSTALLED): pyproject.toml requirements/cpu.lock requirements/launch.lock requirements/apart.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps "$(TORCH)" \
 	  || $(BIN)/pip install --quiet --no-deps "$(TORCH)" --index-url $(TORCH_INDEX)
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock -r requirements/launch.lock
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(APART) -r requirements/apart.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	rm -f $(VENV)/.installed-*
 	touch $@

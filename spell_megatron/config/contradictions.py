@@ -53,6 +53,22 @@ def check_contradictions(config: Config, where: str) -> None:
             "policy.fp8 is computed by Transformer Engine from bfloat16: it needs policy.spec=te (or auto) and"
             " policy.dtype=bfloat16"
         )
+    policy = config.policy
+    if policy.recompute == "none" and policy.recompute_layers is not None:
+        faults.append(
+            f"policy.recompute_layers={policy.recompute_layers} is of what policy.recompute says, and that is none: set"
+            " policy.recompute=all_but_attention or full, or leave policy.recompute_layers out"
+        )
+    if policy.offload_layers and policy.recompute != "none" and policy.recompute_layers is None:
+        faults.append(
+            f"policy.offload_layers={policy.offload_layers} is of layers that are not computed again, and"
+            f" policy.recompute={policy.recompute} is for all: set policy.recompute_layers"
+        )
+    if policy.offload_layers and policy.fp8 != "off":
+        faults.append(
+            f"policy.offload_layers={policy.offload_layers} does not know the tensors of policy.fp8={policy.fp8}:"
+            " leave one of them out"
+        )
     if config.policy.layout.sequence and config.policy.layout.tensor == 1:
         faults.append("policy.layout.sequence needs policy.layout.tensor > 1")
     if play.beyond.questioner_baseline == "ema" and play.beyond.questioner_peers != "task":

@@ -419,6 +419,12 @@ class PolicyConfig:
     recompute: Literal["none", "all_but_attention", "full"] = "none"
     """What a layer computes again in the backward pass, from its input. `all_but_attention` keeps what its queries got
     besides, a tensor as large as the input: the longer a stream, the more of the fourth pass it saves."""
+    recompute_layers: int | None = Field(default=None, ge=1)
+    """Of how many layers of a pipeline stage (of a chunk, where it has several) that is, the first ones; of all by
+    default. The others keep what they compute: as many as memory allows."""
+    offload_layers: int = Field(default=0, ge=0)
+    """How many of the others keep it in host memory, one stays at least. What the way there and back takes hides behind
+    the layers between, where there are enough of them and streams are long."""
     stream_tokens: int = Field(default=32_768, gt=0)
     """Token budget of one packed stream (microbatch), over all context-parallel ranks."""
     share_prompts: bool = True

@@ -66,8 +66,8 @@ class SpanAttention(MegatronModule):
     def _attend(self, q: Tensor, kv: Tensor, plan: SpanPlan) -> Tensor:
         if not (self.keep_output and self.training):
             return attend(q, kv, plan, self.cp_group, self.scale)
-        if torch.is_grad_enabled():  # recomputed
-            return attend(q, kv, plan, self.cp_group, self.scale, plan.attended.pop(self.layer_number))
+        if torch.is_grad_enabled():  # recomputed, where it is known
+            return attend(q, kv, plan, self.cp_group, self.scale, plan.attended.pop(self.layer_number, None))
         plan.attended[self.layer_number] = found = attended(q, kv, plan, self.cp_group, self.scale)
         return found[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from spell_megatron.config import LayoutConfig
+from spell_megatron.config import LayoutConfig, PolicyConfig
 from spell_megatron.types import SpellError
 from spell_megatron.weights.shape import ModelShape
 
@@ -78,6 +78,31 @@ def check_layout(layout: LayoutConfig, shape: ModelShape, world_size: int) -> Wo
     if faults:
         raise LayoutError("this layout cannot work:\n" + "\n".join(f"  {fault}" for fault in faults))
     return WorldShape(world_size, model, world_size // model, world_size // (ep * etp * pp))
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """Layers of one chunk of a pipeline stage, by what they keep for the backward pass."""
+
+    recomputed: int
+    """The first ones: their input, and what `recompute` says besides."""
+    offloaded: int
+    """Spread among the others: everything, in host memory."""
+    kept: int
+    """Everything, on the device."""
+
+
+def depth(policy: PolicyConfig, shape: ModelShape) -> Depth:
+    """Raises `LayoutError` where there are fewer layers."""
+    layers = shape.layers // (policy.layout.pipeline * (policy.layout.virtual_pipeline or 1))
+    recomputed = 0 if policy.recompute == "none" else policy.recompute_layers or layers
+    kept = layers - recomputed - policy.offload_layers
+    if kept < (1 if policy.offload_layers else 0):
+        raise LayoutError(
+            f"a pipeline stage or chunk has {layers} layers: policy.recompute_layers={policy.recompute_layers} and"
+            f" policy.offload_layers={policy.offload_layers} come to more, or leave none that keeps its own"
+        )
+    return Depth(recomputed, policy.offload_layers, kept)
 
 
 def megatron_sizes(layout: LayoutConfig) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from spell_megatron.policy.attention import SpanAttention
 from spell_megatron.policy.experts import round_router_logits
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.layers import torch_block_spec
-from spell_megatron.policy.layout import megatron_sizes
+from spell_megatron.policy.layout import depth, megatron_sizes
+from spell_megatron.policy.offload import keep_on_host
 from spell_megatron.policy.spans import SpanPlan
 from spell_megatron.types import SpellError
 from spell_megatron.weights.known import hugging_face_config
@@ -114,7 +115,12 @@ def build_chunks(policy: PolicyConfig, shape: ModelShape, folder: Path) -> list[
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(not name.endswith("mlp.router.weight"))
-    return [cast(SpanModel, chunk.to(torch.cuda.current_device())) for chunk in chunks]
+    chunks = [cast(SpanModel, chunk.to(torch.cuda.current_device())) for chunk in chunks]
+    if policy.offload_layers:
+        for chunk in chunks:
+            others = chunk.decoder.layers[depth(policy, shape).recomputed :]
+            keep_on_host(others, policy.offload_layers, next(chunk.parameters()).device)
+    return chunks
 
 
 def _mark_split_parameters(chunks: list[SpanModel], shape: ModelShape) -> None:
@@ -162,8 +168,8 @@ def transformer_config(
     if policy.recompute != "none":  # attention itself knows where it is not to be
         recompute = {
             "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
+            "recompute_method": "block",
+            "recompute_num_layers": depth(policy, shape).recomputed,
         }
     return TransformerConfig(
         num_layers=shape.layers,

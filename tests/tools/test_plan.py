@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import KINDS, Kind, make_model
@@ -161,6 +162,46 @@ def test_full_recompute_keeps_only_the_inputs_of_layers() -> None:
     acts = activations(TINY, PolicyConfig(recompute="full"), 0, stream, 1, Assumptions())
     angles = 1000 * TINY.head_dim * 4
     assert acts.kept == TINY.layers * 1000 * TINY.hidden * 2 + angles
+
+
+def test_layers_keep_everything_here_or_in_host_memory_or_compute_it_again() -> None:
+    """What a layer keeps is a share of what all keep, and lies in its place."""
+    stream, assumed = FullStream(local=1000, whole=1000, rows=100), Assumptions(pinned_rounding=1.0)
+
+    def kept(**policy: Any) -> tuple[int, int]:
+        found = activations(TINY, PolicyConfig(**policy), 0, stream, 1, assumed)
+        return found.kept, found.host
+
+    layer, angles = kept()[0] // TINY.layers, 1000 * TINY.head_dim * 4
+    inputs = (kept(recompute="full")[0] - angles) // TINY.layers
+    assert kept(recompute="full", recompute_layers=3) == (3 * inputs + layer + angles, 0)
+    assert kept(offload_layers=1) == (4 * layer, layer)  # it leaves, or comes back, while the others are here
+    assert kept(offload_layers=3) == (2 * layer, 3 * layer)
+
+
+def test_offloading_costs_what_the_layers_between_do_not_hide() -> None:
+    config = load_config("qwen3-30b-a3b-100k", ["policy.recompute_layers=24"])
+    costs = [
+        estimate(changed(config, {"policy.offload_layers": count}), Assumptions(host_rate=rate)).costs
+        for count, rate in ((0, 25e9), (2, 25e9), (12, 25e9), (12, 1e15))
+    ]
+    copies = [cost.get("copies to the host", 0.0) for cost in costs]
+    assert copies[0] == copies[1] == copies[3] == 0 < copies[2]
+    assert costs[0]["experts"] < estimate(load_config("qwen3-30b-a3b-100k"), Assumptions()).costs["experts"]
+
+
+@pytest.mark.parametrize("attention", ["fa2", "fa3"])
+def test_flash_kernels_need_room_for_gradients_of_shared_keys(attention: Any) -> None:
+    """Where attention passes more than the MLP does."""
+    shape = replace(TINY, ffn=1)
+    assert shape.heads > shape.kv_heads
+    stream, policy = FullStream(local=1000, whole=1000, rows=100), PolicyConfig(attention=attention)
+    with_it, without = (
+        activations(shape, policy, 0, stream, 1, Assumptions(flash=flash)).layer for flash in (True, False)
+    )
+    queries, keys = 1000 * shape.heads * shape.head_dim, 1000 * shape.kv_heads * shape.head_dim
+    expanded = 2 * queries * 2 if attention == "fa2" else 2 * keys * 4
+    assert with_it - without == queries * 4 + 1000 * shape.heads * 8 + 2 * keys * 2 + expanded
 
 
 @pytest.mark.parametrize("recipe", SHIPPED)

@@ -102,7 +102,7 @@ def _compare_activations(
     prompt, replies, reply = STREAM
     tokens, cp = prompt + replies * reply, policy.layout.context
     stream = FullStream(local=tokens / cp, whole=tokens, rows=replies * reply / cp)
-    assumed = Assumptions(expert_imbalance=1.0)
+    assumed = Assumptions(expert_imbalance=1.0, flash=False)
     stages = policy.layout.pipeline
     for stage in range(stages):
         planned = activations(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spell_megatron.config import LayoutConfig, PolicyConfig
+from spell_megatron.policy.layout import depth
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.parameters import width
 from spell_megatron.weights.shape import ModelShape
@@ -33,13 +34,15 @@ class Activations:
     kept: int
     """For backward, by all microbatches in flight."""
     recomputed: int
-    """One layer's own, where it is computed again."""
+    """One layer's own, where all are computed again; else it comes when more than that has gone."""
     layer: int
     """Gradients that pass through one layer's backward, and what context parallelism gathers."""
     head: int
     """A chunk of logits and the head's gradient, on the last stage."""
     microbatches: float
     """In flight at the peak."""
+    host: int
+    """In pinned host memory, of offloaded layers."""
 
     @property
     def peak(self) -> int:
@@ -58,14 +61,11 @@ def activations(
     layout, b = policy.layout, width(policy)
     last = stage == layout.pipeline - 1
     residual = stream.local * shape.hidden * b / _sequence(layout)
-    layer = _attention(shape, policy, stream) + _mlp(shape, layout, stream, b, assumed)
-    per_layer = {
-        "none": layer,
-        "all_but_attention": residual + _attended(shape, policy, stream),
-        "full": residual,
-    }[policy.recompute]
-    chunks = layout.pipeline * (layout.virtual_pipeline or 1)
-    kept = _in_flight(layout, stage, microbatches) * (shape.layers / chunks) * per_layer
+    layer, chunk = layer_bytes(shape, policy, stream, assumed), depth(policy, shape)
+    attended = _attended(shape, policy, stream) if policy.recompute == "all_but_attention" else 0.0
+    whole = chunk.kept + (1 if chunk.offloaded else 0)  # the one that leaves last, or comes back first
+    in_flight = _in_flight(layout, stage, microbatches)
+    kept = in_flight * (chunk.recomputed * (residual + attended) + whole * layer)
     if policy.recompute != "none":
         kept += stream.local * shape.head_dim * 4  # rotary angles
     vocabulary, c = shape.vocab / layout.tensor, min(policy.head_chunk, stream.rows)
@@ -75,11 +75,17 @@ def activations(
     backward = (4 + b) * table + (12 + b % 4) * c * vocabulary + stream.rows * shape.hidden * b
     return Activations(
         kept=round(kept),
-        recomputed=round(layer - per_layer),
+        recomputed=0 if whole else round(layer - residual - attended),
         layer=round(_passing(shape, policy, stream, assumed)),
         head=round(final + max(forward, backward)) if last else 0,
-        microbatches=_in_flight(layout, stage, microbatches) / (layout.virtual_pipeline or 1),
+        microbatches=in_flight / (layout.virtual_pipeline or 1),
+        host=round(in_flight * chunk.offloaded * layer * assumed.pinned_rounding),
     )
+
+
+def layer_bytes(shape: ModelShape, policy: PolicyConfig, stream: FullStream, assumed: Assumptions) -> float:
+    """All that one layer keeps for its backward pass."""
+    return _attention(shape, policy, stream) + _mlp(shape, policy.layout, stream, width(policy), assumed)
 
 
 def _in_flight(layout: LayoutConfig, stage: int, microbatches: int) -> int:
@@ -154,5 +160,20 @@ def _passing(shape: ModelShape, policy: PolicyConfig, stream: FullStream, assume
     # Attention: float32 sums of the gradients; with CP the stream's keys and values, as gathered and in order.
     gathered = 2 * b + 4 if layout.context > 1 else 0
     attention = stream.local * heads * d * (4 + 2 * b) + stream.whole * 2 * kv * d * (4 + gathered)
+    if assumed.flash:
+        attention += _flash(shape, policy, stream)
     freed = _mlp(shape, layout, stream, b, assumed)
     return 2 * residual + max(mlp + kernel, attention - freed)
+
+
+def _flash(shape: ModelShape, policy: PolicyConfig, stream: FullStream) -> float:
+    """What a GPU's kernel takes in its backward pass, besides gradients in float32: theirs in half precision; its own
+    sums of the queries', in float32, and two numbers a row; of the keys' and values', where several queries' heads
+    share one, sums in float32 (version 3, `hopper/flash_api.cpp`) or gradients by every query's head (version 2,
+    `csrc/flash_attn/flash_api.cpp`)."""
+    heads, kv = _heads(shape, policy.layout)
+    b, d = width(policy), shape.head_dim
+    keys = 2 * kv * b
+    if heads > kv:
+        keys += 2 * heads * b if policy.attention == "fa2" else 2 * kv * 4
+    return stream.local * heads * (4 * d + 8) + stream.whole * d * keys

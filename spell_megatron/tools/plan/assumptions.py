@@ -21,18 +21,24 @@ class Assumptions:
     """Bytes a second that a GPU sends to other nodes."""
     host_rate: float = 25e9
     """Bytes a second between one GPU and host memory, all GPUs of the node at once."""
+    pinned_rounding: float = 1.44
+    """Bytes of pinned host memory for one that is asked for: torch rounds up to a power of two, 1 / ln 2 on average."""
     file_rate: float = 2e9
     """Bytes a second between one node and the file system of the run's folder; checkpoints are digested as fast."""
     save_seconds: float = 0.3
     """Seconds of a save, besides copying: every rank looks up its parts and they agree to begin (0.2 s seen on a CPU
     for one of 32 ranks of Qwen3-30B-A3B)."""
+    flash: bool = True
+    """Whether a flash kernel of a GPU computes attention, and takes memory for it."""
     fa2_forward: float = 350e12
     """Operations a second of attention, by kernel, head dimension 128 and 16K tokens: arXiv 2407.08608, figures 5 and
-    6 (FlashAttention 2: 370 forward), rounded down."""
+    6, rounded down. Here 370."""
     fa2_backward: float = 300e12
+    """There 322."""
     fa3_forward: float = 600e12
-    """There 648."""
+    """There 648; with a causal mask at 8K 685 (github.com/meta-pytorch/tritonbench, pull request 1267)."""
     fa3_backward: float = 500e12
+    """There 561 and 539."""
     dense_rate: float = 600e12
     """Rate of large products in bfloat16, clocks under load: three fifths of peak; an estimate."""
     grouped_rate: float = 450e12

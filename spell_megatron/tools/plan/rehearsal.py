@@ -73,8 +73,9 @@ class Rehearsal:
 
 def rehearse(jobs: Sequence[Build]) -> list[Rehearsal]:
     """Build each. SpellError where weights are not covered."""
-    # Who sends tokens to experts changes no parameter, and need not be installed here.
-    plain = [replace(job, policy=replace(job.policy, dispatcher="alltoall")) for job in jobs]
+    # Who sends tokens to experts, and where activations lie, changes no parameter; here neither can be.
+    without: dict[str, Any] = {"dispatcher": "alltoall", "offload_layers": 0}
+    plain = [replace(job, policy=replace(job.policy, **without)) for job in jobs]
     try:
         done = subprocess.run(
             python("spell_megatron.tools.plan.rehearsal"),

@@ -33,8 +33,8 @@ class Saving:
     loaded: float
     """A resume, with one rank that digests all of it before."""
     host: int
-    """The most that a node's processes keep in host memory: this, an offloaded optimizer, and what leaves the GPU while
-    somebody else needs its memory."""
+    """The most that a node's processes keep in host memory: this, offloaded activations, an offloaded optimizer, and
+    what leaves the GPU while somebody else needs its memory."""
 
 
 def saved_bytes(part: Held, policy: PolicyConfig, world: WorldShape) -> int:
@@ -54,10 +54,12 @@ def saving(
     world: WorldShape,
     parts: Sequence[Held],
     static: Sequence[Static],
+    offloaded: int,
     engine: EngineMemory,
     assumed: Assumptions,
 ) -> Saving:
-    """`parts` and `static` are of the pipeline's stages, `world` of the trainer."""
+    """`parts` and `static` are of the pipeline's stages, `world` of the trainer; `offloaded` are bytes of a rank's
+    activations."""
     policy, per_node = config.policy, config.cluster.gpus_per_node
     staged = max(saved_bytes(part, policy, world) for part in parts)
     read = max(read_bytes(part, policy, world) for part in parts)
@@ -65,7 +67,7 @@ def saving(
     whole = ranks * sum(saved_bytes(part, policy, world) for part in parts)
     written = assumed.save_seconds + staged * per_node / assumed.file_rate
     kept = staged if config.record.async_save else 0
-    kept += max(one.host for one in static)
+    kept += max(one.host for one in static) + offloaded
     if engine.colocated:
         kept += engine.weights + max(one.weights + one.optimizer for one in static)
     return Saving(

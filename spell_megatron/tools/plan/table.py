@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from spell_megatron.config import PolicyConfig
 from spell_megatron.tools.plan.assumptions import GIB
 from spell_megatron.tools.plan.findings import ROOM, Plan
 from spell_megatron.tools.plan.parameters import active_parameters, total_parameters
@@ -66,7 +67,7 @@ def _head(plan: Plan) -> list[str]:
     lines = [
         f"{config.name}: {config.model.path}, {number(total)} parameters, {number(active)} active",
         f"trainer  {plan.world.size} GPUs of {cluster.gpu_memory_gib:g} GiB, {layout_words(plan)}; {policy.dtype}, "
-        f"recompute {policy.recompute}, optimizer state {state}",
+        f"recompute {_recompute(policy)}, optimizer state {state}",
         f"engine   {engine.engines} x {engine.tensor} GPUs {where}",
         f"step     {config.selfplay.questions} questions, prompts of {plan.lengths.prompt} tokens, "
         f"{config.selfplay.group_size} responses of {plan.lengths.response} on average; "
@@ -78,6 +79,12 @@ def _head(plan: Plan) -> list[str]:
             "weights are covered exactly once"
         )
     return lines
+
+
+def _recompute(policy: PolicyConfig) -> str:
+    some = f" in {policy.recompute_layers} layers" if policy.recompute_layers else ""
+    away = f", {policy.offload_layers} layers' activations in host memory" if policy.offload_layers else ""
+    return f"{policy.recompute}{some}{away}"
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ from spell_megatron.config import PolicyConfig
 from spell_megatron.policy.layout import WorldShape
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.parameters import Held, total_parameters, width
+from spell_megatron.tools.plan.workload import passes
 from spell_megatron.weights.shape import ModelShape
 
 
@@ -33,22 +34,21 @@ def step_traffic(
     """`tokens` pass one data-parallel rank in the step and `rows` of them are predicted, context ranks together."""
     layout, b = policy.layout, width(policy)
     tp, cp, pp, ep = layout.tensor, layout.context, layout.pipeline, layout.expert
-    passes = 1 if policy.recompute == "none" else 2  # forward
-    gathers = 2 if policy.recompute == "full" else 1  # of keys and values, forward
+    forward, gathers = passes(policy, shape)  # gathers of keys and values
     local, layers = tokens / cp, shape.layers / pp
     residual = local * shape.hidden * b
     kv = max(shape.kv_heads / tp, 1) * shape.head_dim * 2
     blocks = 1 if shape.experts else 2  # of a layer that are tensor parallel
     # Sequence parallel: gather and scatter, forward and backward, and a gather for the weights' gradients.
     # Without it: an all-reduce (twice the bytes) forward and one backward.
-    per_block = 2 * passes + 3 if layout.sequence else 2 * passes + 2
+    per_block = 2 * forward + 3 if layout.sequence else 2 * forward + 2
     routed = local * shape.experts_per_token * shape.hidden * b / (tp if layout.sequence else 1)
     dense, expert = max(part.dense for part in parts), max(part.expert for part in parts)
     bytes_of_weight = 4 + b if policy.optimizer.distributed else 8
     return Traffic(
         tensor=_share(tp) * (layers * blocks * per_block * residual + rows / cp * shape.hidden * b * 2),
         context=(cp - 1) * layers * local * kv * ((gathers + 1) * b + 4),
-        expert=_share(ep) * layers * routed * _sent(shape, policy) * (2 * passes + 2),
+        expert=_share(ep) * layers * routed * _sent(shape, policy) * (2 * forward + 2),
         pipeline=0.0
         if pp == 1
         else 2 * residual * (layout.virtual_pipeline or 1) / (tp if layout.sequence else 1),

@@ -7,11 +7,12 @@ Products take operations over a kernel's rate; all else that a GPU does takes th
 from __future__ import annotations
 
 from spell_megatron.config import Config
-from spell_megatron.policy.layout import WorldShape
+from spell_megatron.policy.layout import WorldShape, depth
+from spell_megatron.tools.plan.activations import FullStream, layer_bytes
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.parameters import Held, width
 from spell_megatron.tools.plan.traffic import Traffic, link_seconds
-from spell_megatron.tools.plan.workload import Work, head_work
+from spell_megatron.tools.plan.workload import Work, head_work, passes
 from spell_megatron.weights.shape import ModelShape
 
 
@@ -39,39 +40,67 @@ def update_costs(
         **computed,
         "pipeline's bubble": sum(computed.values()) * bubble,
         **link_seconds(traffic, config.policy, world, config.cluster.gpus_per_node, assumed),
+        "copies to the host": _offload(config, shape, world, work, tokens, rows, assumed),
         "optimizer's step": _step(config, world, parts, assumed),
     }
     return {name: value for name, value in seconds.items() if value}
 
 
-def _passes(config: Config) -> tuple[int, int]:
-    """Forward passes over a layer, and over its attention."""
-    again = config.policy.recompute
-    return 1 if again == "none" else 2, 2 if again == "full" else 1
-
-
 def _products(
     config: Config, shape: ModelShape, world: WorldShape, work: Work, rows: float, assumed: Assumptions
 ) -> dict[str, float]:
-    """A backward pass multiplies twice what a forward pass does; attention's two and a half times, as it begins with
-    the scores."""
+    layers, attention = passes(config.policy, shape)
+    there, back = _passes_once(config, shape, world, work, rows, assumed)
+    seconds = {
+        kind: there[kind] * (attention if kind == "attention" else layers) + back[kind] for kind in there
+    }
+    head = head_work(shape, rows) * (1 + 2) / assumed.dense_rate / world.model
+    return {**seconds, "head's products": head}
+
+
+def _passes_once(
+    config: Config, shape: ModelShape, world: WorldShape, work: Work, rows: float, assumed: Assumptions
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of all layers' products, forward and backward. A backward pass multiplies twice what a forward pass does;
+    attention's two and a half times, as it begins with the scores."""
     policy = config.policy
-    forward, attention = _passes(config)
-    te = policy.spec != "torch"
     fa3 = policy.attention != "fa2"
     there, back = (
         (assumed.fa3_forward, assumed.fa3_backward) if fa3 else (assumed.fa2_forward, assumed.fa2_backward)
     )
-    experts = assumed.grouped_rate if te else assumed.looped_rate
+    grouped = assumed.grouped_rate if policy.spec != "torch" else assumed.looped_rate
     imbalance = assumed.expert_imbalance if policy.layout.expert > 1 else 1.0
-    head = head_work(shape, rows)
-    seconds = {
-        "attention": work.attention * (attention / there + 2.5 / back),
-        "experts": work.expert * imbalance * (forward + 2) / experts,
-        "dense layers": (work.dense - head) * (forward + 2) / assumed.dense_rate,
-        "head's products": head * (1 + 2) / assumed.dense_rate,
+    experts = work.expert * imbalance / grouped / world.model
+    dense = (work.dense - head_work(shape, rows)) / assumed.dense_rate / world.model
+    attention = work.attention / world.model
+    forward = {"attention": attention / there, "experts": experts, "dense layers": dense}
+    return forward, {
+        "attention": 2.5 * attention / back,
+        "experts": 2 * experts,
+        "dense layers": 2 * dense,
     }
-    return {name: value / world.model for name, value in seconds.items()}
+
+
+def _offload(
+    config: Config,
+    shape: ModelShape,
+    world: WorldShape,
+    work: Work,
+    tokens: float,
+    rows: float,
+    assumed: Assumptions,
+) -> float:
+    """Seconds that layers' products do not hide of copies to the host and back; of what else they do, none."""
+    policy, layout = config.policy, config.policy.layout
+    local = tokens / layout.context
+    batch = FullStream(local=local, whole=tokens, rows=rows / layout.context)
+    copy = layer_bytes(shape, policy, batch, assumed) / assumed.host_rate
+    own = shape.layers / layout.pipeline
+    hidden = [sum(way.values()) / own for way in _passes_once(config, shape, world, work, rows, assumed)]
+    chunk = depth(policy, shape)
+    between = (chunk.offloaded + chunk.kept) / max(chunk.offloaded, 1)
+    copied = chunk.offloaded * (layout.virtual_pipeline or 1)
+    return copied * sum(max(0.0, copy - between * seconds) for seconds in hidden)
 
 
 def _memory(
@@ -80,7 +109,7 @@ def _memory(
     """Passes over tensors, counted as reads and writes of each element."""
     policy, layout, b = config.policy, config.policy.layout, width(config.policy)
     te = policy.spec != "torch"
-    forward, attention = _passes(config)
+    forward, attention = passes(policy, shape)
     layers, local = shape.layers / layout.pipeline, tokens / layout.context
     own = local / (layout.tensor if layout.sequence else 1)
     heads, kv = shape.heads / layout.tensor, max(shape.kv_heads / layout.tensor, 1)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from spell_megatron.config import Config, SelfPlayConfig
+from spell_megatron.config import Config, PolicyConfig, SelfPlayConfig
+from spell_megatron.policy.layout import depth
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.types import Group, Sample, TrainBatch
 from spell_megatron.weights.shape import ModelShape
@@ -110,6 +111,13 @@ class Work:
     def over(self, parts: int) -> Work:
         """An equal share."""
         return Work(self.dense / parts, self.expert / parts, self.attention / parts)
+
+
+def passes(policy: PolicyConfig, shape: ModelShape) -> tuple[float, float]:
+    """Forward passes over a layer, and over its attention, on the mean of all layers."""
+    chunk = depth(policy, shape)
+    again = chunk.recomputed / (chunk.recomputed + chunk.offloaded + chunk.kept)
+    return 1 + again, 1 + again if policy.recompute == "full" else 1.0
 
 
 def head_work(shape: ModelShape, rows: float) -> float:

@@ -1,4 +1,7 @@
-"""Learners on the device that is not there: `python learners.py LIBRARY NAME …` prints what each did, as JSON."""
+"""Learners on the device that is not there: `python learners.py LIBRARY SITE [NAME …]` prints what each did, as JSON.
+
+Those of Transformer Engine's layers where SITE is a folder with its Python, and else those of plain torch's.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import logging
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ class Case:
     policy: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
+    te: bool = False
+    """Whether layers are Transformer Engine's."""
     plant: str = ""
-    """A fault that is put in: `PLANTS` has them."""
+    """A fault that is put in, as `plants.py` knows it."""
 
     @property
     def world(self) -> int:
@@ -37,7 +41,7 @@ class Case:
 
 
 SP = {"tensor": 2, "sequence": True}
-FULL = {"recompute": "full"}
+FULL, KEPT = {"recompute": "full"}, {"recompute": "all_but_attention"}
 CASES = {
     "dense": Case(),
     "dense tp2 cp2": Case("qwen2", {**SP, "context": 2}, FULL),
@@ -46,15 +50,23 @@ CASES = {
     "dense, offloaded": Case(optimizer={"cpu_offload": True}),
     "experts": Case("moe"),
     "experts tp2 ep2": Case("moe", {**SP, "expert": 2}, FULL),
-    "experts cp2 ep2": Case("moe", {"context": 2, "expert": 2}, {"recompute": "all_but_attention"}),
-    "item in attention": Case(plant="item in attention"),
-    "item in an expert": Case("moe", plant="item in an expert"),
-    "item in the head": Case(plant="item in the head"),
-    "host memory in attention": Case(plant="host memory in attention"),
-    "host memory in the head": Case(plant="host memory in the head"),
-    "float32 in attention": Case(plant="float32 in attention"),
-    "float32 in an expert": Case("moe", plant="float32 in an expert"),
-    "float32 in the head": Case(plant="float32 in the head"),
+    "experts cp2 ep2": Case("moe", {"context": 2, "expert": 2}, KEPT),
+    "experts, a layer offloaded": Case("moe", policy={"offload_layers": 1}),
+    "te dense": Case(te=True),
+    "te dense tp2 cp2": Case("qwen2", {**SP, "context": 2}, FULL, te=True),
+    "te dense pp2, last stage": Case("qwen3_tied", {"pipeline": 2}, FULL, rank=1, te=True),
+    "te experts tp2 ep2": Case("moe", {**SP, "expert": 2}, FULL, te=True),
+    "te experts cp2 ep2": Case("moe", {"context": 2, "expert": 2}, KEPT, te=True),
+    "te experts, a layer offloaded": Case("moe", policy={"offload_layers": 1}, te=True),
+    **{
+        fault: Case("moe" if "expert" in fault else "qwen3", te="te's" in fault, plant=fault)
+        for fault in (
+            *("item in attention", "item in an expert", "item in the head", "item in te's experts"),
+            *("host memory in attention", "host memory in the head", "host memory in te's products"),
+            *("float32 in attention", "float32 in an expert", "float32 in the head"),
+            *("float32 in te's experts", "float32 in te's products"),
+        )
+    },
 }
 
 
@@ -65,18 +77,24 @@ class Report:
     wide: list[dict[str, Any]] = field(default_factory=list)
     types: dict[str, list[str]] = field(default_factory=dict)
     """Kinds of tensors by what they are for: dtype on device."""
+    layer: str = ""
+    """What a layer's first product is made by."""
     attention: dict[str, int] = field(default_factory=dict)
     """Calls of the flash kernels in the second update."""
+    left: int = 0
+    """Tensors that left for the host without a wait, until then."""
     weights: int = 0
     """Tensors that were exported."""
 
 
 def run(case: Case, watch: Any, folder: Path) -> Report:
     from fakecuda.machine import fake_tensors, join_world, stages_exchange
+    from fakecuda.plants import planted
     from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
     from spell_megatron.policy.world import start_world, stop_world
 
     watch.waits.clear(), watch.wide.clear()
+    watch.left = 0
     watch.phase, report = "build", Report()
     join_world(case.rank, case.world)
     layout = LayoutConfig(**case.layout)
@@ -91,7 +109,7 @@ def run(case: Case, watch: Any, folder: Path) -> Report:
         exchange = stages_exchange((_TOKENS // layout.context // layout.tensor, 1, 64))
     world = start_world(layout, seed=0, timeout_seconds=60)
     try:
-        with _planted(case.plant), exchange, fake_tensors(watch):
+        with planted(case.plant), exchange, fake_tensors(watch):
             _use(policy, folder, world, watch, report)
     except Exception:
         report.fault = traceback.format_exc()
@@ -114,6 +132,7 @@ def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> N
     from spell_megatron.types import TrainBatch
 
     learner = Learner(policy, folder, world)
+    report.layer = type(learner.chunks[0].decoder.layers[0].self_attention.linear_qkv).__name__
     group = random_group(320, 4, 32, learner.shape.vocab)
 
     def kinds(tensors: Any) -> list[str]:
@@ -125,7 +144,7 @@ def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> N
         watch.phase = f"update of {streams}"
         watch.attention.clear()
         learner.update(TrainBatch((group,) * streams * world.data_size))
-    report.attention = dict(watch.attention)
+    report.attention, report.left = dict(watch.attention), watch.left
     watch.phase = "score"
     learner.score(TrainBatch((group,) * world.data_size))
     report.types = {
@@ -167,61 +186,20 @@ def head_bytes(top_p: float, watch: Any) -> int:
     return int(watch.bytes)
 
 
-def _item(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    args[0].sum().item()
-    return args
-
-
-def _host(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].cpu(), *args[1:])
-
-
-def _float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].float(), *args[1:])
-
-
-PLANTS: dict[str, tuple[str, str, Callable[[tuple[Any, ...]], tuple[Any, ...]]]] = {
-    "item in attention": ("attention", "attend", _item),
-    "item in an expert": ("layers", "_PerExpert.apply", _item),
-    "item in the head": ("model", "token_logprobs", _item),
-    "host memory in attention": ("attention", "attend", _host),
-    "host memory in the head": ("model", "token_logprobs", _host),
-    "float32 in attention": ("attention", "attend", _float32),
-    "float32 in an expert": ("layers", "_PerExpert.apply", _float32),
-    "float32 in the head": ("model", "token_logprobs", _float32),
-}
-
-
-@contextlib.contextmanager
-def _planted(name: str) -> Iterator[None]:
-    """Inside, a function of the policy does something to its first argument before."""
-    if not name:
-        yield
-        return
-    import importlib
-
-    module, path, change = PLANTS[name]
-    owner: Any = importlib.import_module(f"spell_megatron.policy.{module}")
-    *parents, leaf = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    original = getattr(owner, leaf)
-    setattr(owner, leaf, lambda *args, **kwargs: original(*change(args), **kwargs))
-    try:
-        yield
-    finally:
-        setattr(owner, leaf, original)
-
-
 def main() -> None:
     logging.disable(logging.WARNING)
+    from fakecuda import te
+
+    if site := sys.argv[2]:
+        te.install(Path(site))  # before megatron-core looks for it
     from models import make_model
 
     import megatron_patches
     from fakecuda.machine import switch_on
     from fakecuda.waits import Watch
-    from spell_megatron.policy import inspection, learner
+    from spell_megatron.policy import inspection, learner, offload
 
+    offload._LEAST = 0  # models are small
     learner.load_weights = lambda *_: None  # there are no values
     inspection.unsound_scores = lambda *_: None  # ranks that are not there left their places empty
     watch = Watch()
@@ -230,13 +208,15 @@ def main() -> None:
     megatron_patches.apply()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in sys.argv[2:] or CASES:
-            case = CASES[name]
+        for name, case in CASES.items():
+            if case.te != bool(site) or (sys.argv[3:] and name not in sys.argv[3:]):
+                continue
             folder = Path(scratch) / case.kind
             if not folder.is_dir():
                 make_model(case.kind, folder)  # type: ignore[arg-type]
             found[name] = asdict(run(case, watch, folder))
-    found["head"] = {str(top_p): head_bytes(top_p, watch) for top_p in (1.0, 0.95)}
+    if not site:
+        found["head"] = {str(top_p): head_bytes(top_p, watch) for top_p in (1.0, 0.95)}
     sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -76,7 +77,9 @@ def _name_the_device(watch: Watch) -> None:
         "set_device": lambda _: None,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
-        "get_device_properties": lambda device=None: types.SimpleNamespace(major=9, minor=0),
+        "get_device_properties": lambda device=None: types.SimpleNamespace(
+            major=9, minor=0, multi_processor_count=132
+        ),
         "manual_seed": lambda _: None,
         "empty_cache": lambda: None,
         "memory_allocated": lambda *_: 0,
@@ -98,13 +101,16 @@ def _name_the_device(watch: Watch) -> None:
 
     random._get_cuda_rng_state, random._set_cuda_rng_state = names["get_rng_state"], names["set_rng_state"]
     Tensor.record_stream = lambda self, _: None  # type: ignore[method-assign]
-    empty, type_of = torch.empty, Tensor.type
+    type_of = Tensor.type
 
-    def maybe_pinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+    def maybe_pinned(empty: Any, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
         made = empty(*args, **kwargs)
         return made.pin_memory() if pin_memory else made
 
-    torch.empty = maybe_pinned
+    torch.empty, torch.empty_like = (
+        partial(maybe_pinned, torch.empty),
+        partial(maybe_pinned, torch.empty_like),
+    )
 
     def name_of_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Megatron compares with `torch.cuda.FloatTensor`, and fake tensors are of their own type."""

@@ -1,8 +1,8 @@
 """Where the host waits for the device, and what is computed in which precision, while fake tensors run on it.
 
 A fake tensor has a shape, a type and a device, and no values: what asks for values is given zeros, and noted with the
-line of our code or megatron-core's that asked. Operations whose operands lie on two devices, and products of two
-types, are errors of torch's own.
+line that asked, of our code, megatron-core's or Transformer Engine's. Operations whose operands lie on two devices are
+errors of torch's own, products of two types of ours.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.mm.out)
 _FLASH = (_aten._flash_attention_forward.default, _aten._flash_attention_backward.default)
-_OURS, _UPSTREAM = "/spell_megatron/", "/megatron/core/"
-_LAYERS = tuple(
-    _OURS + f"policy/{name}" for name in ("attention", "kernels/", "layers", "norm", "replay")
-) + tuple(_UPSTREAM + f"{name}/" for name in ("transformer", "tensor_parallel", "fusions"))
+_OURS, _UPSTREAM, _ENGINE = "/spell_megatron/", "/megatron/core/", "/transformer_engine/"
+_LAYERS = (
+    *(_OURS + f"policy/{name}" for name in ("attention", "kernels/", "layers", "norm", "offload", "replay")),
+    *(_UPSTREAM + f"{name}/" for name in ("transformer", "tensor_parallel", "fusions")),
+    *(_ENGINE + f"pytorch/{name}" for name in ("attention/", "module/", "ops/", "permutation")),
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Watch(TorchDispatchMode):
         """Products in float32, which the tensor cores would not make."""
         self.attention: Counter[str] = Counter()
         """Calls of the flash kernels."""
+        self.left = 0
+        """Tensors of floating point that left for the host without a wait."""
         self.bytes = 0
         """Read and written by operations on the device, views and allocations apart."""
 
@@ -62,9 +66,9 @@ class Watch(TorchDispatchMode):
         where, layer = ("?", 0), False
         while frame is not None:
             file = frame.f_code.co_filename
-            known = _OURS in file or _UPSTREAM in file
-            if known and where[0] == "?":
-                where = (file[file.rindex(_OURS if _OURS in file else _UPSTREAM) + 1 :], frame.f_lineno)
+            source = next((each for each in (_OURS, _UPSTREAM, _ENGINE) if each in file), None)
+            if source and where[0] == "?":
+                where = (file[file.rindex(source) + 1 :], frame.f_lineno)
             layer = layer or any(part in file for part in _LAYERS)
             frame = frame.f_back
         return Place(self.phase, what, *where, layer)
@@ -80,8 +84,11 @@ class Watch(TorchDispatchMode):
             self.wait(func.__name__)
         elif func is _aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.wait("boolean index")
-        elif func in _PRODUCTS and _on_device(args[0]) and args[0].dtype is torch.float32:
-            self.wide[self._place("product")] += 1
+        elif func in _PRODUCTS and _on_device(args[0]):
+            kinds = {factor.dtype for factor in args}
+            assert len(kinds) == 1, f"a product of two types: {kinds}"  # fake tensors would allow it
+            if torch.float32 in kinds:
+                self.wide[self._place("product")] += 1
         elif func in _FLASH:
             self.attention["forward" if func is _FLASH[0] else "backward"] += 1
             assert all(t.dtype in (torch.bfloat16, torch.float16) for t in args[:3]), (
@@ -100,9 +107,11 @@ class Watch(TorchDispatchMode):
         source = args[1] if into else args[0]
         target = torch.device(args[0].device if into else kwargs.get("device") or source.device)
         later = (args[2] if len(args) > 2 else False) if into else kwargs.get("non_blocking", False)
-        if _on_device(source) and target.type == "cpu" and not later:
-            self.wait("copy to the host")
-        sent = source.device.type == "cpu" and target.type == "cuda" and source.ndim
+        if _on_device(source) and target.type == "cpu":
+            self.left += bool(later) and source.is_floating_point()
+            if not later:
+                self.wait("copy to the host")
+        sent = source.device.type == "cpu" and target.type == "cuda" and source.ndim and source.numel()
         if sent and not (later and getattr(source, "pinned", False)):
             self.wait("copy from memory that is not pinned")
 
