@@ -75,6 +75,6 @@ class KeyedJournal:
             try:
                 record = json.loads(line)
                 self._records[record.pop("key")] = record
-            except (ValueError, KeyError, AttributeError, TypeError):
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 self.damaged += 1
         self._file.truncate(whole)

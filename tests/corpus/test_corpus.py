@@ -560,3 +560,6 @@ def test_held_out_questions_of_a_file_may_have_labels(tmp_path: Path) -> None:
     assert [question.labels for _, question in read] == [{}, {"links": "3"}]
     with pytest.raises(SpellError, match=r"line 3 is no held-out question.*labels"):
         load_heldout(HeldOutConfig(path=str(path), questions=3))
+    path.write_text("[" * 200_000)
+    with pytest.raises(SpellError, match="line 1 is no held-out question"):
+        load_heldout(HeldOutConfig(path=str(path), questions=3))
