@@ -116,8 +116,8 @@ class Learner:
     def update(self, batch: TrainBatch, judge: Judge = lambda _: None) -> Update:
         """Train on a batch: `policy.minibatches` optimizer updates. The same batch on every rank.
 
-        Raises UnsoundError on every rank where numbers are not finite, ids no tokens or `judge` objects, before the optimizer steps;
-        and after it, where nothing is left of the weights.
+        Raises UnsoundError on every rank where numbers are not finite, ids no tokens, or `judge` objects, before the
+        optimizer steps; and after it, where nothing is left of the weights.
         """
         if (fault := unsound_batch(batch, self.shape.vocab)) is not None:
             raise fault

@@ -3,7 +3,8 @@
 SLURM sends USR1 some minutes before the time limit, and TERM where another job takes the nodes. Neither may
 kill a run: USR1 is blocked and waited for by a thread of its own, so that it interrupts nothing, is never
 missed in a long call into C++, and leaves child processes (which inherit the mask) alone. TERM is caught
-instead: children have to obey it. So is HUP, by which a terminal that is closed ends what runs in it. The loop asks where it can leave a step; `race` leaves self-play at once.
+instead: children have to obey it. So is HUP, by which a terminal that is closed ends what runs in it. The loop
+asks where it can leave a step; `race` leaves self-play at once.
 """
 
 from __future__ import annotations

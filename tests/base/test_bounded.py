@@ -109,7 +109,9 @@ def test_nobody_is_left_behind() -> None:
     work = Bounded("work_to_bound:take", seconds=60, memory=64 << 20)
     work(0, 1)
     children = psutil.Process().children()  # one that has ended says no command
-    left = [child for child in children if "work_to_bound:take" in (child.as_dict(["cmdline"])["cmdline"] or ())]
+    left = [
+        child for child in children if "work_to_bound:take" in (child.as_dict(["cmdline"])["cmdline"] or ())
+    ]
     assert len(left) == 1 and os.getpid() == left[0].ppid()
     del work
     deadline = time.monotonic() + 60

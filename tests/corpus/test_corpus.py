@@ -9,6 +9,7 @@ import os
 import re
 import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -424,6 +425,19 @@ def test_a_damaged_or_unwritable_preparation_is_one_clear_error(tmp_path: Path) 
         ClusterSampler(
             CorpusConfig(sources=(SourceConfig(path=str(tmp_path / "a.txt")),)), words, 0, tmp_path / "a.txt"
         )
+
+
+def test_a_prepared_corpus_is_read_without_locks(tmp_path: Path) -> None:
+    """Some file servers have none."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "one.txt").write_text("a few words of some length " * 9)
+    corpus = CorpusConfig(sources=(SourceConfig(path=str(texts)),))
+    ClusterSampler(corpus, words, 3, tmp_path / "its #1 corpus?")
+    (path,) = (tmp_path / "its #1 corpus?").glob("*.sqlite")
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("begin exclusive")
+        assert ClusterStore(path, "x")[0].documents
 
 
 # ---- sampling

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import io
 import json
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -256,9 +259,7 @@ def test_a_judge_that_fails_leaves_samples_unjudged_not_wrong(judge, reason, tmp
     settings, over = Settings(samples=2, concurrency=4), threading.Event()
     seconds = PATIENCE if judge else 0.5
     with StandIn(right) as standin, StandIn(judge or (lambda *_: over.wait(PATIENCE))) as judging:
-        report = run(
-            standin, tmp_path, settings, benchmark=Capitals(), judge=judging, judge_seconds=seconds
-        )
+        report = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging, judge_seconds=seconds)
         over.set()
         assert judging.chats <= 5 * TRIES  # two equal answers of a question are one request
     [result] = report.results
@@ -350,7 +351,10 @@ def test_a_template_that_opens_thinking_is_noticed():
     assert not prefills_thinking(WordCodec())
 
 
-def test_journal_survives_a_half_written_line_and_damage(tmp_path):
+def test_journal_survives_a_half_written_line_and_damage(tmp_path, monkeypatch, caplog):
+    def without_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
     path = tmp_path / "j.jsonl"
     with KeyedJournal(path) as journal:
         journal.append("a", {"text": "1"})
@@ -365,6 +369,10 @@ def test_journal_survives_a_half_written_line_and_damage(tmp_path):
         journal.append("c", {"text": "3"})
         with pytest.raises(SpellError, match="another run"):
             KeyedJournal(path)
+        monkeypatch.setattr(fcntl, "flock", without_locks)
+        with KeyedJournal(path) as other:
+            assert other.get("c") == {"text": "3"}
+        assert "cannot be locked (Function not implemented)" in caplog.text
     with KeyedJournal(path) as journal:
         assert journal.get("c") == {"text": "3"}
 

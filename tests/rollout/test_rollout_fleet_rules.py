@@ -249,7 +249,9 @@ def test_a_reader_follows_a_stream_that_fills_and_a_slow_one_holds_up_nobody() -
     def streamed() -> Iterator[tuple[str, torch.Tensor]]:
         for place, name in enumerate(names):
             if place == 3:
-                assert seen.acquire(timeout=PATIENCE)  # the reader is given the first while the rest is to come
+                assert seen.acquire(
+                    timeout=PATIENCE
+                )  # the reader is given the first while the rest is to come
             yield name, torch.full((2,), float(place))
 
     def read(pause: Callable[[], object]) -> dict[str, float]:

@@ -457,6 +457,14 @@ def test_a_warning_is_one_line_once(run: RunFolder) -> None:
     assert run.log.read_text().count("long " * 100) == 3
 
 
+def test_what_is_known_of_warnings_does_not_grow_with_them(run: RunFolder) -> None:
+    with logging_to(run, Terminal(file=io.StringIO())):
+        (shown,) = [handler for handler in logging.getLogger().handlers if handler.level == logging.WARNING]
+        for number in range(2500):
+            logging.getLogger("a.library").warning("engine-0 is at %d", number)
+    assert len(shown._said) <= 1000  # type: ignore[attr-defined]
+
+
 # ---- report
 
 

@@ -1,8 +1,8 @@
 """A stand-in for the trainer, for tests of what is around it: ranks that count together and save every step.
 
 It is started as the trainer is (`python tests/support/slurm_trainer.py RUN …`), reads the run's `config.yaml`, and
-stops on request through the same module. A run named `fails` loses its rank 1 in step 2, each time; one named `waits` makes
-three steps in its first attempt, and then nothing until it is asked to stop.
+stops on request through the same module. A run named `fails` loses its rank 1 in step 2, each time; one named `waits`
+makes three steps in its first attempt, and then nothing until it is asked to stop.
 """
 
 from __future__ import annotations
