@@ -218,12 +218,13 @@ def commit(partial: Path, learner_files: dict[str, str]) -> Path:
     sync(learner_folder(partial))
     sync(partial)
     final = partial.with_suffix("")
-    for step, path in committed(final.parent):
-        if step == int(final.name.removeprefix("step-")):  # also under a name with other zeros
+    step = int(final.name.removeprefix("step-"))
+    for other, path in committed(final.parent):
+        if other == step:  # under a name with other zeros, too
             set_aside(path)
     partial.rename(final)
     sync(final.parent)
-    replace_text(_note(final.parent), json.dumps({"step": int(final.name.removeprefix("step-"))}))
+    replace_text(_note(final.parent), json.dumps({"step": step}))
     return final
 
 
