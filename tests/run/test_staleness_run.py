@@ -19,7 +19,7 @@ from spell_megatron.base.interpreter import python
 from spell_megatron.run.preemption import Preempted
 from spell_megatron.run.record import RunFolder, read_metrics
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 CLI = python("spell_megatron.tools.cli")
 OVERLAPPED = (
