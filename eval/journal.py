@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from spell_megatron.types import SpellError
 
 Record = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def key_of(*parts: Any) -> str:
@@ -35,11 +37,13 @@ class KeyedJournal:
         self._file = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise SpellError(
                 f"{path} is being written by another run: wait for it, or give another --out"
             ) from None
+        except OSError as error:  # some file servers have no locks
+            _log.warning("%s cannot be locked (%s): let no other run write to it", path, error.strerror)
         self._read()
 
     def __enter__(self) -> KeyedJournal:
@@ -75,6 +79,6 @@ class KeyedJournal:
             try:
                 record = json.loads(line)
                 self._records[record.pop("key")] = record
-            except (ValueError, KeyError, AttributeError, TypeError):
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 self.damaged += 1
         self._file.truncate(whole)

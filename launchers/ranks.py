@@ -66,7 +66,8 @@ def main(count: int, arguments: list[str]) -> int:
             failed = code
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             others = "; the others are ended" if running else ""
-            sys.stderr.write(f"rank {rank} of {count} ended {how}{others}\n")
+            with contextlib.suppress(OSError):  # the terminal is gone
+                sys.stderr.write(f"rank {rank} of {count} ended {how}{others}\n")
             send(signal.SIGTERM)
             signal.alarm(GRACE_SECONDS)
     for relay in relays:

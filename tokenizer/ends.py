@@ -20,7 +20,7 @@ def end_tokens(folder: Path, own: Iterable[int | None] = ()) -> tuple[int, ...]:
         named = read_object(file).get("eos_token_id") if file.is_file() else None
         if named is not None:
             listed = named if isinstance(named, list) else [named]
-            if not all(type(token) is int for token in listed if token is not None):
+            if not all(type(token) is int and token >= 0 for token in listed if token is not None):
                 raise SpellError(f"{file}: eos_token_id is {named!r}, where token ids belong")
             ids += listed
             break

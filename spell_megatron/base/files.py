@@ -17,7 +17,7 @@ def read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpellError(f"cannot read {path}: {error}; copy the model folder again") from None
     if not isinstance(value, dict):
         raise SpellError(f"{path} holds {type(value).__name__}, expected a JSON object")

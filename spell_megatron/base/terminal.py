@@ -12,7 +12,8 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from contextlib import suppress
+from typing import IO, Any, ClassVar, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -47,14 +48,44 @@ def say(text: str) -> None:
     sys.stdout.write(tidy(text) + "\n")
 
 
+class _Heedless:
+    """A file that may be closed at its other end, or on a full disk: whoever writes goes on."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class Terminal(Console):
-    """A console that prints text as it stands: brackets are no markup, and only its own escapes are."""
+    """A console that prints text as it stands: brackets are no markup, and only its own escapes are.
+
+    Where nobody reads it any more it is silent: a run does not end with its terminal.
+    """
 
     printed: ClassVar[float] = time.monotonic()
     """When any of them has last printed."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **arguments)
+
+    @property
+    def file(self) -> IO[str]:
+        return cast("IO[str]", _Heedless(super().file))
+
+    @file.setter
+    def file(self, file: IO[str]) -> None:
+        self._file = file
 
     def note(self, message: str | Text, style: str = "") -> None:
         """Print a message, whose lines are as long as they are."""

@@ -31,7 +31,7 @@ def _parse(path: Path, number: int, line: str) -> tuple[Cluster, Question]:
         options = dict(row.get("options") or {})
         labels = {str(name): str(value) for name, value in dict(row.get("labels") or {}).items()}
         question = Question(row["task"], row["question"], str(row["answer"]), options, labels)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpellError(
             f"{path} line {number} is no held-out question ({error}); it needs the fields task, question, answer,"
             " documents (a list of texts), options for doc_mc, and labels (an object of texts) where there are some"

@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.base.files import sync
 from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.cleaning import clean, fingerprint, sketch
 from spell_megatron.corpus.clustering import BLOCK, Filler, passages, similar
@@ -57,12 +58,14 @@ class ClusterStore:
     def __init__(self, path: Path, domain: str) -> None:
         self.domain = domain
         try:
-            self._db = sqlite3.connect(path, check_same_thread=False)
+            # It changes no more, and not every file server has the locks that SQLite asks for.
+            self._db = sqlite3.connect(_uri(path, "immutable"), uri=True, check_same_thread=False)
             self.facts = {name: json.loads(value) for name, value in self._db.execute("select * from facts")}
             self._size = int(self.facts["clusters"])
         except (sqlite3.Error, KeyError, ValueError) as error:
             raise SpellError(
-                f"the prepared corpus {path} cannot be read ({error}): delete it, it is made anew"
+                f"the prepared corpus {path} cannot be read ({error}): where its file system does not answer, resume"
+                " later; where it is damaged, delete it, and it is made anew of what its source holds then"
             ) from None
 
     def __len__(self) -> int:
@@ -100,18 +103,23 @@ def build(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
-        with closing(sqlite3.connect(part)) as db:
+        with closing(sqlite3.connect(_uri(part, "nolock"), uri=True)) as db:
             made = _Build(db, source, budget, max_documents, count, benchmarks)
             made.run()
         if benchmarks:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in made.dropped)
             path.with_suffix(".dropped.jsonl").write_text("".join(lines), encoding="utf-8")
+        sync(part)
         part.replace(path)
     except (sqlite3.Error, OSError) as error:
         raise SpellError(f"cannot write the prepared corpus {path}: {error}") from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _uri(path: Path, how: str) -> str:
+    return f"{path.resolve().as_uri()}?{how}=1"
 
 
 class _Build:

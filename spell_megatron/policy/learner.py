@@ -116,10 +116,10 @@ class Learner:
     def update(self, batch: TrainBatch, judge: Judge = lambda _: None) -> Update:
         """Train on a batch: `policy.minibatches` optimizer updates. The same batch on every rank.
 
-        Raises UnsoundError on every rank where numbers are not finite or `judge` objects, before the optimizer steps;
-        and after it, where nothing is left of the weights.
+        Raises UnsoundError on every rank where numbers are not finite, ids no tokens, or `judge` objects, before the
+        optimizer steps; and after it, where nothing is left of the weights.
         """
-        if (fault := unsound_batch(batch)) is not None:
+        if (fault := unsound_batch(batch, self.shape.vocab)) is not None:
             raise fault
         size = self.check()
         # From the second minibatch on the ratio is to the policy before the first; any rank may get any sample then.

@@ -28,9 +28,17 @@ class UnsoundError(SpellError):
         """Whether weights have changed since the update began, so that they are not to be saved."""
 
 
-def unsound_batch(batch: TrainBatch) -> UnsoundError | None:
-    """What is not finite in a batch, before anything is computed of it."""
+def unsound_batch(batch: TrainBatch, vocabulary: int) -> UnsoundError | None:
+    """What is not finite in a batch, or no token of the model: on a GPU an id too large ends the process."""
     for place, group in enumerate(batch.groups):
+        if not group.prompt:
+            return UnsoundError("a prompt is empty: nothing predicts the first token after it", group=place)
+        for ids in (group.prompt, *(sample.tokens for sample in group.samples)):
+            if len(ids) and not 0 <= min(ids) <= max(ids) < vocabulary:
+                return UnsoundError(
+                    f"token ids reach from {min(ids)} to {max(ids)}, and the model's from 0 to {vocabulary - 1}",
+                    group=place,
+                )
         for sample in group.samples:
             for what, values in (
                 ("log-probs of the engine", sample.logprobs),

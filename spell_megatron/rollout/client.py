@@ -6,6 +6,7 @@ ids, and says which weight version sampled them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,8 @@ def _completion(prompt: Tokens, answer: dict[str, Any]) -> ServedRollout:
     if choice["finish_reason"] not in ("stop", "length"):
         raise Aborted(f"the request ended with {choice['finish_reason']!r}")
     content = choice["logprobs"]["content"]
-    tokens, logprobs = tuple(choice["token_ids"]), tuple(float(token["logprob"]) for token in content)
+    tokens = tuple(map(operator.index, choice["token_ids"]))  # whole numbers, and nothing like them
+    logprobs = tuple(float(token["logprob"]) for token in content)
     if len(tokens) != len(logprobs):
         raise ValueError(f"{len(tokens)} tokens and {len(logprobs)} log-probs")
     spans = ((span["version"], span["start"], span["end"]) for span in choice["weight_versions"])

@@ -3,7 +3,8 @@
 SLURM sends USR1 some minutes before the time limit, and TERM where another job takes the nodes. Neither may
 kill a run: USR1 is blocked and waited for by a thread of its own, so that it interrupts nothing, is never
 missed in a long call into C++, and leaves child processes (which inherit the mask) alone. TERM is caught
-instead: children have to obey it. The loop asks where it can leave a step; `race` leaves self-play at once.
+instead: children have to obey it. So is HUP, by which a terminal that is closed ends what runs in it. The loop
+asks where it can leave a step; `race` leaves self-play at once.
 """
 
 from __future__ import annotations
@@ -91,10 +92,12 @@ def listen() -> Stop:
         threading.Thread(target=_wait_for_usr1, args=(stop,), name="signals", daemon=True).start()
 
         def terminated(number: int, frame: FrameType | None) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one means it
-            stop.ask("SIGTERM")
+            signal.signal(number, signal.SIG_DFL)  # a second one means it
+            stop.ask(signal.Signals(number).name)
 
-        signal.signal(signal.SIGTERM, terminated)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, terminated)
     return _stop
 
 

@@ -11,12 +11,14 @@ if __name__ == "__main__" and not sys.flags.safe_path:  # `python -m`, without w
 
 import json
 import logging
+import signal
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -451,7 +453,16 @@ def main() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
     if path := os.environ.get("PYTHONPATH"):  # jobs and servers start in folders of their own
         os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, path.split(os.pathsep))))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     app()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End as an error does: what stands in temporary folders is removed on the way."""
+    signal.signal(number, signal.SIG_DFL)  # a second one means it
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

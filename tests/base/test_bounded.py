@@ -34,7 +34,7 @@ HOSTILE = {
 @pytest.fixture(scope="module")
 def render() -> Iterator[Bounded]:
     work = Bounded(
-        "tokenizer.rendering:render", seconds=1.0, memory=256 << 20, environment={"USE_TORCH": "0"}
+        "tokenizer.rendering:render", seconds=2.0, memory=256 << 20, environment={"USE_TORCH": "0"}
     )
     yield work
     work.close()
@@ -91,27 +91,30 @@ def test_an_absurdly_long_template_is_not_even_tried(tmp_path: Path) -> None:
 
 
 def test_work_is_ended_and_goes_on() -> None:
-    work = Bounded("work_to_bound:take", seconds=0.5, memory=64 << 20)
+    work = Bounded("work_to_bound:take", seconds=2.0, memory=64 << 20)
     assert work(0, 10) == 10
-    with pytest.raises(TooMuch, match=r"longer than 0\.5 s"):
+    with pytest.raises(TooMuch, match="longer than 2 s"):
         work(60, 10)
     with pytest.raises(TooMuch, match="more than 64 MiB of memory"):
         work(0, 1 << 30)
     assert work(0, 20) == 20
     work.close()
     with pytest.raises(TooMuch, match="was ended"):
-        Bounded("work_to_bound:die", seconds=5, memory=64 << 20)()
+        Bounded("work_to_bound:die", seconds=60, memory=64 << 20)()
     with pytest.raises(WorkFailed, match=r"^ValueError: odd$"):
-        Bounded("work_to_bound:fail", seconds=5, memory=64 << 20)("odd")
+        Bounded("work_to_bound:fail", seconds=60, memory=64 << 20)("odd")
 
 
 def test_nobody_is_left_behind() -> None:
     work = Bounded("work_to_bound:take", seconds=60, memory=64 << 20)
     work(0, 1)
-    left = [child for child in psutil.Process().children() if "work_to_bound:take" in child.cmdline()]
+    children = psutil.Process().children()  # one that has ended says no command
+    left = [
+        child for child in children if "work_to_bound:take" in (child.as_dict(["cmdline"])["cmdline"] or ())
+    ]
     assert len(left) == 1 and os.getpid() == left[0].ppid()
     del work
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while left[0].is_running() and left[0].status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.01)

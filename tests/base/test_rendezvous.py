@@ -25,7 +25,7 @@ from spell_megatron.base.rendezvous import (
 
 pytestmark = pytest.mark.unit
 
-SECONDS = 10.0
+SECONDS = 60.0
 OURS, THEIRS = "our secret", "another run's secret"
 
 
@@ -58,7 +58,6 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv("MASTER_ADDR", LOOPBACK)
     monkeypatch.setenv("MASTER_PORT", str(number))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(rendezvous, "_HERE_SECONDS", 0.5)
     return number
 
 
@@ -109,10 +108,11 @@ def test_a_rank_that_does_not_know_the_key_is_found_out(store: dist.TCPStore, ke
         assert "rank 0 of 2 does not know the secret" in str(found[1])
 
 
-def test_two_runs_at_one_port_do_not_cross(port: int) -> None:
+def test_two_runs_at_one_port_do_not_cross(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = both(lambda: meet(0, 2, OURS, SECONDS), lambda: meet(1, 2, OURS, SECONDS))
     with pytest.raises(RendezvousError, match="another job has the port"):
         meet(0, 2, THEIRS, SECONDS)
+    monkeypatch.setattr(rendezvous, "_HERE_SECONDS", 0.5)
     with pytest.raises(RendezvousError, match=rf"rank 0 of this run is not at {LOOPBACK}:{port}"):
         meet(1, 2, THEIRS, SECONDS)
     ours[1].set("theirs?", "no")

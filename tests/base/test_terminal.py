@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,7 +23,7 @@ from eval.plot import plot
 from eval.results import Result
 from eval.statistics import Figure
 from spell_megatron.base.terminal import Lines, Terminal, label, line, say, tidy
-from spell_megatron.run.record import RunFolder, logging_to, plots
+from spell_megatron.run.record import Console, RunFolder, logging_to, plots
 from spell_megatron.run.record.report import page_environment
 from spell_megatron.tools.cli import app
 
@@ -84,6 +86,29 @@ def test_no_record_of_a_log_is_forged(tmp_path: Path) -> None:
     assert "\n    2026-01-01" in Lines("%(levelname)s %(message)s").format(
         logging.LogRecord("a", logging.ERROR, "", 0, FORGED, (), None)
     )
+
+
+@pytest.mark.parametrize("fault", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_who_prints_goes_on_where_nobody_can_read_it(fault: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe that is closed, a terminal that is gone, a log on a full disk."""
+
+    class Gone(io.StringIO):
+        broken = True
+
+        def write(self, text: str) -> int:
+            if self.broken:
+                raise OSError(fault, os.strerror(fault))
+            return super().write(text)
+
+    output = Gone()
+    with Console(3, Terminal(file=output, force_terminal=True)) as live:
+        live.begin(1, 3)
+        live.note("one")
+        output.broken = False
+        live.note("two")
+    assert "two" in output.getvalue()
+    say("standard output is another matter")
+    assert "another matter" in capsys.readouterr().out
 
 
 def test_an_error_of_the_command_line_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

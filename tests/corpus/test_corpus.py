@@ -9,6 +9,7 @@ import os
 import re
 import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -426,6 +427,19 @@ def test_a_damaged_or_unwritable_preparation_is_one_clear_error(tmp_path: Path) 
         )
 
 
+def test_a_prepared_corpus_is_read_without_locks(tmp_path: Path) -> None:
+    """Some file servers have none."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "one.txt").write_text("a few words of some length " * 9)
+    corpus = CorpusConfig(sources=(SourceConfig(path=str(texts)),))
+    ClusterSampler(corpus, words, 3, tmp_path / "its #1 corpus?")
+    (path,) = (tmp_path / "its #1 corpus?").glob("*.sqlite")
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("begin exclusive")
+        assert ClusterStore(path, "x")[0].documents
+
+
 # ---- sampling
 
 
@@ -559,4 +573,7 @@ def test_held_out_questions_of_a_file_may_have_labels(tmp_path: Path) -> None:
     read = load_heldout(HeldOutConfig(path=str(path), questions=2))
     assert [question.labels for _, question in read] == [{}, {"links": "3"}]
     with pytest.raises(SpellError, match=r"line 3 is no held-out question.*labels"):
+        load_heldout(HeldOutConfig(path=str(path), questions=3))
+    path.write_text("[" * 200_000)
+    with pytest.raises(SpellError, match="line 1 is no held-out question"):
         load_heldout(HeldOutConfig(path=str(path), questions=3))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import io
 import json
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -33,7 +36,8 @@ from spell_megatron.rollout.engine import EngineError
 from spell_megatron.types import Rollout, SpellError
 
 pytestmark = pytest.mark.unit
-QUICK = RequestLimits(timeout=5.0, tries=3, wait=0.02)
+PATIENCE = 60.0
+QUICK = RequestLimits(timeout=PATIENCE, tries=3, wait=0.02)
 SETTINGS = Settings(samples=4, concurrency=4)
 
 
@@ -71,6 +75,7 @@ def run(
     judge: StandIn | None = None,
     limits: RequestLimits = QUICK,
     max_input: int = 1000,
+    judge_seconds: float = PATIENCE,
 ) -> Report:
     async def go() -> Report:
         async with Endpoint(standin.url, limits=limits) as source:
@@ -80,7 +85,7 @@ def run(
             if judge is None:
                 return await measure(source, WordCodec(), plans, settings, home, "m", console=console)
             with KeyedJournal(home / "verdicts.jsonl") as verdicts:
-                async with Endpoint(judge.url, limits=RequestLimits(timeout=0.5, tries=1)) as asked:
+                async with Endpoint(judge.url, limits=RequestLimits(timeout=judge_seconds, tries=1)) as asked:
                     judging = JudgeModel(asked, verdicts, longest_wait=0.02)
                     return await measure(
                         source, WordCodec(), plans, settings, home, "m", judge=judging, console=console
@@ -126,7 +131,7 @@ def test_passing_faults_are_retried(tmp_path):
         return faults[number % 12 // 2] if number % 2 else right(kind, body, number)
 
     with StandIn(behave) as standin:
-        report = run(standin, tmp_path, limits=RequestLimits(timeout=5.0, tries=20, wait=0.01))
+        report = run(standin, tmp_path, limits=RequestLimits(timeout=PATIENCE, tries=20, wait=0.01))
     assert report.complete
     assert report.results[0].mean.value == 0.5
     assert not report.results[0].problems
@@ -187,7 +192,7 @@ def test_an_endpoint_that_dies_ends_the_run_and_keeps_what_is_done(tmp_path):
 
 def test_an_endpoint_that_lists_models_but_answers_nothing_counts_as_dead(tmp_path):
     with StandIn(lambda *_: (500, b"")) as standin, pytest.raises(EndpointDied, match="in a row"):
-        run(standin, tmp_path, limits=RequestLimits(timeout=1.0, tries=1, wait=0.01))
+        run(standin, tmp_path, limits=RequestLimits(timeout=PATIENCE, tries=1, wait=0.01))
 
 
 def test_nothing_at_the_endpoint(tmp_path):
@@ -247,13 +252,15 @@ def test_official_and_bracketed_verdicts_are_both_kept(tmp_path):
         (lambda *_: chat_reply("I would rather not say."), "no verdict in the judge's reply"),
         (lambda *_: (500, b""), "the judge is silent: HTTP 500"),
         (lambda *_: (401, {"error": "no key"}), "the judge refused: HTTP 401: no key"),
-        (lambda *_: time.sleep(0.8) or chat_reply("[[YES]]"), "the judge is silent: timed out"),
+        (None, "the judge is silent: timed out"),
     ],
 )
 def test_a_judge_that_fails_leaves_samples_unjudged_not_wrong(judge, reason, tmp_path):
-    settings = Settings(samples=2, concurrency=4)
-    with StandIn(right) as standin, StandIn(judge) as judging:
-        report = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging)
+    settings, over = Settings(samples=2, concurrency=4), threading.Event()
+    seconds = PATIENCE if judge else 0.5
+    with StandIn(right) as standin, StandIn(judge or (lambda *_: over.wait(PATIENCE))) as judging:
+        report = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging, judge_seconds=seconds)
+        over.set()
         assert judging.chats <= 5 * TRIES  # two equal answers of a question are one request
     [result] = report.results
     assert result.problems == {f"not judged: {reason}": 10}
@@ -344,21 +351,28 @@ def test_a_template_that_opens_thinking_is_noticed():
     assert not prefills_thinking(WordCodec())
 
 
-def test_journal_survives_a_half_written_line_and_damage(tmp_path):
+def test_journal_survives_a_half_written_line_and_damage(tmp_path, monkeypatch, caplog):
+    def without_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
     path = tmp_path / "j.jsonl"
     with KeyedJournal(path) as journal:
         journal.append("a", {"text": "1"})
         journal.append("b", {"text": "zwei ≠ 2"})
     with path.open("ab") as stream:
-        stream.write(b"\xff garbage\n")
+        stream.write(b"\xff garbage\n" + b"[" * 200_000 + b"\n")
         stream.write(b'{"key": "c", "te')
     with KeyedJournal(path) as journal:
         assert len(journal) == 2
-        assert journal.damaged == 1
+        assert journal.damaged == 2
         assert journal.get("b") == {"text": "zwei ≠ 2"}
         journal.append("c", {"text": "3"})
         with pytest.raises(SpellError, match="another run"):
             KeyedJournal(path)
+        monkeypatch.setattr(fcntl, "flock", without_locks)
+        with KeyedJournal(path) as other:
+            assert other.get("c") == {"text": "3"}
+        assert "cannot be locked (Function not implemented)" in caplog.text
     with KeyedJournal(path) as journal:
         assert journal.get("c") == {"text": "3"}
 
@@ -506,10 +520,12 @@ def test_a_rate_bounds_requests_a_second(tmp_path):
         return right(kind, body, number)
 
     with StandIn(behave) as standin:
-        limits = RequestLimits(timeout=5.0, tries=1, rate=100.0)
+        limits = RequestLimits(timeout=PATIENCE, tries=1, rate=50.0)
+        began = time.monotonic()
         run(standin, tmp_path, Settings(samples=2, concurrency=20), limits=limits)
     assert len(times) == 20
-    assert max(times) - min(times) >= 19 / 100 - 0.05
+    for place, asked in enumerate(sorted(times)):  # each may be late, and none early
+        assert asked - began >= place / 50
 
 
 def test_special_tags_of_thought_are_asked_for():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ assert listen() is stop and not stop.asked
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3); print('alive', flush=True)"])
 for process in (child.pid, os.getpid()):
     os.kill(process, signal.{name})
-for _ in range(500):
+for _ in range({looks}):
     if stop.asked:
         break
     time.sleep(0.01)
@@ -29,9 +30,14 @@ print(stop.asked, child.wait(), flush=True)
 """
 
 
-def _run(name: str) -> list[str]:
+def _run(name: str, ways: signal.Handlers = signal.SIG_DFL) -> list[str]:
+    """What the program says; where it is started, the signal is heeded or (as by nohup) ignored."""
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(name=name)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", _PROGRAM.format(name=name, looks=6000 if ways is signal.SIG_DFL else 10)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        preexec_fn=lambda: signal.signal(signal.Signals[name], ways),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -41,8 +47,38 @@ def test_usr1_is_kept_and_spares_children() -> None:
     assert _run("SIGUSR1") == ["alive", "SIGUSR1", "0"]
 
 
-def test_term_is_kept_and_ends_children() -> None:
-    assert _run("SIGTERM") == ["SIGTERM", "-15"]
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_may_end_a_run_is_kept_and_ends_children(name: str) -> None:
+    assert _run(name) == [name, f"{-signal.Signals[name]}"]
+
+
+def test_a_run_that_is_to_outlive_its_terminal_does() -> None:
+    assert _run("SIGHUP", signal.SIG_IGN) == ["alive", "0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_ended_leaves_nothing_in_temporary_folders(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    code = (
+        "import time; from tempfile import TemporaryDirectory; from spell_megatron.tools import cli\n"
+        "def app():\n"
+        f"    with TemporaryDirectory(dir={str(tmp_path)!r}):\n"
+        "        print('ready', flush=True); time.sleep(600)\n"
+        "cli.app = app; cli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    assert list(tmp_path.iterdir())
+    process.send_signal(number)
+    process.communicate(timeout=180)
+    assert process.returncode == 128 + number
+    assert not list(tmp_path.iterdir())
 
 
 def test_work_that_nobody_stops_gives_its_result() -> None:

@@ -129,12 +129,12 @@ def test_usr1_saves_requeues_and_resumes(
     watcher = Watcher(
         tmp_path, FIRST_LOG, r"step 2\b", lambda job: _run(cluster, "scancel", "--signal=USR1", job)
     )
-    assert launch("toy", [f"runs={tmp_path}", "steps=8", HERE], "slurm", "cpu") == 0
+    assert launch("toy", [f"runs={tmp_path}", "name=waits", "steps=6", HERE], "slurm", "cpu") == 0
     assert watcher.acted
     first, second = attempts(tmp_path)
     assert "stopped on SIGUSR1 after step" in first
-    assert steps(first) + steps(second) == list(range(1, 9))  # no step lost, none twice
-    assert steps(capsys.readouterr().out) == list(range(1, 9))  # both attempts were followed
+    assert steps(first) + steps(second) == list(range(1, 7))  # no step lost, none twice
+    assert steps(capsys.readouterr().out) == list(range(1, 7))  # both attempts were followed
 
 
 @pytest.mark.usefixtures("counting")
@@ -149,11 +149,11 @@ def test_a_job_of_a_higher_partition_preempts_and_the_run_resumes(cluster: Clust
         "sleep 1",
     )
     watcher = Watcher(tmp_path, FIRST_LOG, r"step 2\b", lambda job: _run(cluster, *intruder))
-    assert launch("toy", [f"runs={tmp_path}", "steps=8", HERE], "slurm", "cpu") == 0
+    assert launch("toy", [f"runs={tmp_path}", "name=waits", "steps=6", HERE], "slurm", "cpu") == 0
     assert watcher.acted
     first, second = attempts(tmp_path)
     assert "stopped on SIGTERM after step" in first
-    assert steps(first) + steps(second) == list(range(1, 9))
+    assert steps(first) + steps(second) == list(range(1, 7))
 
 
 @pytest.mark.usefixtures("counting")

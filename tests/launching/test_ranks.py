@@ -19,14 +19,17 @@ from spell_megatron.base.interpreter import python
 from spell_megatron.base.rendezvous import LOOPBACK
 from spell_megatron.run.preemption import Preempted
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 WAIT = """
 import os, signal, sys, time
 from pathlib import Path
 rank, folder = os.environ["RANK"], Path(sys.argv[1])
 got = []
+def note(number, frame):
+    got.append(signal.Signals(number).name)
+    (folder / f"{rank}.{len(got)}").touch()
 for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2"):
-    signal.signal(getattr(signal, "SIG" + name), lambda number, frame: got.append(signal.Signals(number).name))
+    signal.signal(getattr(signal, "SIG" + name), note)
 (folder / f"{rank}.tmp").write_text(str(os.getpid()))
 (folder / f"{rank}.tmp").rename(folder / rank)
 """
@@ -138,9 +141,9 @@ def test_every_rank_gets_every_signal_once(tmp_path: Path) -> None:
     program = f"{WAIT}\nwhile len(got) < 6:\n    time.sleep(0.01)\ntime.sleep(0.2)\nprint(*got)\n"
     with starter(program, tmp_path) as process:
         assert all(os.getsid(rank.pid) == rank.pid for rank in started(tmp_path)), "a Ctrl-C comes twice"
-        for name in names[:-1]:
-            process.send_signal(signal.Signals[name])
-            time.sleep(0.1)
+        for number, name in enumerate(names[:-1], start=1):
+            process.send_signal(signal.Signals[name])  # of two at once the lower number would come first
+            until(lambda: all((tmp_path / f"{rank}.{number}").exists() for rank in range(2)))  # noqa: B023
         os.killpg(process.pid, signal.SIGINT)
         out, errors = process.communicate(timeout=PATIENCE)
     assert out.split() == names

@@ -35,7 +35,7 @@ def test_a_part_that_dies_leaves_the_rows_that_it_had() -> None:
 
 @pytest.mark.unit
 def test_a_part_that_hangs_is_ended() -> None:
-    *_, second, rest = follow([sys.executable, "-c", REPORTS, "hangs"], "it", 3)
+    *_, second, rest = follow([sys.executable, "-c", REPORTS, "hangs"], "it", 8)
     assert not second.fault
     assert "not through in time" in rest.fault
 

@@ -197,6 +197,23 @@ def test_only_whole_ones_count_and_none_is_removed(before: Path, tmp_path: Path)
     assert [name for name in names(folder) if "00005" in name] == [f"step-00005.suspect-{n}" for n in (1, 2)]
 
 
+def test_what_is_known_of_checkpoints_does_not_grow_with_them(before: Path, tmp_path: Path) -> None:
+    folder, known = copied(before, tmp_path / "run"), disk.Whole()
+    for step in range(6, 30):
+        save(folder, step, known)
+    assert set(known._seen) == {folder / "step-00028", folder / "step-00029"}
+
+
+def test_a_step_that_was_committed_under_another_spelling_does_not_count_twice(
+    before: Path, tmp_path: Path
+) -> None:
+    folder = copied(before, tmp_path / "run")
+    (folder / "step-00005").rename(tmp_path / "away")
+    (folder / "step-00004").rename(folder / "step-4")
+    save(folder, 4)
+    assert names(folder) == ["step-00003", "step-00004", "step-4.suspect-1"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -58,6 +58,13 @@ def planted(batch: TrainBatch, place: int, **values: Any) -> TrainBatch:
     return TrainBatch(tuple(groups))
 
 
+def prompted(batch: TrainBatch, place: int, prompt: tuple[int, ...]) -> TrainBatch:
+    """The batch with another prompt of one group."""
+    groups = list(batch.groups)
+    groups[place] = replace(groups[place], prompt=prompt)
+    return TrainBatch(tuple(groups))
+
+
 @pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")])
 @pytest.mark.parametrize(("name", "words"), [("logprobs", "of the engine"), ("weights", "advantages")])
 def test_a_batch_that_is_not_finite_names_its_group(
@@ -68,6 +75,26 @@ def test_a_batch_that_is_not_finite_names_its_group(
         learner.update(planted(BATCH, 1, **{name: value}))
     assert (error.value.group, error.value.touched) == (1, False)
     assert all(torch.equal(before[name], now) for name, now in weights(learner).items())
+
+
+@pytest.mark.parametrize("value", [-1, 256, 1 << 40])
+@pytest.mark.parametrize("where", ["prompt", "answer"])
+def test_ids_that_are_no_tokens_of_the_model_name_their_group(
+    learner: Learner, where: str, value: int
+) -> None:
+    batch = planted(BATCH, 1, tokens=value)
+    if where == "prompt":
+        batch = prompted(BATCH, 1, (3, value, 5))
+    with pytest.raises(UnsoundError, match=f"{value}.*, and the model's from 0 to 255") as error:
+        learner.update(batch)
+    assert (error.value.group, error.value.touched) == (1, False)
+
+
+def test_a_prompt_that_is_empty_names_its_group(learner: Learner) -> None:
+    """The first token of an answer would be predicted from another group's last."""
+    with pytest.raises(UnsoundError, match="a prompt is empty") as error:
+        learner.update(prompted(BATCH, 2, ()))
+    assert error.value.group == 2
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])

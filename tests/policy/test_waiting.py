@@ -81,17 +81,17 @@ def two_ranks(seconds: float) -> Iterator[list[subprocess.Popen[str]]]:
 
 
 @pytest.mark.distributed
-def test_a_play_may_take_ten_times_as_long_as_a_collective() -> None:
-    with two_ranks(10 * waiting_ranks.TIMEOUT_SECONDS + 1) as ranks:
+def test_a_play_may_take_far_longer_than_a_collective() -> None:
+    with two_ranks(3 * waiting_ranks.TIMEOUT_SECONDS) as ranks:
         for rank in ranks:
-            out, err = rank.communicate(timeout=60)
+            out, err = rank.communicate(timeout=120)
             assert (rank.returncode, out) == (0, "played 2\n"), err
 
 
 @pytest.mark.distributed
 def test_a_rank_0_that_is_killed_or_stopped_ends_the_others_within_a_minute() -> None:
     with two_ranks(600) as killed, two_ranks(600) as stopped:
-        time.sleep(3)  # the others have seen what it does
+        time.sleep(5)  # the others have seen what it does
         killed[0].send_signal(signal.SIGKILL)
         stopped[0].send_signal(signal.SIGSTOP)
         began = time.monotonic()

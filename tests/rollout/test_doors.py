@@ -45,6 +45,8 @@ UNLISTED = (
 
 
 SECRET = "the-secret"
+PATIENCE = 60.0
+"""Seconds that nobody here is expected to take."""
 SOCKET, PORT = ("/tmp/http", None), ("127.0.0.1", 8000)
 
 
@@ -150,9 +152,9 @@ def test_another_runs_server_at_our_port_is_told_from_one_that_is_not_there_yet(
         def log_message(self, *_: Any) -> None: ...
 
     async def ask(url: str) -> None:
-        client = Client(Address(url, secret="0" * 64), 5.0)
+        client = Client(Address(url, secret="0" * 64), PATIENCE)
         try:
-            await client.version(5.0)
+            await client.version(PATIENCE)
         finally:
             await client.close()
 
@@ -187,6 +189,7 @@ def guarded(host: str = "127.0.0.1", path: str | None = None) -> Iterator[Addres
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive()
             time.sleep(0.01)
         port = 0 if path else server.servers[0].sockets[0].getsockname()[1]
         name = f"[{host}]" if ":" in host else host
@@ -206,7 +209,7 @@ def stranger(answer: Callable[[bytes], bytes]) -> Iterator[tuple[str, list[bytes
             with suppress(OSError), listener.accept()[0] as line:
                 if stop.is_set():
                     return
-                line.settimeout(0.3)
+                line.settimeout(PATIENCE)
                 heard.append(b"")
                 with suppress(TimeoutError):
                     while not heard[-1].endswith(b"\r\n\r\n") and (data := line.recv(1 << 16)):
@@ -225,22 +228,28 @@ def stranger(answer: Callable[[bytes], bytes]) -> Iterator[tuple[str, list[bytes
             thread.join()
 
 
+def ours_at(url: str) -> httpx.Client:
+    """A client that takes whoever is there for a server of ours."""
+    return Address(url, secret=SECRET).client(timeout=PATIENCE)
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "socket"])
 def test_whoever_knows_the_secret_is_let_in_without_telling_it(host: str, tmp_path: Path) -> None:
     path = str(tmp_path / "http") if host == "socket" else None
 
     async def post(address: Address) -> str:
-        async with address.async_client() as client:
+        async with address.async_client(timeout=PATIENCE) as client:
             answers = await asyncio.gather(*(client.post("/", content=f"{n}") for n in range(20)))
             return " ".join(answer.text for answer in answers)
 
     with guarded("127.0.0.1" if path else host, path) as address:
-        with address.client() as client:
+        with address.client(timeout=PATIENCE) as client:
             assert client.post("/weights?x=y", content=b"w" * 100_000).content == b"w" * 100_000
         assert asyncio.run(post(address)) == " ".join(map(str, range(20)))
         if not path:
-            with Address(address.url, secret="another").client() as client, pytest.raises(Unproven):
+            unknowing = Address(address.url, secret="another")
+            with unknowing.client(timeout=PATIENCE) as client, pytest.raises(Unproven):
                 client.get("/")
 
 
@@ -255,7 +264,7 @@ def test_whoever_knows_the_secret_is_let_in_without_telling_it(host: str, tmp_pa
     ],
 )
 def test_a_stranger_at_the_port_learns_nothing(answer: bytes) -> None:
-    with stranger(lambda _: answer) as (url, heard), Address(url, secret=SECRET).client() as client:
+    with stranger(lambda _: answer) as (url, heard), ours_at(url) as client:
         for _ in range(2):
             with pytest.raises(Unproven, match="another run's server may have this port"):
                 client.post("/init_weight_transfer_engine?to=there", content=b"the key of a group")
@@ -273,9 +282,9 @@ def test_a_stranger_who_asks_the_true_server_is_found_out() -> None:
             return b"".join(iter(lambda: line.recv(1 << 16), b""))
 
     with guarded() as server, stranger(relayed) as (url, heard):
-        with server.client() as client:
+        with server.client(timeout=PATIENCE) as client:
             assert client.get("/").status_code == 200
-        with Address(url, secret=SECRET).client() as client, pytest.raises(Unproven):
+        with ours_at(url) as client, pytest.raises(Unproven):
             client.get("/")
     assert heard
 
@@ -288,10 +297,11 @@ def test_what_opened_one_door_opens_no_other() -> None:
         used.append(request.headers["Authorization"])
 
     def again(address: Address) -> int:
-        return httpx.get(address.url, headers={"Authorization": used[-1]}, trust_env=False).status_code
+        told = {"Authorization": used[-1]}
+        return httpx.get(address.url, headers=told, trust_env=False, timeout=PATIENCE).status_code
 
     with guarded() as server, guarded() as other:
-        with server.client(event_hooks={"request": [keep]}) as client:
+        with server.client(timeout=PATIENCE, event_hooks={"request": [keep]}) as client:
             client.get("/")
         assert used[-1].count(" ") == 2
         assert (again(server), again(other)) == (200, 401)

@@ -31,7 +31,8 @@ from spell_megatron.types import Rollout
 pytestmark = pytest.mark.unit
 
 Fault = Callable[["Handler"], None]
-PATIENT = ServersConfig(probe_seconds=0.3)
+PATIENCE = 60.0
+PATIENT = ServersConfig(probe_seconds=PATIENCE)
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -44,7 +45,10 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.label = "default"
         self.faults: list[Fault] = []
-        self.silent = self.dead = False
+        self.dead = False
+        self.speaks, self.works = threading.Event(), threading.Event()
+        self.speaks.set()
+        self.works.set()
         self.calls: list[str] = []
         self.served: list[list[int]] = []
         self.tells_experts = False
@@ -65,8 +69,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.dead:
             return reset(self)
-        if self.server.silent:
-            time.sleep(0.6)
+        self.server.speaks.wait(PATIENCE)
         self.reply({"weight_version": self.server.label, "world_size": 1})
 
     def do_POST(self) -> None:
@@ -84,7 +87,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
             fault = self.server.faults.pop(0) if self.server.faults else None
         try:
-            time.sleep(0.01)
+            time.sleep(0.01)  # so that requests meet
+            self.server.works.wait(PATIENCE)
             if fault is not None:
                 return fault(self)
             self.server.served.append(body["token_ids"])
@@ -139,6 +143,10 @@ def garbage(handler: Handler) -> None:
 
 def nonsense(handler: Handler) -> None:
     handler.reply({"choices": []})
+
+
+def no_tokens(handler: Handler) -> None:
+    handler.complete(0.5)  # type: ignore[arg-type]
 
 
 def aborted(handler: Handler) -> None:
@@ -209,13 +217,13 @@ def sample(fleet: Fleet, groups: int = 1, seeds: int = 4) -> list[Rollout]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert condition()
 
 
-@pytest.mark.parametrize("fault", [error_500, reset, garbage, nonsense, aborted, mixed])
+@pytest.mark.parametrize("fault", [error_500, reset, garbage, nonsense, no_tokens, aborted, mixed])
 def test_a_request_that_a_server_fails_is_asked_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
@@ -277,13 +285,14 @@ def test_no_server_gets_more_than_it_batches(folder: Path, monkeypatch: pytest.M
 def test_a_silent_server_gets_no_requests_until_it_answers_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with fleet_of(folder, 2, monkeypatch) as (fleet, (first, second)):
-        first.silent = True
+    impatient = ServersConfig(probe_seconds=0.5)
+    with fleet_of(folder, 2, monkeypatch, impatient) as (fleet, (first, second)):
+        first.speaks.clear()
         wait_until(lambda: not fleet.states()["remote-0"].serves)
         before = len(first.served)
         sample(fleet, groups=4)
         assert len(first.served) == before and len(second.served) == 16
-        first.silent = False
+        first.speaks.set()
         wait_until(lambda: fleet.states()["remote-0"].serves)
 
 
@@ -298,16 +307,18 @@ def test_a_server_that_forgot_its_weights_is_brought_up_to_date_before_it_serves
 
 
 def test_cancelled_requests_leave_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def cancel_early(fleet: Fleet) -> None:
+    async def cancel_early(fleet: Fleet, server: FakeServer) -> None:
         call = fleet.generate([1] * 9, seeds=list(range(40)), max_tokens=8, temperature=1.0, top_p=1.0)
         task = asyncio.create_task(call)
-        await asyncio.sleep(0.02)
+        await asyncio.to_thread(wait_until, lambda: server.at_once == 2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with fleet_of(folder, 1, monkeypatch, max_num_seqs=2) as (fleet, _):
-        asyncio.run(cancel_early(fleet))
+    with fleet_of(folder, 1, monkeypatch, max_num_seqs=2) as (fleet, (server,)):
+        server.works.clear()
+        asyncio.run(cancel_early(fleet, server))
+        server.works.set()
         wait_until(lambda: fleet.stats().running == fleet.stats().waiting == 0)
         assert len(sample(fleet)) == 4
 
@@ -334,7 +345,7 @@ def test_a_request_that_every_server_fails_is_given_up(folder: Path, monkeypatch
 
 
 def test_who_waits_when_the_last_server_dies_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    servers = ServersConfig(probe_seconds=0.3, start_seconds=0.2, max_restarts=1)
+    servers = ServersConfig(probe_seconds=PATIENCE, max_restarts=0)
     with fleet_of(folder, 1, monkeypatch, servers) as (fleet, (server,)):
         server.faults = [gone]
         with pytest.raises(EngineError, match="all 1 engines are lost"):

@@ -45,6 +45,8 @@ from spell_megatron.rollout.transfer.manifest import Manifest
 
 pytestmark = pytest.mark.unit
 
+PATIENCE = 60.0
+
 LIMITS = Limits(failures=2, restarts=2)
 VERSIONS = (0, 1, 2)
 EVENTS: list[Event] = [
@@ -247,7 +249,9 @@ def test_a_reader_follows_a_stream_that_fills_and_a_slow_one_holds_up_nobody() -
     def streamed() -> Iterator[tuple[str, torch.Tensor]]:
         for place, name in enumerate(names):
             if place == 3:
-                assert seen.acquire(timeout=20)  # the reader is given the first while the rest is to come
+                assert seen.acquire(
+                    timeout=PATIENCE
+                )  # the reader is given the first while the rest is to come
             yield name, torch.full((2,), float(place))
 
     def read(pause: Callable[[], object]) -> dict[str, float]:
@@ -263,12 +267,12 @@ def test_a_reader_follows_a_stream_that_fills_and_a_slow_one_holds_up_nobody() -
     with ThreadPoolExecutor(3) as pool:
         known = pool.submit(store.metadata)
         quick = pool.submit(read, seen.release)
-        slow = pool.submit(read, lambda: filled.wait(20))
+        slow = pool.submit(read, lambda: filled.wait(PATIENCE))
         store.fill(streamed(), 1)
         filled.set()
         expected = {name: float(place) for place, name in enumerate(names)}
-        assert quick.result(20) == slow.result(20) == expected
-        assert [meta.name for meta in known.result(20)] == list(names)
+        assert quick.result(PATIENCE) == slow.result(PATIENCE) == expected
+        assert [meta.name for meta in known.result(PATIENCE)] == list(names)
 
 
 FAMILY = (
@@ -291,7 +295,7 @@ def family(group: int) -> list[psutil.Process]:
 
 
 def wait_for(count: int, group: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while len(family(group)) != count and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(family(group)) == count
@@ -342,7 +346,7 @@ def test_nothing_outlives_a_guard_that_is_signalled(number: signal.Signals, whom
         (half,) = psutil.Process(started.pid).children()
         os.kill(started.pid if whom == "guard" else half.pid, number)
         wait_for(0, group)
-        started.wait(20)
+        started.wait(PATIENCE)
     finally:
         started.stdin.close()
         started.kill()

@@ -66,6 +66,10 @@ def test_end_tokens_come_from_the_model_folder(tmp_path: Path) -> None:
     assert end_tokens(tmp_path) == (5,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     assert end_tokens(tmp_path) == (7, 8)
+    for named in ("-1", "[7, -1]", "true", "[[7]]", "7.0"):
+        (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {named}}}')
+        with pytest.raises(SpellError, match="where token ids belong"):
+            end_tokens(tmp_path)
 
 
 def test_the_window_bounds_the_answer() -> None:

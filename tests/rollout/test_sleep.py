@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -129,7 +130,10 @@ ORDERS = [
 def test_a_step_without_faults(stage: Stage) -> None:
     stage.step()
     stage.step()
-    assert {health.state for health in stage.fleet.states().values()} == {State.HEALTHY}
+    deadline = time.monotonic() + 60
+    while {health.state for health in stage.fleet.states().values()} != {State.HEALTHY}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert not stage.violations.exists()
 
 

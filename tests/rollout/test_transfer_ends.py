@@ -26,7 +26,7 @@ from spell_megatron.rollout.transfer.manifest import Manifest
 
 pytestmark = pytest.mark.engine
 
-SECONDS, GRACE, BUSY = 2.0, 0.5, 6.0
+SECONDS, GRACE, BUSY = 2.0, 0.5, 20.0
 """Of the transfer, of its end, and what a machine that is busy adds."""
 WEIGHTS = {name: torch.rand(size) for name, size in {"a": (5, 7), "b": (600,), "c": (2, 2)}.items()}
 MANIFEST = Manifest({name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()})

@@ -1,25 +1,27 @@
-"""Rollouts that overlap with training, on a real server: their age, a stop in the middle, and the resume, which
-goes on with two ranks that share every layer."""
+"""Rollouts that overlap with training, on a real server: their age, a stop in the middle of a step, and the resume.
+
+The launcher starts two ranks that share every layer; one process goes on.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from typing import Any
 
+import psutil
 import pytest
 
 from spell_megatron.base.interpreter import python
 from spell_megatron.run.preemption import Preempted
 from spell_megatron.run.record import RunFolder, read_metrics
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
+CLI = python("spell_megatron.tools.cli")
 OVERLAPPED = (
     "selfplay.max_staleness=1",
     "selfplay.leftovers=carry",
@@ -64,18 +66,9 @@ def versions(episode: dict[str, Any]) -> set[int]:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run that is asked to stop after its second step, while the next one is being played."""
+    """A launched run that is told to end after its second step, while the next one is being played."""
     runs = tmp_path_factory.mktemp("overlapped")
-    command = [
-        sys.executable,
-        "-m",
-        "spell_megatron.tools.cli",
-        "train",
-        "toy",
-        *OVERLAPPED,
-        "steps=50",
-        f"runs={runs}",
-    ]
+    command = [*CLI, "launch", "toy", *OVERLAPPED, "policy.layout.tensor=2", "steps=50", f"runs={runs}"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
     )
@@ -84,13 +77,17 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         while time.monotonic() < deadline and process.poll() is None:
             found = [RunFolder(path) for path in runs.glob("toy-*") if (path / "checkpoints").is_dir()]
             if found and (step := checkpoint(found[0])) >= 2 and episodes(found[0], step + 1):
-                process.send_signal(signal.SIGUSR1)
+                family = psutil.Process(process.pid).children(recursive=True)
+                process.terminate()
                 break
             time.sleep(0.2)
         _, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == Preempted.exit_code, errors
+    assert f"stopped on SIGTERM after step {checkpoint(found[0])}; everything is saved" in errors
+    assert len(family) > 2, "two ranks, and the server of one"
+    assert not psutil.wait_procs(family, PATIENCE)[1]
     return found[0]
 
 
@@ -99,9 +96,8 @@ def resumed(stopped: RunFolder) -> tuple[RunFolder, int, int]:
     """The run with `MORE` steps, the last step before them, and the episodes that these found finished."""
     last = checkpoint(stopped)
     found = {(row["round"], row["index"]) for row in episodes(stopped, last + 1)}
-    command = [*python("launchers.ranks", "2"), "-m", "spell_megatron.tools.cli", "resume", str(stopped.path)]
-    command += [f"steps={last + MORE}"]
-    command += ["policy.layout.tensor=2", "record.mismatch_action=drop"]
+    command = [*CLI, "resume", str(stopped.path), f"steps={last + MORE}"]
+    command += ["policy.layout.tensor=1", "record.mismatch_action=drop"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-4000:]
     return stopped, last, len(found)
@@ -116,7 +112,7 @@ def test_no_sample_is_older_than_the_bound_and_some_are_old(resumed: tuple[RunFo
     assert max(row["staleness/max"] for row in rows) == 1.0
     assert rows[0]["staleness/mean"] == 0.0 < rows[1]["staleness/mean"] <= 1.0
     assert rows[0]["importance/weight"] == pytest.approx(1.0, abs=1e-3)
-    assert rows[last + 1]["staleness/mean"] > 0.0, "nothing overlaps on two ranks"
+    assert rows[last + 1]["staleness/mean"] > 0.0, "nothing overlaps after the resume"
     fresh, stale = rows[0]["mismatch/mean"], rows[1]["mismatch/mean"]
     assert stale > 10 * fresh, "an update makes no difference to the log-probs: the test cannot fail"
 

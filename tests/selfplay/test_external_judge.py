@@ -34,7 +34,7 @@ def strict(kind, body, number):
 
 
 def external(server: StandIn, **changes) -> ExternalJudgeConfig:
-    return ExternalJudgeConfig(**({"url": server.url, "timeout_seconds": 5.0, "tries": 2} | changes))
+    return ExternalJudgeConfig(**({"url": server.url, "timeout_seconds": 60.0, "tries": 2} | changes))
 
 
 def asked(judge: RewardJudge, *answers: str) -> list:

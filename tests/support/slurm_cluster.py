@@ -87,7 +87,7 @@ class Cluster:
     def conf(self) -> Path:
         return self.folder / "slurm.conf"
 
-    def run(self, *command: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         env = os.environ | {"SLURM_CONF": str(self.conf)}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 

@@ -1,7 +1,8 @@
 """A stand-in for the trainer, for tests of what is around it: ranks that count together and save every step.
 
 It is started as the trainer is (`python tests/support/slurm_trainer.py RUN …`), reads the run's `config.yaml`, and
-stops on request through the same module. A run named `fails` loses its rank 1 in step 2, each time.
+stops on request through the same module. A run named `fails` loses its rank 1 in step 2, each time; one named `waits`
+makes three steps in its first attempt, and then nothing until it is asked to stop.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import yaml
 
-from spell_megatron.run.preemption import Stop, listen, preempted
+from spell_megatron.run.preemption import Stop, attempt, listen, preempted
 from spell_megatron.types import SpellError
 
-STEP_SECONDS = 0.5
+STEP_SECONDS, LONG_SECONDS = 0.5, 3600.0
 FAILURE = 7
 
 
@@ -34,8 +35,10 @@ async def count(run: Path, stop: Stop) -> None:
     first = max((int(path.name.removeprefix("step-")) for path in saved.glob("step-*")), default=0) + 1
     _say(rank, f"{size} ranks on {' '.join(hosts)}, greeting {os.environ.get('GREETING')!r}")
     _say(rank, f"told {sys.argv[2:]}")
+    waits = config["name"] == "waits" and attempt().endswith("-0")
     for step in range(first, config["steps"] + 1):
-        box = [await stop.race(asyncio.sleep(STEP_SECONDS, True))] if rank == 0 else [None]
+        seconds = LONG_SECONDS if waits and step > 3 else STEP_SECONDS
+        box = [await stop.race(asyncio.sleep(seconds, True))] if rank == 0 else [None]
         dist.broadcast_object_list(box, src=0)
         if box[0] is None:
             error = preempted(run, step - 1, stop) if rank == 0 else SpellError("preempted")

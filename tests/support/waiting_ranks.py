@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=… python tests/support/waiting_ranks.py SECONDS
 
-Rank 0 works for so long; collectives may take a second. The store is rank 0's own, as under SLURM.
+Rank 0 works for so long; collectives may take five. The store is rank 0's own, as under SLURM.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import start_world
 from spell_megatron.types import SpellError
 
-TIMEOUT_SECONDS = 1.0
+TIMEOUT_SECONDS = 5.0
 
 
 def main() -> None:

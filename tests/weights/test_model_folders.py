@@ -155,6 +155,11 @@ REFUSED: dict[str, tuple[Kind, Change, str]] = {
         lambda f: (f / "generation_config.json").write_text("{"),
         "generation_config",
     ),  # type: ignore[dict-item, return-value]
+    "a nest": (
+        "qwen3",
+        lambda f: (f / "config.json").write_text('{"a":' * 200_000),
+        "cannot read .*config.json",
+    ),  # type: ignore[dict-item, return-value]
     "pickles": (
         "qwen3",
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),

@@ -84,6 +84,10 @@ class Whole:
         verified(path)
         self._seen[path] = now
 
+    def keep(self, paths: set[Path]) -> None:
+        """Forget all others: a long run makes many."""
+        self._seen = {path: seen for path, seen in self._seen.items() if path in paths}
+
 
 def learner_folder(checkpoint: Path) -> Path:
     return checkpoint / "learner"
@@ -214,11 +218,13 @@ def commit(partial: Path, learner_files: dict[str, str]) -> Path:
     sync(learner_folder(partial))
     sync(partial)
     final = partial.with_suffix("")
-    if os.path.lexists(final):
-        set_aside(final)
+    step = int(final.name.removeprefix("step-"))
+    for other, path in committed(final.parent):
+        if other == step:  # under a name with other zeros, too
+            set_aside(path)
     partial.rename(final)
     sync(final.parent)
-    replace_text(_note(final.parent), json.dumps({"step": int(final.name.removeprefix("step-"))}))
+    replace_text(_note(final.parent), json.dumps({"step": step}))
     return final
 
 
@@ -244,6 +250,7 @@ def retain(folder: Path, step: int, last: int, every: int, known: Whole | None =
     for other, path in steps:
         if other <= step and path not in kept and not (every and other % every == 0):
             discard(path)
+    known.keep(kept)
 
 
 def set_aside(path: Path) -> None:

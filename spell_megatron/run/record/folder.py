@@ -205,7 +205,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"a {type(row).__name__} where an object belongs")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 logger.warning("%s line %d is dropped: it is not whole (%s)", path, number, error)
                 continue
             yield row

@@ -14,6 +14,8 @@ from spell_megatron.run.record.folder import RunFolder, writing
 
 _LOG_BYTES = 32 << 20
 """Bytes of the run's log, and of its older part in `run.log.1`."""
+_REMEMBERED = 1000
+"""Warnings that are not printed again."""
 
 
 class _LogFile(RotatingFileHandler):
@@ -36,6 +38,8 @@ class _Warnings(logging.Handler):
         except Exception:  # of a library's own message; it is in the file, with what is wrong
             return
         if message not in self._said:
+            if len(self._said) >= _REMEMBERED:
+                self._said.clear()
             self._said.add(message)
             line = Text.assemble((record.levelname, "yellow"), " ", message)
             self._terminal.note(line)

@@ -65,7 +65,7 @@ class Newest:
     def _take(self, line: bytes, place: _Place) -> None:
         try:
             episode = _texts(Episode.from_dict(json.loads(line)))
-        except (ValueError, TypeError, SpellError):
+        except (ValueError, TypeError, RecursionError, SpellError):
             return
         place.outcomes[episode.outcome] += 1
         self.episodes.append(episode)
