@@ -77,7 +77,8 @@ $(INSTALLED): pyproject.toml requirements/cpu.lock requirements/launch.lock requ
 	$(BIN)/pip install --quiet --no-deps "$(TORCH)" \
 	  || $(BIN)/pip install --quiet --no-deps "$(TORCH)" --index-url $(TORCH_INDEX)
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock -r requirements/launch.lock
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(APART) -r requirements/apart.lock
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(APART) -r requirements/apart.lock \
+	  || echo "Transformer Engine's Python is not to be had: the tests that read it are skipped"
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	rm -f $(VENV)/.installed-*
 	touch $@
