@@ -38,6 +38,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "single-vote": ("selfplay.verdict=first",),
     "evidence": ("selfplay.beyond.evidence=0.5",),
     "answerable": ("selfplay.beyond.answerability=2",),
+    "outvoting": ("selfplay.beyond.outvoting=true",),
 }
 ALL = {**VARIANTS, **FURTHER}
 ASKED_FOR = (SPELL, "static", "no-memory", "no-questioner-update", "no-verifier-update", "rule-only")

@@ -144,6 +144,9 @@ class BeyondConfig:
     """Weight of naming the documents that the questioner read, in the responder's advantages; 0 does not ask for it."""
     answerability: int | None = Field(default=None, ge=0)
     """Distractors among which the questioner's documents must let a responder answer, or the question is dropped."""
+    outvoting: bool = False
+    """A question earns nothing, and its responses are not trained on, where most of them agree on another answer than
+    its reference."""
     negatives_below: float | None = Field(default=None, gt=0)
     """Negative advantages count only while the batch's entropy, in nats a token, is at most this."""
     std: Literal["group", "task", "batch"] = "group"

@@ -53,7 +53,7 @@ def _judge(episodes: Sequence[Episode]) -> dict[str, float | None]:
 
 def _outcomes(play: Play) -> dict[str, float | None]:
     """Counts of every outcome, and how many answered questions had variance."""
-    named = dict.fromkeys((rewards.KEPT, *rewards.FAILURES), 0) | dict(play.outcomes)
+    named = dict.fromkeys(rewards.PAPER, 0) | dict(play.outcomes)
     answered = [episode for episode in play.episodes if episode.answered]
     return {
         **{f"outcome/{name.removeprefix('dropped:')}": count for name, count in named.items()},

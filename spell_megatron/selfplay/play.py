@@ -25,6 +25,7 @@ from spell_megatron.selfplay.memory import Memory
 from spell_megatron.selfplay.pipeline import play_episode
 from spell_megatron.selfplay.ports import Codec, Generator, Judge
 from spell_megatron.selfplay.prompts import Prompts
+from spell_megatron.selfplay.rewards import OUTVOTED
 from spell_megatron.selfplay.roles import Role, roles_of
 from spell_megatron.selfplay.round import Round
 from spell_megatron.selfplay.seeds import random_of
@@ -249,6 +250,8 @@ class SelfPlay:
         """Store the questions that were answered with some reward, in their own order."""
         for episode in episodes:
             question, answered = episode.question, episode.asked and episode.answered
+            if episode.outcome == OUTVOTED:
+                continue  # a question that is told again has to be right
             if question and answered and self._memorable(episode.mean_reward):
                 documents = remembered_documents(
                     episode.documents, episode.history, self._settings.memory_form

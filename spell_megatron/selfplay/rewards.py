@@ -11,7 +11,11 @@ from spell_megatron import config
 BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE, KEPT = "bad_format", "bad_ground", "zero_variance", "kept"
 UNJUDGED = "dropped:unjudged"
 """The external judge failed, and the reward of a response hangs on it."""
-FAILURES = (BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE)
+OUTVOTED = "outvoted"
+"""Most responses agree on another answer than the reference (`outvoting`)."""
+PAPER = (KEPT, BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE)
+"""What becomes of a question in the paper."""
+FAILURES = (BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE, OUTVOTED)
 """Outcomes of a question that its questioner is trained on, besides the kept ones."""
 
 
@@ -56,8 +60,8 @@ def questioner_reward(outcome: str, mean: float, settings: config.SelfPlayConfig
         return settings.bad_format_reward
     if outcome == BAD_GROUND:
         return settings.bad_ground_reward
-    if outcome not in (KEPT, ZERO_VARIANCE):
+    if outcome not in (KEPT, ZERO_VARIANCE, OUTVOTED):
         return None
-    if outcome == ZERO_VARIANCE or not 0 < mean < 1:
+    if outcome != KEPT or not 0 < mean < 1:
         return 0.0
     return SHAPES[settings.questioner_reward](mean, settings.questioner_sigma)

@@ -22,6 +22,7 @@ from spell_megatron.selfplay.evidence import evidence_score, named, numbered
 from spell_megatron.selfplay.gating import sampled_entropy, without_negatives
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.novelty import distinct_share, novelties, novelty
+from spell_megatron.selfplay.outvoting import outvoted
 from spell_megatron.selfplay.probes import UNANSWERABLE, probed_documents
 from spell_megatron.selfplay.stages import staged, tokens_at
 from spell_megatron.types import Group, Question, Sample, TrainBatch
@@ -115,6 +116,59 @@ def test_a_question_that_its_own_documents_do_not_answer_is_dropped():
     assert tuple(Episode.from_dict(e.to_dict()) for e in result.episodes) == result.episodes
     assert 0 < step_metrics(result)["questioner/unanswerable"] < 1
     assert all(e.answerability is None for e in play().episodes)
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ([("Rome", 0), ("rome.", 0), ("the Rome", 0), ("Oslo", 1)], True),
+        ([("Rome", 0), ("Rome", 0), ("Oslo", 1), ("Oslo", 1)], False),  # a half is no majority
+        ([("Rome", 1), ("Rome", 1), ("Rome", 1), ("Oslo", 0)], False),
+        (
+            [("Rome", 0), ("Rome", 0), ("Rome", 1), ("Oslo", 0)],
+            False,
+        ),  # a verifier said once that it is right
+        ([("Rome", 0), ("Oslo", 0), ("Bern", 0), ("Nice", 0)], False),  # hard, not false
+        ([(None, 0), (None, 0), (None, 0), ("Oslo", 1)], False),
+    ],
+)
+def test_a_majority_against_the_reference_outvotes_it(answers, found: bool):
+    responses = [replace(response(reward), answer=text, reward=float(reward)) for text, reward in answers]
+    assert outvoted(responses) == found
+    assert outvoted(responses[::-1]) == found
+
+
+def test_an_outvoted_question_earns_nothing_and_is_neither_trained_on_nor_remembered():
+    def actor(role, prompt, draw):
+        if role == "responder" and "of cluster 1" in prompt and "\nEmpty\n" not in prompt:
+            return (
+                "The correct answer is (apple)."
+                if draw.random() < 0.75
+                else "The correct answer is (orange)."
+            )
+        return act(role, prompt, draw)
+
+    def whole(**beyond):
+        room = selfplay(
+            settings(beyond=BeyondConfig(**beyond), judge=False),
+            generator=Engine(actor),
+            clusters=Corpus(2, tasks=["doc_general_qa"]),
+        )
+        return asyncio.run(room.play(0)), room
+
+    result, room = whole(outvoting=True)
+    against = [e for e in result.episodes if e.outcome == "outvoted"]
+    assert against
+    assert all(outvoted(e.responses) and e.reward == 0.0 for e in against)
+    assert {e.cluster for e in against} == {"c1"}
+    assert not any(e.kept and outvoted(e.responses) for e in result.episodes)
+    remembered = {entry.question.text for entry in room.memory.recall("doc_general_qa", "c1")}
+    assert not remembered & {e.posed.text for e in against}
+    assert step_metrics(result)["outcome/outvoted"] == len(against)
+    assert tuple(Episode.from_dict(e.to_dict()) for e in result.episodes) == result.episodes
+    plain, _ = whole()
+    assert any(e.kept and outvoted(e.responses) for e in plain.episodes), "they would have been kept"
+    assert "outcome/outvoted" not in step_metrics(plain)
 
 
 def test_the_probe_reads_what_was_read_and_some_others():

@@ -18,6 +18,7 @@ from spell_megatron.selfplay.episode import Episode, Response
 from spell_megatron.selfplay.evidence import evidence_score
 from spell_megatron.selfplay.fitting import PROMPT_TOO_LONG, Fitted
 from spell_megatron.selfplay.groups import Earned, compared_within
+from spell_megatron.selfplay.outvoting import outvoted
 from spell_megatron.selfplay.ports import Opinion
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.roles.role import Chosen, Role, Step
@@ -48,6 +49,8 @@ class Responder(Role):
         )
         varied = rewards.has_variance([response.reward for response in responses])
         outcome = rewards.KEPT if varied else rewards.ZERO_VARIANCE
+        if writer.settings.beyond.outvoting and outvoted(responses):
+            outcome = rewards.OUTVOTED
         if not all(is_settled(response, writer.settings) for response in responses):
             outcome = rewards.UNJUDGED
         return replace(
