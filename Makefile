@@ -27,7 +27,7 @@ fast: setup
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint light
 
 light: setup
-	$(PYTEST) -m "unit and not long" --light --hypothesis-profile=few $(TOGETHER)
+	$(PYTEST) -m "unit and not long" --light --hypothesis-profile=few -n 2 --dist worksteal
 
 test: setup lint
 	$(PYTEST) -m unit $(TOGETHER)

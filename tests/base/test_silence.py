@@ -114,6 +114,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_every_command_is_heard_from_while_it_imports_and_of_many_ranks_one(
     monkeypatch: pytest.MonkeyPatch, rank: str

@@ -125,6 +125,7 @@ def test_nothing_is_asked_twice(tmp_path):
         assert standin.asked.total() == 90
 
 
+@pytest.mark.long
 def test_passing_faults_are_retried(tmp_path):
     def behave(kind, body, number):
         faults = [(500, b"x"), (503, b"x"), (429, b"x"), (0, b""), (200, b"<html>"), (200, {"choices": []})]
@@ -172,6 +173,7 @@ def test_a_refused_sample_is_counted_and_not_retried(tmp_path):
     assert not report.complete
 
 
+@pytest.mark.long
 def test_an_endpoint_that_dies_ends_the_run_and_keeps_what_is_done(tmp_path):
     def behave(kind, body, number):
         standin.dead = standin.dead or number > 17
@@ -214,6 +216,7 @@ def test_several_served_models_must_be_told_apart():
         asyncio.run(_enter(standin.url + "/v1"))
 
 
+@pytest.mark.long
 def test_the_judge_is_asked_only_where_the_rule_failed_and_once(tmp_path):
     def judge(kind, body, number):
         prompt = body["messages"][0]["content"]
@@ -271,6 +274,7 @@ def test_a_judge_that_fails_leaves_samples_unjudged_not_wrong(judge, reason, tmp
     assert not report.complete
 
 
+@pytest.mark.long
 def test_a_judge_that_recovers_is_asked_again_on_the_next_run(tmp_path):
     settings = Settings(samples=1, concurrency=4)
     with StandIn(right) as standin:

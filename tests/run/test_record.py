@@ -191,6 +191,7 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_written(
     assert list(read_lines(lines.path)) == [{"step": 1}, {"step": 3}]
 
 
+@pytest.mark.long
 def test_what_was_appended_outlives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     code = (
@@ -209,6 +210,7 @@ def test_what_was_appended_outlives_a_kill(tmp_path: Path) -> None:
 # ---- metrics
 
 
+@pytest.mark.long
 def test_metrics_are_lines_and_tensorboard(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     logged(
         run,

@@ -100,6 +100,7 @@ def test_on_another_machine_it_is_the_heartbeat_that_counts(
     take(tmp_path / "dead")
 
 
+@pytest.mark.long
 def test_a_lock_that_is_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "LEASE_SECONDS", 1.5)
     with locked(tmp_path) as held:

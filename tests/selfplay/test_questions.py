@@ -69,6 +69,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=300)
 @given(
     st.dictionaries(WORDS.map(str.strip), values, max_size=3),

@@ -103,6 +103,7 @@ def test_who_reads_what():
         assert seen["responder"] == (set(range(8)) if episode.responses else set())
 
 
+@pytest.mark.long
 def test_arrival_does_not_matter():
     """Delays are random, and the number of questions in flight differs: the steps are the same."""
 
@@ -171,6 +172,7 @@ def test_an_episode_of_a_journal_that_knows_no_updates_is_read():
     assert Episode.from_dict(record) == made
 
 
+@pytest.mark.long
 def test_an_interrupted_step_continues_where_it_was():
     """Finished episodes are not generated again, and the step is the same as without the interruption."""
     chosen = settings(questions=20)
