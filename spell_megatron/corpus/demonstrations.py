@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spell_megatron.corpus.templates import phrases
+from spell_megatron.corpus.templates import LETTERS, TASKS, phrases
 from spell_megatron.types import Cluster, Document, Question
 
-LETTERS = "ABCD"
-TASKS = ("doc_general_qa", "docmath_qa", "doc_mc")
 SENTENCE = {
     "doc_general_qa": "The correct answer is {v}.",
     "docmath_qa": "Therefore, the answer is {v}.",
@@ -60,9 +58,9 @@ class Exercise:
     long_form: str
     """A longer way to name a value like the answer; `{v}` is the value."""
     guess: Callable[[random.Random], str]
-    """What somebody says who has not looked: anything of the right kind."""
+    """What somebody says who has not looked: anything of the right kind. Not asked where there are letters."""
     wrong: Callable[[random.Random], str]
-    """A wrong answer of the right kind, close by where possible."""
+    """A wrong answer of the right kind, close by where possible; nor is it."""
     sum: str = ""
     """The calculation, where there is one."""
 
@@ -192,7 +190,7 @@ class Demonstrations:
         if not documents:
             reply = UNKNOWN
         elif rng.random() < habits.hasty:
-            reply = self._sentence(exercise, exercise.guess(rng), rng, habits)
+            reply = self._sentence(exercise, _guess(exercise, rng), rng, habits)
         else:
             reply = self._careful(exercise, rng, habits)
         variables = {"documents": list(documents), "question": question}
@@ -203,7 +201,7 @@ class Demonstrations:
         task, value, sum_ = exercise.question.task, exercise.question.answer, exercise.sum
         quotes = list(exercise.quotes)
         if rng.random() < habits.slip:
-            value = exercise.wrong(rng)
+            value = _wrong(exercise, rng)
             if task == "docmath_qa":
                 sum_ = sum_.replace(f" {exercise.result}.", f" {value}.")
             elif task == "doc_general_qa":
@@ -294,7 +292,7 @@ class Demonstrations:
         """An answer and a reference in their various forms, the same value half of the time."""
         exercise = self._ask(documents, rng, habits.hops)
         task, reference = exercise.question.task, exercise.question.answer
-        answer = reference if rng.random() < 0.5 else exercise.wrong(rng)
+        answer = reference if rng.random() < 0.5 else _wrong(exercise, rng)
         if task == "doc_general_qa":
             answer = exercise.long_form.format(v=answer) if rng.random() < habits.long_answer else answer
             if rng.random() < habits.long_reference:
@@ -303,3 +301,14 @@ class Demonstrations:
             answer = self.spell(answer)
         question = replace(exercise.question, answer=reference)
         return self._verifier(question, answer, reference, rng, habits)
+
+
+def _guess(exercise: Exercise, rng: random.Random) -> str:
+    return rng.choice(LETTERS) if exercise.question.options else exercise.guess(rng)
+
+
+def _wrong(exercise: Exercise, rng: random.Random) -> str:
+    question = exercise.question
+    if not question.options:
+        return exercise.wrong(rng)
+    return rng.choice([letter for letter in LETTERS if letter != question.answer])

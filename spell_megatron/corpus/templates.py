@@ -9,6 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+LETTERS = "ABCD"
+"""Of choices."""
+TASKS = ("doc_general_qa", "docmath_qa", "doc_mc")
+"""What every generated world is asked."""
+
 
 def reader(template: str, slots: Mapping[str, str]) -> re.Pattern[str]:
     """The pattern that reads what `template` writes.

@@ -4,7 +4,6 @@ from spell_megatron.corpus.hard.asking import (
     LENGTHS,
     LINKS_ASKED,
     PARAPHRASED,
-    TASKS,
     Asked,
     ask,
     heldout,
@@ -14,6 +13,7 @@ from spell_megatron.corpus.hard.asking import (
 from spell_megatron.corpus.hard.reading import Solution, plain
 from spell_megatron.corpus.hard.vocabulary import vocabulary
 from spell_megatron.corpus.hard.world import FULL, HELD_OUT, SMALL, TRAIN, Extent, cluster
+from spell_megatron.corpus.templates import TASKS
 
 __all__ = [
     "FULL",

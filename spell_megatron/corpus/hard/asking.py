@@ -19,10 +19,9 @@ from spell_megatron.corpus.hard.grammar import PRICE, RELATIONS, Predicate
 from spell_megatron.corpus.hard.reading import Knowledge, Solution, plain, solve
 from spell_megatron.corpus.hard.texts import Texts
 from spell_megatron.corpus.hard.world import half_of, subjects
+from spell_megatron.corpus.templates import LETTERS, TASKS
 from spell_megatron.types import Cluster, Document, Question
 
-LETTERS = "ABCD"
-TASKS = ("doc_general_qa", "docmath_qa", "doc_mc")
 LINKS_ASKED = (1, 2, 3, 4)
 LENGTHS = (1, 2, 4)
 """Lengths of held-out documents, in those of the training half."""

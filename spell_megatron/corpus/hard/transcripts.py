@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from spell_megatron.corpus.demonstrations import Demonstrations, Exercise, Habits
 from spell_megatron.corpus.hard import grammar, words
-from spell_megatron.corpus.hard.asking import LETTERS, LINKS_ASKED, Asked, answering, ask
+from spell_megatron.corpus.hard.asking import LINKS_ASKED, Asked, answering, ask
 from spell_megatron.corpus.hard.grammar import MEASURES, PRICE, RELATIONS
 from spell_megatron.corpus.hard.reading import ASKS, NEXT, Knowledge, Solution, Stated, plain
 from spell_megatron.corpus.hard.vocabulary import TEMPLATES, WORDS
@@ -52,20 +52,14 @@ def _exercise(asked: Asked, documents: Sequence[Document]) -> Exercise:
         return [fact.said for fact in Knowledge(documents).of(relation.name)]
 
     def guess(rng: random.Random) -> str:
-        match question.task:
-            case "doc_mc":
-                return rng.choice(LETTERS)
-            case "docmath_qa":
-                return str(rng.randint(1, 2 * SMALL.largest))
+        if question.task == "docmath_qa":
+            return str(rng.randint(1, 2 * SMALL.largest))
         return rng.choice(near() or [question.answer])
 
     def wrong(rng: random.Random) -> str:
-        match question.task:
-            case "doc_mc":
-                return rng.choice([letter for letter in LETTERS if letter != question.answer])
-            case "docmath_qa":
-                right = int(question.answer)
-                return str(rng.choice([n for n in range(max(1, right - 2), right + 3) if n != right]))
+        if question.task == "docmath_qa":
+            right = int(question.answer)
+            return str(rng.choice([n for n in range(max(1, right - 2), right + 3) if n != right]))
         far = relation.values or subjects(rng, half_of(solution.value), 2, relation.to)
         others = [value for value in near() if plain(value) != solution.value]
         return rng.choice(others or [value for value in far if value != solution.value])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from spell_megatron.corpus.hard import grammar, reading, words
-from spell_megatron.corpus.hard.asking import LETTERS
 from spell_megatron.corpus.hard.grammar import MEASURES, PRICE, RELATIONS
 from spell_megatron.corpus.hard.world import FULL, SMALL
-from spell_megatron.corpus.templates import phrases
+from spell_megatron.corpus.templates import LETTERS, phrases
 
 _MOST_ADDED = 3
 """Numbers in the longest sum."""

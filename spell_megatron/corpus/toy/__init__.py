@@ -1,9 +1,9 @@
 """The toy world: documents without end, questions about them, the truth, and worked examples."""
 
+from spell_megatron.corpus.templates import TASKS
 from spell_megatron.corpus.toy.transcripts import DEMONSTRATIONS, HABITS
 from spell_megatron.corpus.toy.world import (
     HELD_OUT,
-    TASKS,
     TRAIN,
     WHOLE,
     Scale,

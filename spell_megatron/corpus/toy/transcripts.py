@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from spell_megatron.corpus.demonstrations import Demonstrations, Exercise, Habits
 from spell_megatron.corpus.toy import grammar, words
 from spell_megatron.corpus.toy.vocabulary import TEMPLATES, WORDS
-from spell_megatron.corpus.toy.world import LETTERS, WHOLE, Derived, Scale, ToyFacts, ask, plain, toy_cluster
+from spell_megatron.corpus.toy.world import WHOLE, Derived, Scale, ToyFacts, ask, plain, toy_cluster
 from spell_megatron.types import Cluster, Document
 
 HABITS = Habits(long_reference=0.8)
@@ -19,16 +19,12 @@ def _exercise(derived: Derived, documents: Sequence[Document]) -> Exercise:
     question, relation = derived.question, grammar.RELATIONS.get(derived.steps[-1].relation)
 
     def guess(rng: random.Random) -> str:
-        if question.task == "doc_mc":
-            return rng.choice(LETTERS)
         if relation is None or question.task == "docmath_qa":
             return str(rng.randint(1, len(words.NUMBERS) - 1))
         return rng.choice(ToyFacts(documents).values(relation.name))
 
     def wrong(rng: random.Random) -> str:
         answer = question.answer
-        if question.task == "doc_mc":
-            return rng.choice([letter for letter in LETTERS if letter != answer])
         if relation is None or question.task == "docmath_qa":
             near = range(max(1, int(answer) - 2), min(len(words.NUMBERS) - 1, int(answer) + 2) + 1)
             return str(rng.choice([number for number in near if number != int(answer)]))

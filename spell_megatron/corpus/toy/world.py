@@ -19,14 +19,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from spell_megatron.corpus.templates import reader
+from spell_megatron.corpus.templates import LETTERS, TASKS, reader
 from spell_megatron.corpus.toy import grammar, words
 from spell_megatron.corpus.toy.grammar import FRIEND, LINKS, OWNER, RELATIONS, TRAITS, Sum
 from spell_megatron.types import Cluster, Document, Question
 
 DOMAIN = "toy"
-TASKS = ("doc_general_qa", "docmath_qa", "doc_mc")
-LETTERS = "ABCD"
 LARGEST = 12
 """Prices and savings are 1 to this."""
 HELD_OUT = 1
