@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from imports import ROOT
+from imports import ROOT, syntax
 from test_house import FLOORS
 
 pytestmark = pytest.mark.unit
@@ -55,11 +55,10 @@ def test_the_picture_has_the_floors_of_the_house() -> None:
 
 def names(path: Path) -> set[str]:
     """What a module defines, or the keys of a YAML file's first level."""
-    text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
-        return set(re.findall(r"^(\w+):", text, re.M))
+        return set(re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.M))
     found = set[str]()
-    for node in ast.parse(text).body:
+    for node in syntax(path).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         targets = (

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from imports import PACKAGES, ROOT, circles, imports, modules
+from imports import PACKAGES, ROOT, circles, imports, modules, syntax
 
 import spell_megatron
 
@@ -91,7 +91,7 @@ def test_a_public_class_has_a_name_of_its_own() -> None:
     """One word, one thing, in all packages; inside a module a leading underscore is enough."""
     homes: dict[str, list[str]] = {}
     for module, path in modules().items():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in syntax(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(module)
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
@@ -122,7 +122,7 @@ def test_the_package_does_not_print() -> None:
     for module, path in modules().items():
         calls = [
             node.func.id
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            for node in ast.walk(syntax(path))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         ]
         assert "print" not in calls, module

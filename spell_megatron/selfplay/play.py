@@ -184,8 +184,8 @@ class SelfPlay:
                 for index in islice(waiting, max(0, self._settings.concurrency - played.running)):
                     played.begin(index, play_episode(self.roles, self._writer, jobs[index]), self._newest)
                     tally.begun += 1
-                for index, task in await played.arrivals():
-                    played.done[index] = self._arrived(task.result(), jobs[index])
+                for index, episode in await played.arrivals():
+                    played.done[index] = self._arrived(episode, jobs[index])
         except BaseException:
             await played.cancel()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 from spell_megatron.selfplay.episode import Episode
@@ -52,11 +53,18 @@ class Round:
             self._kept, self.end = self._kept + episode.kept, self.end + 1
         return self.is_full or self.end == len(self.done)
 
-    async def arrivals(self) -> list[tuple[int, asyncio.Task[Episode]]]:
+    async def arrivals(self) -> list[tuple[int, Episode]]:
         """Wait until something ends. In the order of places: that of arrival is not the same twice, and decides
-        which requests share a batch."""
-        arrived, _ = await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-        return sorted(((self._under_way.pop(task), task) for task in arrived), key=lambda arrival: arrival[0])
+        which requests share a batch.
+
+        The error of an episode is raised when none that ended well is left to hand out: they are finished work.
+        """
+        ended, _ = await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+        failed = [task for task in ended if task.cancelled() or task.exception() is not None]
+        arrived = [(self._under_way.pop(task), task.result()) for task in ended.difference(failed)]
+        if not arrived:
+            min(failed, key=self._under_way.__getitem__).result()
+        return sorted(arrived, key=itemgetter(0))
 
     def leftovers(self) -> tuple[dict[int, Episode], dict[int, Leftover]]:
         """What lies behind the end, finished and under way, by its place from there."""

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from imports import syntax
 from places import ROOT
 
 from spell_megatron.config import RECIPES, ConfigError, RolloutConfig, load_config
@@ -72,17 +73,12 @@ def source() -> Path:
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
 def classes() -> dict[str, ast.ClassDef]:
     """By name; of several of one name the last."""
     folders = ("engine", "entrypoints", "distributed/weight_transfer", "sampling_params.py")
     files = [file for name in folders for file in _python(source() / name)]
     return {
-        node.name: node for file in files for node in ast.walk(parsed(file)) if isinstance(node, ast.ClassDef)
+        node.name: node for file in files for node in ast.walk(syntax(file)) if isinstance(node, ast.ClassDef)
     }
 
 
@@ -103,7 +99,7 @@ def fields(name: str) -> set[str]:
 def routes() -> Iterator[tuple[tuple[str, str], set[str]]]:
     """Verb and path of every route, with its function's parameters and every text in it."""
     for file in _python(source() / "entrypoints"):
-        for node in ast.walk(parsed(file)):
+        for node in ast.walk(syntax(file)):
             if not isinstance(node, ast.AsyncFunctionDef | ast.FunctionDef):
                 continue
             for decorator in node.decorator_list:
@@ -130,7 +126,7 @@ def test_routes_stand_in_one_place_and_each_is_looked_for() -> None:
     for file in OURS.rglob("*.py"):
         texts = {
             node.value.partition("?")[0]
-            for node in ast.walk(parsed(file))
+            for node in ast.walk(syntax(file))
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/")
         }
         paths = {text for text in texts if " " not in text and text != "/"}
@@ -156,7 +152,7 @@ def test_every_field_is_there(name: str) -> None:
 
 def test_every_imported_name_is_there() -> None:
     for file in OURS.rglob("*.py"):
-        for node in ast.walk(parsed(file)):
+        for node in ast.walk(syntax(file)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
                 assert node.module
                 path = source().joinpath(*node.module.split(".")[1:])
@@ -243,7 +239,7 @@ def test_a_source_has_all_that_vllm_has_it_implement() -> None:
         and any(isinstance(d, ast.Name) and d.id == "abstractmethod" for d in node.decorator_list)
     }
     for file, name in ((OURS / "transfer/store.py", "WeightStore"), (OURS / "transfer/local.py", "_Once")):
-        (ours,) = (n for n in parsed(file).body if isinstance(n, ast.ClassDef) and n.name == name)
+        (ours,) = (n for n in syntax(file).body if isinstance(n, ast.ClassDef) and n.name == name)
         assert abstract <= {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
     assert abstract
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 from contextlib import suppress
@@ -27,6 +28,7 @@ from spell_megatron.config import SamplingConfig
 from spell_megatron.selfplay import Episode, Play, Prompts, StarvedError, accuracy, step_metrics
 from spell_megatron.selfplay.grading import rule_reward
 from spell_megatron.selfplay.parsing import parse_verdict
+from spell_megatron.selfplay.round import Round
 from spell_megatron.types import Question, SpellError
 
 pytestmark = pytest.mark.unit
@@ -216,6 +218,30 @@ def test_an_error_leaves_no_request_running():
         return len(asyncio.all_tasks())
 
     assert asyncio.run(scene()) == 1
+
+
+def test_what_ends_well_beside_an_error_is_handed_out_first(caplog: pytest.LogCaptureFixture) -> None:
+    async def failing(message: str) -> Episode:
+        raise ConnectionError(message)
+
+    async def fine(index: int) -> Episode:
+        return replace(episode, index=index)
+
+    async def scene() -> list[int]:
+        played = Round([None] * 4, wanted=4)
+        works = [failing("first"), fine(1), failing("second"), fine(3)]
+        for place, work in enumerate(works):
+            played.begin(place, work, 0)
+        handed = [index for index, _ in await played.arrivals()]
+        with pytest.raises(ConnectionError, match="first"):
+            await played.arrivals()
+        await played.cancel()
+        return handed
+
+    [episode, *_] = asyncio.run(selfplay().play(0)).episodes
+    assert asyncio.run(scene()) == [1, 3]
+    gc.collect()
+    assert not caplog.records  # nobody would have asked for the second one's error
 
 
 def test_a_restored_room_plays_on_as_if_nothing_had_happened():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -25,10 +26,21 @@ def modules() -> dict[str, Path]:
 
 
 @cache
+def syntax(path: Path) -> ast.Module:
+    """What a file says. Nothing is finalised meanwhile: a finaliser that logs an error with its traceback parses too,
+    and Python 3.11 counts the depth of both as one ("AST constructor recursion depth mismatch")."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        gc.enable()
+
+
+@cache
 def imports(path: Path, *, on_load: bool = False) -> frozenset[str]:
     """Full names of what a file imports, modules or what they hold; `on_load`: those alone that loading it imports."""
     names: set[str] = set()
-    for node in _nodes(ast.parse(path.read_text(encoding="utf-8")), on_load):
+    for node in _nodes(syntax(path), on_load):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
