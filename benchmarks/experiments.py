@@ -38,6 +38,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "single-vote": ("selfplay.verdict=first",),
     "evidence": ("selfplay.beyond.evidence=0.5",),
     "answerable": ("selfplay.beyond.answerability=2",),
+    "noted": ("selfplay.beyond.noted=true",),
     "outvoting": ("selfplay.beyond.outvoting=true",),
 }
 ALL = {**VARIANTS, **FURTHER}

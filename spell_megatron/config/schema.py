@@ -144,6 +144,8 @@ class BeyondConfig:
     """Weight of naming the documents that the questioner read, in the responder's advantages; 0 does not ask for it."""
     answerability: int | None = Field(default=None, ge=0)
     """Distractors among which the questioner's documents must let a responder answer, or the question is dropped."""
+    noted: bool = False
+    """A question is malformed where its questioner did not write down the answer before it: it was not looked up."""
     outvoting: bool = False
     """A question earns nothing, and its responses are not trained on, where most of them agree on another answer than
     its reference."""

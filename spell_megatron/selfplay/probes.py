@@ -1,4 +1,8 @@
-"""What a question must pass before it is answered: it needs its documents, and they suffice.
+"""What a question must pass before it is answered: it was looked up, it needs its documents, and they suffice.
+
+A questioner reasons before it asks: it quotes, calculates, or thinks. The answer that it comes to stands there; one
+that stands nowhere before the question was made up with it, and is false as a rule (docs/evidence.md has the figures).
+To see that costs nothing.
 
 Without documents a responder must not be right: such a question asks for what is known anyway (grounding).
 
@@ -18,9 +22,28 @@ from spell_megatron.selfplay import rewards
 from spell_megatron.selfplay.answering import answer, answer_prompt
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.fitting import PROMPT_TOO_LONG
+from spell_megatron.selfplay.reading.objects import last_object
+from spell_megatron.selfplay.reading.texts import normalise
 from spell_megatron.selfplay.writer import Job, Writer
+from spell_megatron.types import Question
 
 UNANSWERABLE = "dropped:unanswerable"
+
+
+async def noted(writer: Writer, job: Job, episode: Episode) -> Episode:
+    """Whether what the questioner wrote before its question states the answer."""
+    if not writer.settings.beyond.noted or states(episode.asked_text, episode.posed):
+        return episode
+    return replace(episode, outcome=rewards.UNNOTED)
+
+
+def states(text: str, question: Question) -> bool:
+    """Whether the part of a questioner's text before its question says the answer, or the choice that is right."""
+    found = last_object(text, "question")
+    before = normalise(text[: found.start].replace("<", " <")) if found else ""
+    answer = normalise(question.options[question.answer] if question.options else question.answer)
+    edge = " " if answer.isascii() else ""  # scripts without blanks between words
+    return f"{edge}{answer}{edge}" in f" {before} "
 
 
 async def ground(writer: Writer, job: Job, episode: Episode) -> Episode:

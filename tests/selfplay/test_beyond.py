@@ -23,7 +23,7 @@ from spell_megatron.selfplay.gating import sampled_entropy, without_negatives
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.novelty import distinct_share, novelties, novelty
 from spell_megatron.selfplay.outvoting import outvoted
-from spell_megatron.selfplay.probes import UNANSWERABLE, probed_documents
+from spell_megatron.selfplay.probes import UNANSWERABLE, probed_documents, states
 from spell_megatron.selfplay.stages import staged, tokens_at
 from spell_megatron.types import Group, Question, Sample, TrainBatch
 
@@ -169,6 +169,46 @@ def test_an_outvoted_question_earns_nothing_and_is_neither_trained_on_nor_rememb
     plain, _ = whole()
     assert any(e.kept and outvoted(e.responses) for e in plain.episodes), "they would have been kept"
     assert "outcome/outvoted" not in step_metrics(plain)
+
+
+@pytest.mark.parametrize(
+    ("before", "answer", "found"),
+    [
+        ("The friend of Ann is Bob Hale.", "bob hale", True),
+        ("The friend of Ann is Bob Hale.", "Bob", True),
+        ("The friend of Ann is Bob Hale.", "Ale", False),
+        ("8 + 4 = 12.", "12", True),
+        ("8 + 4 = 12.", "2", False),
+        ("<think>It was in 1,204.</think>", "1204", True),
+        ("巴黎是法国的首都。", "法国", True),
+        ("", "Rome", False),
+    ],
+)
+def test_a_question_is_noted_where_its_answer_stands_before_it(before: str, answer: str, found: bool):
+    asked = Question("doc_general_qa", "What is it?", answer)
+    written = json.dumps({"question": asked.text, "answer": answer})
+    assert states(f"{before} {written}", asked) == found
+    choice = Question("doc_mc", "Which?", "C", {"A": "no", "B": "nor this", "C": answer, "D": "never"})
+    written = json.dumps({"question": choice.text, "options": choice.options, "answer": "C"})
+    assert states(f"{before} {written}", choice) == found
+
+
+def test_a_question_that_was_not_noted_is_as_bad_as_a_malformed_one_and_asked_of_nobody():
+    def actor(role, prompt, draw):
+        said = act(role, prompt, draw)
+        return f"It is an orange: {said}" if role == "questioner" and draw.random() < 0.5 else said
+
+    def outcomes(**beyond) -> list[Episode]:
+        changes = {"bad_format_reward": -0.7}
+        return list(play(Engine(actor), Corpus(tasks=["doc_general_qa"]), changes, **beyond).episodes)
+
+    asked = outcomes(noted=True)
+    made_up = [e for e in asked if e.outcome == "unnoted"]
+    assert made_up
+    assert all(e.reward == -0.7 and not e.responses and e.probe is None for e in made_up)
+    assert not any("orange" in e.asked_text.partition("{")[0] for e in made_up)
+    assert all("orange" in e.asked_text.partition("{")[0] for e in asked if e.responses)
+    assert "unnoted" not in {e.outcome for e in outcomes()}
 
 
 def test_the_probe_reads_what_was_read_and_some_others():
