@@ -23,6 +23,7 @@ from spell_megatron.corpus.worlds import recalled
 from spell_megatron.run.record import Journal, RunFolder
 from spell_megatron.run.record.metrics import read_metrics
 from spell_megatron.selfplay import Episode
+from spell_megatron.selfplay.probes import states
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ VIEWS: dict[str, Callable[[Posed], str]] = {
     "step": lambda one: f"{one.episode.step:3d}",
     "remembered": lambda one: str(len(one.episode.history)),
     "documents read": lambda one: str(len(one.episode.documents)),
+    "noted": lambda one: "yes" if states(one.episode.asked_text, one.episode.posed) else "no",
     "task": lambda one: one.episode.task,
     "mean reward": lambda one: (
         f"{round(4 * one.episode.mean_reward) / 4:.2f}" if one.episode.answered else "none"
