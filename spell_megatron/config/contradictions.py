@@ -34,6 +34,10 @@ def check_contradictions(config: Config, where: str) -> None:
         faults.append(
             "selfplay.leftovers=carry trains on samples of the step before: set selfplay.max_staleness=1 or more"
         )
+    if play.leftovers == "carry" and play.whole_rounds:
+        faults.append(
+            "selfplay.whole_rounds leaves nothing for selfplay.leftovers=carry: leave out one of them"
+        )
     if config.rollout.placement == "colocated" and play.max_staleness:
         faults.append(
             "rollout.placement=colocated leaves no memory for rollouts during an update: set it to disaggregated,"

@@ -177,6 +177,9 @@ class SelfPlayConfig:
     """Questions asked per round of dynamic sampling."""
     max_rounds: int = Field(default=10, gt=0)
     """Rounds before a step gives up filling its batch."""
+    whole_rounds: bool = False
+    """Ask all questions of the round that fills the batch, as the authors' code does: those kept beyond `questions` are
+    remembered and not trained on. Else a step ends with the question that fills it, and the next goes on from there."""
     group_size: int = Field(default=8, gt=1)
     """G: responses of one question, and judgements of one response."""
     documents: int = Field(default=5, gt=0)

@@ -60,7 +60,7 @@ def compose(
     train = TrainBatch(tuple(group for of_role in chosen.values() for group in of_role.groups))
     bound = settings.beyond.negatives_below
     gated = bound is not None and sampled_entropy(train) > bound
-    facts = {"batch/gated": float(gated)} if gated else {}
+    facts = {"batch/questions": float(len(kept))} | ({"batch/gated": float(gated)} if gated else {})
     for name, of_role in chosen.items():
         facts |= {f"batch/{fact}": value for fact, value in of_role.facts.items()}
         facts |= {f"advantage/{name}/{fact}": value for fact, value in of_role.advantages.metrics.items()}

@@ -30,7 +30,6 @@ def step_metrics(play: Play) -> dict[str, float]:
         "memory/questions": play.remembered,
         "memory/rings": play.rings,
         "memory/hits": mean(bool(e.history) for e in episodes if e.asked),
-        "batch/questions": sum(e.kept for e in episodes),
         "batch/response_tokens": play.batch.train.response_tokens,
         **play.batch.facts,
         **{f"batch/{role.name}_samples": play.batch.samples(role.name) for role in play.roles},

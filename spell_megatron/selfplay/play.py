@@ -3,8 +3,9 @@
 Within a round many episodes run at once and finish in any order. What counts is their own order: the
 step ends at the first episode, counted from the round's start, with which N questions are kept.
 Everything before it belongs to the step, and the corpus is wound back to it, so that a step is the same
-however fast its parts were; what was begun behind it is dropped or carried over (`leftovers`). Memory is
-read as it stood when the round began and written when the round has ended.
+however fast its parts were; what was begun behind it is dropped or carried over (`leftovers`). With
+`selfplay.whole_rounds` the step ends with the round instead: what is kept beyond N is remembered and not
+trained on. Memory is read as it stood when the round began and written when the round has ended.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class SelfPlay:
             episodes += played
             wanted -= sum(episode.kept for episode in played)
             self._remember(step, played)
-            if wanted == 0:
+            if wanted <= 0:
                 draw = random_of(self._seed, step, "batch")
                 batch = compose(episodes, self._settings, draw, self._baselines, self.roles)
                 memory = self.memory
@@ -167,11 +168,11 @@ class SelfPlay:
     async def _round(
         self, step: int, number: int, wanted: int, known: dict[tuple[int, int], Episode], tally: Tally
     ) -> list[Episode]:
-        """Episodes of one round up to the one that fills the batch."""
+        """Episodes of one round: all, or up to the one that fills the batch."""
         place = self._clusters.state()
         drawn = self._clusters.draw(self._settings.round_questions)
         jobs = [self._job(step, number, index, *entry) for index, entry in enumerate(drawn)]
-        played = Round([_known(job, known) for job in jobs], wanted)
+        played = Round([_known(job, known) for job in jobs], wanted, self._settings.whole_rounds)
         tally.journaled += sum(episode is not None for episode in played.done)
         try:
             for index, left in (await self._brought(step, played.done, tally)).items():

@@ -15,18 +15,18 @@ class Round:
     """Episodes by their places: finished (`done`), under way, or waiting to begin.
 
     What counts is the unbroken row of finished ones from the first place on, up to the one with which `wanted` are
-    kept: the first `end` places.
+    kept: the first `end` places. A `whole` round goes on to its last place all the same.
     """
 
-    def __init__(self, done: Sequence[Episode | None], wanted: int) -> None:
-        self.done, self._wanted = list(done), wanted
+    def __init__(self, done: Sequence[Episode | None], wanted: int, whole: bool = False) -> None:
+        self.done, self._wanted, self._whole = list(done), wanted, whole
         self.end = self._kept = 0
         self._under_way: dict[asyncio.Task[Episode], int] = {}
         self._oldest: dict[int, int] = {}
 
     @property
     def is_full(self) -> bool:
-        return self._kept == self._wanted
+        return self._kept >= self._wanted
 
     @property
     def running(self) -> int:
@@ -49,9 +49,13 @@ class Round:
 
     def advance(self) -> bool:
         """Count what is finished at the end of the row; whether the round is over."""
-        while self.end < len(self.done) and not self.is_full and (episode := self.done[self.end]) is not None:
+        while not self._is_over and (episode := self.done[self.end]) is not None:
             self._kept, self.end = self._kept + episode.kept, self.end + 1
-        return self.is_full or self.end == len(self.done)
+        return self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return self.end == len(self.done) or (self.is_full and not self._whole)
 
     async def arrivals(self) -> list[tuple[int, Episode]]:
         """Wait until something ends. In the order of places: that of arrival is not the same twice, and decides

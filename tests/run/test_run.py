@@ -77,10 +77,14 @@ def test_any_other_fault_of_the_engines_ends_the_play(monkeypatch: pytest.Monkey
     assert story.told == [Phase.GENERATE, ("play", 5), "saved"]
 
 
-@pytest.mark.parametrize(("clusters", "warned"), [(60, False), (5000, True)])
+@pytest.mark.parametrize(
+    ("clusters", "cap", "warned"), [(60, "null", False), (5000, "null", True), (5000, "60", False)]
+)
 def test_a_run_that_meets_its_clusters_less_than_once_says_so(
-    caplog: pytest.LogCaptureFixture, clusters: int, warned: bool
+    caplog: pytest.LogCaptureFixture, clusters: int, cap: str, warned: bool
 ) -> None:
-    config = load_config("toy", [f"corpus.toy_clusters={clusters}"])
+    config = load_config(
+        "toy", [f"corpus.toy_clusters={clusters}", f"corpus.sources=[{{path: toy, clusters: {cap}}}]"]
+    )
     _warn_of_rare_visits(config, ClusterSampler(config.corpus, len, 0))
     assert ("history memory will hardly act" in caplog.text) == warned

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selfplay_stage import Engine, selfplay
+from selfplay_stage import settings as stage_settings
 
+from spell_megatron.config import CorpusConfig, load_config
+from spell_megatron.corpus import ClusterSampler
 from spell_megatron.selfplay.curriculum import choose_documents, remembered_documents
 from spell_megatron.selfplay.memory import Memory, Remembered
 from spell_megatron.selfplay.seeds import random_of, seed_of
@@ -140,6 +147,33 @@ def test_the_curriculum(available: int, history: list[list[int]], fresh: int, se
     assert known <= set(chosen) <= set(range(available))
     assert len(chosen) == len(known) + min(fresh, available - len(known))
     assert chosen == choose_documents(available, entries, fresh, random.Random(seed))
+
+
+@pytest.mark.long
+def test_a_run_of_the_papers_recipe_meets_each_pair_as_often_as_the_paper(tmp_path: Path):
+    """Its keys at a 60th of its size, over 70 steps: 2 kept of 8 questions a round, 35 of 50 clusters for each task."""
+    recipe, part, sources = load_config("paper-16k"), 60, []
+    for source in recipe.corpus.sources:
+        file = tmp_path / f"{source.domain}.jsonl"
+        texts = [(n, f"Fact {i} of {source.domain} {n}.") for n in range(50) for i in range(3)]
+        file.write_text("\n".join(json.dumps({"text": text, "cluster": n}) for n, text in texts))
+        capped = replace(source, path=str(file), clusters=source.clusters // part)
+        sources.append(replace(capped, group_by="given", deduplicate="exact"))
+    chosen = replace(
+        recipe.selfplay,
+        questions=recipe.selfplay.questions // part,
+        round_questions=recipe.selfplay.round_questions // part,
+        **{"sampling": stage_settings().sampling, "group_size": 4, "judge": False},
+    )
+    clusters = ClusterSampler(CorpusConfig(sources=tuple(sources)), len, 0)
+    room = selfplay(chosen, clusters=clusters, generator=Engine(delay=0))
+    episodes = [e for step in range(70) for e in asyncio.run(room.play(step)).episodes]
+    met = Counter((e.cluster, e.task) for e in episodes)
+    assert len(met) == 3 * 35
+    assert set(met.values()) <= {5, 6, 7, 8}, "the paper: 5 to 8 times"
+    third = len(episodes) // 3
+    hits = [sum(bool(e.history) for e in episodes[place:][:third]) for place in (0, third, 2 * third)]
+    assert hits[0] < hits[1] < hits[2]
 
 
 def test_keys_are_balanced():

@@ -57,6 +57,26 @@ def test_a_step_fills_its_batch_and_follows_every_rule():
         check(episode, chosen.group_size)
 
 
+def test_a_whole_round_is_asked_to_its_end_and_the_batch_is_its_first_questions():
+    """As in the step that ends with its batch, and what comes behind is remembered besides."""
+    cut, room = selfplay(), selfplay(settings(whole_rounds=True))
+    short, long = (asyncio.run(one.play(0)) for one in (cut, room))
+    assert len(short.episodes) < len(long.episodes) == room.state()["clusters"]["position"] == 30
+    assert as_json(long)[: len(short.episodes)] == as_json(short)
+    responders = [
+        [
+            group
+            for group, role in zip(p.batch.train.groups, p.batch.roles, strict=True)
+            if role == "responder"
+        ]
+        for p in (short, long)
+    ]
+    assert responders[0] == responders[1]
+    assert step_metrics(long)["batch/questions"] == 6 < step_metrics(long)["outcome/kept"]
+    assert long.remembered > short.remembered
+    assert long.tally.aborted == long.tally.unused == 0
+
+
 def check(episode: Episode, group: int) -> None:
     """Everything in an episode follows from its texts."""
     if episode.outcome in ("bad_format", "dropped:over_long", "dropped:not_a_number"):

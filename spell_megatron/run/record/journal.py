@@ -61,7 +61,8 @@ def _shape(config: Config) -> tuple[object, ...]:
 
 _DEFAULT = SelfPlayConfig()
 _AROUND = (
-    *("questions", "round_questions", "max_rounds", "concurrency", "max_staleness", "leftovers"),
+    *("questions", "round_questions", "max_rounds", "whole_rounds"),
+    *("concurrency", "max_staleness", "leftovers"),
     *("memory_range", "failure_ratio", "train_questioner", "train_verifier"),
     *("verifier_consistency", "verifier_agreement", "verifier_share"),
 )
