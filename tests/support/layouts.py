@@ -59,7 +59,7 @@ CASES = (
         fast=True,
     ),
     Case("tp2+sp recompute", 2, ("qwen3", "moe"), {"tensor": 2, **SP}, policy={"recompute": "full"}),
-    Case("pp2", 2, ("qwen3", "qwen3_tied", "moe", "llama_tied"), {"pipeline": 2}, fast=True),
+    Case("pp2", 2, ("qwen3", "qwen3_tied", "moe", "llama", "llama_tied"), {"pipeline": 2}, fast=True),
     Case(
         "vpp2",
         2,
