@@ -36,7 +36,8 @@ def check_contradictions(config: Config, where: str) -> None:
         )
     if play.leftovers == "carry" and play.whole_rounds:
         faults.append(
-            "selfplay.whole_rounds leaves nothing for selfplay.leftovers=carry: leave out one of them"
+            "selfplay.whole_rounds=true leaves nothing to selfplay.leftovers=carry: set selfplay.whole_rounds=false, or"
+            " leave selfplay.leftovers=abort"
         )
     if config.rollout.placement == "colocated" and play.max_staleness:
         faults.append(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from selfplay_stage import Corpus, Engine, response, selfplay, settings
 from selfplay_stage import episode as made_episode
 
+from spell_megatron.config import ConfigError, load_config
 from spell_megatron.selfplay import Episode, Play, step_metrics
 from spell_megatron.selfplay.leftovers import cancel
 from spell_megatron.selfplay.play import SelfPlay
@@ -221,3 +222,17 @@ def test_an_interrupt_is_not_taken_for_the_end_of_what_is_cancelled() -> None:
         assert work.done()
 
     asyncio.run(scene())
+
+
+def test_a_whole_round_leaves_nothing_to_carry():
+    carrying = [
+        "selfplay.leftovers=carry",
+        "selfplay.max_staleness=1",
+        "policy.loss.importance_cap=2.0",
+        "rollout.placement=disaggregated",
+    ]
+    load_config("paper-16k", [*carrying, "selfplay.whole_rounds=false"])
+    with pytest.raises(
+        ConfigError, match=r"set selfplay\.whole_rounds=false, or leave selfplay\.leftovers=abort"
+    ):
+        load_config("paper-16k", carrying)
