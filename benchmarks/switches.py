@@ -16,7 +16,7 @@ from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import start_world, stop_world
-from spell_megatron.tools.plan.parameters import held
+from spell_megatron.tools.plan.parameters import stage_parameters
 from spell_megatron.tools.plan.traffic import step_traffic
 from spell_megatron.tools.plan.update import update_costs
 from spell_megatron.tools.plan.workload import batch_work, group_lengths
@@ -95,7 +95,7 @@ def try_step(
 def predicted(policy: PolicyConfig, shape: ModelShape, batch: TrainBatch) -> float:
     """Seconds of the update on one H100, by the planner."""
     config = Config(policy=policy, cluster=ClusterConfig(nodes=1, gpus_per_node=1))
-    world, parts = check_layout(policy.layout, shape, 1), held(shape, policy.layout)
+    world, parts = check_layout(policy.layout, shape, 1), stage_parameters(shape, policy.layout)
     lengths, shared = list(group_lengths(batch)), policy.share_prompts
     tokens = sum(prompt * (1 if shared else len(replies)) + sum(replies) for prompt, replies in lengths)
     traffic = step_traffic(shape, policy, world, parts, tokens, batch.response_tokens)

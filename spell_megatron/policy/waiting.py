@@ -14,7 +14,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -111,14 +112,27 @@ class MainRank:
             return work()
         result = None
         if self._world.is_main:
-            self._say(doing=doing, since=time.time())
-            try:
+            with self.doing(doing):
                 result = work()
-            except BaseException as error:
-                self._say(fault=type(error).__name__)
-                raise
+        return self.tell(result)  # type: ignore[return-value]
+
+    @contextmanager
+    def doing(self, doing: str) -> Iterator[None]:
+        """For rank 0: say what it does, and where it fails, that nobody need wait for it."""
+        if self._group is None:
+            yield
+            return
+        self._say(doing=doing, since=time.time())
+        try:
+            yield
+        except BaseException as error:
+            self._say(fault=type(error).__name__)
+            raise
+
+    def tell(self, value: Value) -> Value:
+        """Rank 0's value, on every rank, when rank 0 is here."""
         self.meet()
-        return agreed(result, self._group)  # type: ignore[return-value]
+        return agreed(value, self._group)
 
     def meet(self) -> None:
         """Return when rank 0 is here, too."""

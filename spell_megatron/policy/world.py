@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import megatron.core  # noqa: F401  (the patches need it imported)
 import torch
@@ -126,6 +126,15 @@ def agreed(value: Value, group: Group) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def gathered(value: Value, group: Group) -> list[Value]:
+    """The values of all ranks on rank 0, nothing elsewhere."""
+    if group is None:
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=group)
+    return values or []
 
 
 def share(value: Value, world: World) -> Value:

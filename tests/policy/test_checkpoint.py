@@ -35,7 +35,7 @@ from spell_megatron.policy.checkpoint.write import Staged
 from spell_megatron.policy.layout import check_layout
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.world import World
-from spell_megatron.tools.plan.parameters import held
+from spell_megatron.tools.plan.parameters import stage_parameters
 from spell_megatron.tools.plan.saving import saved_bytes
 from spell_megatron.types import SpellError
 from spell_megatron.weights.shape import model_shape
@@ -165,9 +165,7 @@ def test_damage_and_half_written_folders_are_skipped(
     for step in (1, 2, 3, 4, 5):
         checkpoints.save(step, learner, {})
     flipped = max((tmp_path / "step-00005").rglob("*.distcp"), key=lambda path: path.stat().st_size)
-    content = bytearray(flipped.read_bytes())
-    content[len(content) // 2] ^= 1
-    flipped.write_bytes(content)
+    flip(flipped)
     (tmp_path / "step-00004" / "run.json").write_text('{"step"', encoding="utf-8")
     (tmp_path / "step-00003" / "learner" / "common.pt").unlink()
     (tmp_path / "step-00006.partial").mkdir()
@@ -293,8 +291,8 @@ def test_an_index_that_could_run_code_is_refused(
     learner, checkpoints = Learner(policy(), folder, world), Checkpoints(tmp_path)
     checkpoints.save(1, learner, {})
     (tmp_path / "step-00001" / "learner" / ".metadata").write_bytes(pickle.dumps(index))
-    listed = json.loads((tmp_path / "step-00001" / "files.json").read_text())
-    (tmp_path / "step-00001" / "files.json").write_text(json.dumps(digests(tmp_path / "step-00001", listed)))
+    step = tmp_path / "step-00001"
+    (step / "files.json").write_text(json.dumps(digests(step, listed(step))))
     found = checkpoints.newest()
     assert found is not None
     ran: list[str] = []
@@ -325,9 +323,12 @@ def test_the_layout_may_change_between_save_and_resume(
     tmp_path: Path,
 ) -> None:
     """Not a bit of the state changes by that. And every rank keeps, writes and reads as many bytes as the planner
-    says: a share of what its group has."""
+    says: a share of what its group has. Of a later checkpoint, which is damaged, all ranks digest a share and hear the
+    same."""
     make_model(kind, tmp_path / "model", seed=1, initializer_range=0.1)
-    found = [run_program(tmp_path, "save", *before), run_program(tmp_path, "load", *after)]
+    saved_once = run_program(tmp_path, "save", *before)
+    torn = damaged_copy(tmp_path / "checkpoints", before[0] - 1)
+    found = [saved_once, run_program(tmp_path, "load", *after)]
     for saved, loaded in zip(*(one["sums"] for one in found), strict=True):
         assert loaded == pytest.approx(saved, rel=TOLERANCE)
     first, second = (whole_tensors(tmp_path / name) for name in ("checkpoints", "again"))
@@ -335,8 +336,35 @@ def test_the_layout_may_change_between_save_and_resume(
     assert all(torch.equal(first[key], second[key]) for key in first)
     for one, (world, layout) in zip(found, (before, after), strict=True):
         planned = planned_bytes(tmp_path / "model", LayoutConfig(**layout), world)
-        assert max(rank["staged"] for rank in one["bytes"]) == pytest.approx(planned, rel=0.1)
-    assert 0.9 <= max(rank["read"] for rank in found[1]["bytes"]) / planned <= most
+        assert max(rank["staged"] for rank in one["ranks"]) == pytest.approx(planned, rel=0.1)
+    assert 0.9 <= max(rank["read"] for rank in found[1]["ranks"]) / planned <= most
+    files = listed(tmp_path / "checkpoints/step-00001")
+    one, other = (set(rank["digested"]) for rank in found[1]["ranks"])
+    assert one | other == {f"{step}/{name}" for step in ("step-00001", torn.name) for name in files}
+    assert not one & other
+    assert sum(name.endswith(".distcp") for name in other) == before[0]  # half of each of two
+    [said] = {rank["refused"] for rank in found[1]["ranks"]}
+    assert said == f"{torn} is not whole: learner/__{before[0] - 1}_0.distcp is damaged"
+
+
+def listed(checkpoint: Path) -> dict[str, str]:
+    """Digests by name."""
+    found: dict[str, str] = json.loads((checkpoint / "files.json").read_text())
+    return found
+
+
+def damaged_copy(checkpoints: Path, rank: int) -> Path:
+    """Step 1 as step 2, with another bit in the middle of a rank's file."""
+    copy = checkpoints / "step-00002"
+    shutil.copytree(checkpoints / "step-00001", copy)
+    flip(copy / f"learner/__{rank}_0.distcp")
+    return copy
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def whole_tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
@@ -355,7 +383,7 @@ def planned_bytes(folder: Path, layout: LayoutConfig, size: int) -> int:
     """Of the busiest rank."""
     shape = model_shape(folder)
     policy, world = PolicyConfig(dtype="float32", layout=layout), check_layout(layout, shape, size)
-    return max(saved_bytes(part, policy, world) for part in held(shape, layout))
+    return max(saved_bytes(part, policy, world) for part in stage_parameters(shape, layout))
 
 
 def run_program(folder: Path, mode: str, world: int, layout: dict[str, int]) -> dict[str, Any]:

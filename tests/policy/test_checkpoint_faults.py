@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from stumbling import stumbling
 
 from spell_megatron.policy.checkpoint import commit, files
 from spell_megatron.policy.checkpoint import folder as disk
 from spell_megatron.policy.checkpoint.files import digests
+from spell_megatron.policy.checkpoint.search import dealt
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -239,6 +244,20 @@ def test_whatever_is_no_checkpoint_is_damaged(
         disk.verified(folder / "step-00004")
     found = disk.newest(folder)
     assert found is not None and found.step == 3
+
+
+@given(st.integers(1, 24), st.integers(1, 24))
+def test_every_file_is_digested_by_one_rank_its_own_where_it_is_there(writers: int, ranks: int) -> None:
+    files = [f"learner/__{rank}_0.distcp" for rank in range(writers)]
+    names = {*files, "run.json", "learner/.metadata", "learner/common.pt"}
+    shares = dealt(names, ranks)
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    tensors = [[name for name in share if name in files] for share in shares]
+    assert all(len(share) <= math.ceil(writers / ranks) for share in tensors)
+    if writers == ranks:
+        assert tensors == [[file] for file in files]
+    busy = [rank for rank, share in enumerate(tensors) if share]
+    assert all(b - a >= ranks // writers for a, b in pairwise(busy)), "spread over the nodes"
 
 
 def rewritten(step: Path, name: str, text: str) -> None:

@@ -27,7 +27,7 @@ from spell_megatron.tools.plan.catalogue import architecture, known
 from spell_megatron.tools.plan.changes import changed, resized
 from spell_megatron.tools.plan.estimate import estimate
 from spell_megatron.tools.plan.findings import ROOM, Plan
-from spell_megatron.tools.plan.parameters import active_parameters, held, total_parameters
+from spell_megatron.tools.plan.parameters import active_parameters, stage_parameters, total_parameters
 from spell_megatron.tools.plan.rehearsal import _check_covered
 from spell_megatron.tools.plan.resync import resync, tensor_count
 from spell_megatron.tools.plan.search import remedies
@@ -114,7 +114,7 @@ def test_the_mixture_has_30_billion_parameters_of_which_3_are_active() -> None:
 )
 def test_stages_hold_the_model_once(layout: LayoutConfig) -> None:
     """Matrices are cut by TP, norms are copied; pipeline stages add up to the model."""
-    parts = held(TINY, layout)
+    parts = stage_parameters(TINY, layout)
     norms = TINY.layers * (2 * TINY.hidden + 2 * TINY.head_dim) + TINY.hidden
     matrices = sum(part.total for part in parts) - norms
     assert norms + layout.tensor * matrices == total_parameters(TINY)

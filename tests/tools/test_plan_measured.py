@@ -32,7 +32,7 @@ from spell_megatron.tools.plan.activations import FullStream, activations
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.catalogue import architecture
 from spell_megatron.tools.plan.findings import ROOM
-from spell_megatron.tools.plan.parameters import held, static_bytes
+from spell_megatron.tools.plan.parameters import stage_parameters, static_bytes
 from spell_megatron.tools.plan.rehearsal import Build, rehearse
 from spell_megatron.weights.shape import model_shape
 
@@ -138,7 +138,7 @@ def test_an_offloaded_optimizer_holds_the_planned_host_memory(
     tensors = [t for o in offloaded for t in (*o.inner_param_to_orig_param, *o.cpu_copy_map_grad.values())]
     tensors += [t for o in offloaded for state in o.state.values() for t in state.values() if t.numel() > 1]
     host = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-    [part] = held(learner.shape, policy.layout)
+    [part] = stage_parameters(learner.shape, policy.layout)
     assert host == static_bytes(part, policy, check_layout(policy.layout, learner.shape, 1)).host
 
 

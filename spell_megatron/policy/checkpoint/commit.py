@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from spell_megatron.policy.checkpoint import folder as disk
 from spell_megatron.policy.checkpoint.faults import reason
+from spell_megatron.policy.checkpoint.files import Digester, digests
 from spell_megatron.policy.checkpoint.folder import Checkpoint
+from spell_megatron.policy.checkpoint.search import SharedSearch
 from spell_megatron.policy.checkpoint.state import load_learner
 from spell_megatron.policy.checkpoint.write import HostCopy, Staged, Write
 from spell_megatron.policy.learner import Learner
@@ -104,22 +106,22 @@ class Checkpoints:
 
         Checkpoints that are damaged, or later than the one taken, are set aside once it is taken: with an `origin`
         of 0 all of them. Raises SpellError, on every rank, where checkpoints were committed and none can be taken.
+        A single process needs no `rank_0`.
         """
         main, group = learner.world.is_main, self._joined(learner)
-        # Verifying a large checkpoint, or waiting for a file server, outlasts any collective.
-        chosen = rank_0.work("reads the checkpoints", lambda: self._chosen(origin)) if rank_0 else None
-        found = _outcome(chosen if rank_0 else agreed(self._chosen(origin) if main else None, group))
+        search = SharedSearch(learner.world, group, rank_0 or MainRank(learner.world))
+        found = _outcome(search.outcome(lambda digester: self._chosen(origin, digester)))
         if found is not None:
             load_learner(learner, found)
             self.saved = found.step
         _outcome(agreed(self._settled(found, origin) if main else None, group))
         return found
 
-    def _chosen(self, origin: int | None) -> Checkpoint | SpellError | None:
+    def _chosen(self, origin: int | None, digester: Digester = digests) -> Checkpoint | SpellError | None:
         try:
             if origin:
-                return disk.at(self.folder, origin)
-            return self.newest() if origin is None else None
+                return disk.at(self.folder, origin, digester)
+            return disk.newest(self.folder, digester) if origin is None else None
         except (OSError, SpellError) as fault:
             return self._unreadable(fault)
 

@@ -19,12 +19,16 @@ from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
+TENSORS = ".distcp"
+"""Ending of the files that hold a checkpoint's tensors; all others are small."""
 PATIENCE_SECONDS = 120.0
 """So long a file that cannot be read is tried again."""
 _LARGEST_JSON = 1 << 30
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What says that a file is not there, or is none."""
 Result = TypeVar("Result")
+Digester = Callable[[Path, Iterable[str]], dict[str, str]]
+"""Something that does what `digests` does."""
 
 
 def absent(error: OSError) -> bool:

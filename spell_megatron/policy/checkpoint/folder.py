@@ -20,6 +20,7 @@ from typing import Any
 
 from spell_megatron.base.files import replace_text, sync
 from spell_megatron.policy.checkpoint.files import (
+    Digester,
     absent,
     digests,
     inside,
@@ -105,7 +106,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
-def newest(folder: Path) -> Checkpoint | None:
+def newest(folder: Path, digester: Digester = digests) -> Checkpoint | None:
     """The last whole checkpoint of a run, None where none was ever committed. Logs which are skipped, and why.
 
     Raises SpellError where checkpoints were committed and none of them is whole, or the newest that may be cannot
@@ -114,7 +115,7 @@ def newest(folder: Path) -> Checkpoint | None:
     faults: list[str] = []
     for _, path in reversed(_listed(folder)):
         try:
-            return verified(path)
+            return verified(path, digester)
         except DamagedError as fault:
             _log.warning("skipped a checkpoint: %s", fault)
             faults.append(str(fault))
@@ -132,27 +133,27 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def at(folder: Path, step: int) -> Checkpoint:
+def at(folder: Path, step: int, digester: Digester = digests) -> Checkpoint:
     """The checkpoint of a step. Raises SpellError where it is not whole or not there."""
     steps = dict(_listed(folder))
     if step not in steps:
         have = ", ".join(f"step-{other}" for other in sorted(steps)) or "none"
         raise SpellError(f"{folder} has no checkpoint of step {step}; there are: {have}")
-    return verified(steps[step])
+    return verified(steps[step], digester)
 
 
-def verified(path: Path) -> Checkpoint:
+def verified(path: Path, digester: Digester = digests) -> Checkpoint:
     """A checkpoint all of whose files are as they were written.
 
     Raises DamagedError where they are not, UnreadableError where that cannot be found out.
     """
     try:
-        return patiently(lambda: _verified(path))
+        return patiently(lambda: _verified(path, digester))
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _verified(path: Path) -> Checkpoint:
+def _verified(path: Path, digester: Digester) -> Checkpoint:
     if path.is_symlink() and not path.exists():
         raise OSError(errno.ENXIO, f"it is a link to {os.readlink(path)}, which is not there")
     try:
@@ -163,7 +164,7 @@ def _verified(path: Path) -> Checkpoint:
         if isinstance(error, OSError) and not absent(error):
             raise
         raise DamagedError(f"{path} is not whole: {_FILES} cannot be read ({error})") from None
-    found = digests(path, files.keys() | {_RUN})
+    found = digester(path, files.keys() | {_RUN})
     for name in (_RUN, *files):
         if name not in files or found.get(name) != files[name]:
             kind = "damaged" if name in found or os.path.lexists(path / name) else "missing"

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from spell_megatron.policy.checkpoint.boxes import Box, Shape
-from spell_megatron.policy.checkpoint.files import read_bytes
+from spell_megatron.policy.checkpoint.files import TENSORS, read_bytes
 from spell_megatron.types import SpellError
 
 NAME = ".metadata"
@@ -245,4 +245,4 @@ def _text(value: Any) -> str:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of the files that an index may refer to."""
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix == ".distcp"}
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix == TENSORS}

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
 from spell_megatron.policy.checkpoint.faults import reason
-from spell_megatron.policy.checkpoint.files import new_digest
+from spell_megatron.policy.checkpoint.files import TENSORS, new_digest
 from spell_megatron.policy.checkpoint.index import Entry, write_index
 from spell_megatron.policy.checkpoint.parts import TensorPart
 from spell_megatron.policy.checkpoint.state import VALUES, learner_state
 from spell_megatron.policy.colocation import host_memory
 from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.world import Group, Value, agreed
+from spell_megatron.policy.world import Group, agreed, gathered
 
 _Written = tuple[str, list[Entry], dict[str, str]]
 """What one rank tells: a fault, what is in its file, the file's digest."""
@@ -75,7 +74,7 @@ class Staged:
             torch.save(self._values, self.folder / VALUES)
         if not self._parts:
             return [], {}
-        name, entries = f"__{self._rank}_0.distcp", list[Entry]()
+        name, entries = f"__{self._rank}_0{TENSORS}", list[Entry]()
         with (self.folder / name).open("wb") as raw:
             file = _Digested(raw)
             for part in self._parts:
@@ -152,12 +151,3 @@ class Write:
         except Exception as error:
             return reason(error, self._staged.folder)
         return ""
-
-
-def gathered(value: Value, group: Group) -> list[Value]:
-    """The values of all ranks on rank 0, nothing elsewhere."""
-    if group is None:
-        return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
-    return values or []

@@ -10,7 +10,7 @@ from spell_megatron.tools.plan.dealing import Deal, even, packed
 from spell_megatron.tools.plan.engine import EngineMemory, engine_memory
 from spell_megatron.tools.plan.findings import Plan
 from spell_megatron.tools.plan.memory import stage_plans
-from spell_megatron.tools.plan.parameters import Held, held
+from spell_megatron.tools.plan.parameters import StageParameters, stage_parameters
 from spell_megatron.tools.plan.rehearsal import Rehearsal
 from spell_megatron.tools.plan.saving import saving
 from spell_megatron.tools.plan.timing import Seconds, step_seconds
@@ -26,7 +26,7 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
     policy, cluster = config.policy, config.cluster
     shape = shape_of(architecture(config.model.path), config.model.families)
     world = check_layout(policy.layout, shape, cluster.gpus)
-    parts = held(shape, policy.layout)
+    parts = stage_parameters(shape, policy.layout)
     lengths = Lengths.of(config, assumed)
     engine = engine_memory(config, shape, lengths, cluster.nodes, cluster.gpu_memory_gib, assumed)
     batch = expected_batch(config.selfplay, lengths)
@@ -79,7 +79,9 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
     )
 
 
-def _traffic(config: Config, shape: ModelShape, world: WorldShape, parts: list[Held], deal: Deal) -> Traffic:
+def _traffic(
+    config: Config, shape: ModelShape, world: WorldShape, parts: list[StageParameters], deal: Deal
+) -> Traffic:
     return step_traffic(shape, config.policy, world, parts, deal.tokens, deal.rows)
 
 

@@ -10,7 +10,7 @@ from spell_megatron.policy.layout import WorldShape
 from spell_megatron.tools.plan.activations import Activations
 from spell_megatron.tools.plan.assumptions import GIB, Assumptions
 from spell_megatron.tools.plan.engine import EngineMemory
-from spell_megatron.tools.plan.parameters import Held, Static, active_parameters, total_parameters
+from spell_megatron.tools.plan.parameters import StageParameters, Static, active_parameters, total_parameters
 from spell_megatron.tools.plan.rehearsal import Rehearsal
 from spell_megatron.tools.plan.saving import Saving
 from spell_megatron.tools.plan.timing import Seconds
@@ -27,7 +27,7 @@ class StagePlan:
     """One rank of a pipeline stage, in bytes by phase."""
 
     stage: int
-    held: Held
+    parameters: StageParameters
     static: Static
     activations: Activations
     update: int
@@ -137,9 +137,9 @@ class Plan:
         return {
             "stage": stage.stage,
             "ranks": self.world.size // self.config.policy.layout.pipeline,
-            "layers": stage.held.layers,
-            "parameters": stage.held.total,
-            "parameters_expert": stage.held.expert,
+            "layers": stage.parameters.layers,
+            "parameters": stage.parameters.total,
+            "parameters_expert": stage.parameters.expert,
             "weights": stage.static.weights,
             "gradients": stage.static.gradients,
             "optimizer": stage.static.optimizer,

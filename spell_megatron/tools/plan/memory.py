@@ -12,7 +12,7 @@ from spell_megatron.tools.plan.activations import FullStream, activations
 from spell_megatron.tools.plan.assumptions import GIB, Assumptions
 from spell_megatron.tools.plan.engine import EngineMemory
 from spell_megatron.tools.plan.findings import StagePlan
-from spell_megatron.tools.plan.parameters import Held, Static, static_bytes, width
+from spell_megatron.tools.plan.parameters import StageParameters, Static, static_bytes, width
 from spell_megatron.tools.plan.rehearsal import Rehearsal
 from spell_megatron.types import SpellError
 from spell_megatron.weights.shape import ModelShape
@@ -22,7 +22,7 @@ def stage_plans(
     config: Config,
     shape: ModelShape,
     world: WorldShape,
-    parts: list[Held],
+    parts: list[StageParameters],
     engine: EngineMemory,
     microbatches: int,
     assumed: Assumptions,
@@ -47,7 +47,7 @@ def stage_plans(
         stages.append(
             StagePlan(
                 stage=index,
-                held=part,
+                parameters=part,
                 static=static,
                 activations=acts,
                 update=always + asleep + math.ceil(acts.peak * (1 + assumed.fragmentation)),
@@ -58,7 +58,7 @@ def stage_plans(
     return stages
 
 
-def _built(stage: int, part: Held, static: Static, rehearsal: Rehearsal) -> Static:
+def _built(stage: int, part: StageParameters, static: Static, rehearsal: Rehearsal) -> Static:
     """Bytes of the stage's built ranks, the largest of them; arithmetic must agree on the parameters."""
     ranks = [rank for rank in rehearsal.ranks if rank.stage == stage]
     for rank in ranks:

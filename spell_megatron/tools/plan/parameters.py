@@ -14,8 +14,8 @@ from spell_megatron.weights.table import EMBEDDING, Row, Split
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """Parameters of one rank, by the group of ranks that hold copies of them."""
+class StageParameters:
+    """How many parameters one rank of a pipeline stage has, by the group of ranks that have copies of them."""
 
     layers: int
     dense: int
@@ -43,8 +43,8 @@ class Static:
         return self.weights + self.gradients + self.optimizer
 
 
-def held(shape: ModelShape, layout: LayoutConfig) -> list[Held]:
-    """What a rank of each pipeline stage holds."""
+def stage_parameters(shape: ModelShape, layout: LayoutConfig) -> list[StageParameters]:
+    """Of each pipeline stage, in order."""
     layer = expert = before = after = 0
     for row in shape.rows():
         part = _part(shape, row, layout)
@@ -62,7 +62,7 @@ def held(shape: ModelShape, layout: LayoutConfig) -> list[Held]:
         outer = first * before + last * after
         if last and not first and shape.tied:  # the head has a copy of the embedding
             outer += before
-        stages.append(Held(layers, layers * layer + outer, layers * expert))
+        stages.append(StageParameters(layers, layers * layer + outer, layers * expert))
     return stages
 
 
@@ -74,12 +74,12 @@ def _part(shape: ModelShape, row: Row, layout: LayoutConfig) -> int:
 
 
 def total_parameters(shape: ModelShape) -> int:
-    return held(shape, LayoutConfig())[0].total
+    return stage_parameters(shape, LayoutConfig())[0].total
 
 
 def active_parameters(shape: ModelShape) -> int:
     """Those that one token meets."""
-    whole = held(shape, LayoutConfig())[0]
+    whole = stage_parameters(shape, LayoutConfig())[0]
     return whole.dense + (whole.expert * shape.experts_per_token // shape.experts if shape.experts else 0)
 
 
@@ -93,13 +93,13 @@ def state_width(policy: PolicyConfig) -> int:
     return 12 if policy.master_weights else 8
 
 
-def share(part: Held, policy: PolicyConfig, world: WorldShape) -> int:
+def share(part: StageParameters, policy: PolicyConfig, world: WorldShape) -> int:
     """Parameters of which one rank steps for all that hold a copy, where the optimizer is distributed."""
     copies = world.data * policy.layout.context
     return -(-part.dense // copies) + -(-part.expert // world.expert_data)
 
 
-def static_bytes(part: Held, policy: PolicyConfig, world: WorldShape) -> Static:
+def static_bytes(part: StageParameters, policy: PolicyConfig, world: WorldShape) -> Static:
     """Weights, float32 gradients, and AdamW's float32 master copy and two moments."""
     state, optimizer = state_width(policy), policy.optimizer
     owned = share(part, policy, world) if optimizer.distributed else part.total

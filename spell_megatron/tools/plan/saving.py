@@ -13,7 +13,7 @@ from spell_megatron.config import Config, PolicyConfig
 from spell_megatron.policy.layout import WorldShape
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.engine import EngineMemory
-from spell_megatron.tools.plan.parameters import Held, Static, share, state_width, width
+from spell_megatron.tools.plan.parameters import StageParameters, Static, share, state_width, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,18 @@ class Saving:
     written: float
     """A save, all told."""
     loaded: float
-    """A resume, with one rank that digests all of it before."""
+    """A resume: every rank digests its share of the files, and reads what it needs."""
     host: int
     """The most that a node's processes keep in host memory: this, offloaded activations, an offloaded optimizer, and
     what leaves the GPU while somebody else needs its memory."""
 
 
-def saved_bytes(part: Held, policy: PolicyConfig, world: WorldShape) -> int:
+def saved_bytes(part: StageParameters, policy: PolicyConfig, world: WorldShape) -> int:
     """What one rank of a pipeline stage writes."""
     return share(part, policy, world) * (width(policy) + state_width(policy))
 
 
-def read_bytes(part: Held, policy: PolicyConfig, world: WorldShape) -> int:
+def read_bytes(part: StageParameters, policy: PolicyConfig, world: WorldShape) -> int:
     """What one rank of a pipeline stage reads: without a distributed optimizer all that it holds."""
     if policy.optimizer.distributed:
         return saved_bytes(part, policy, world)
@@ -52,7 +52,7 @@ def read_bytes(part: Held, policy: PolicyConfig, world: WorldShape) -> int:
 def saving(
     config: Config,
     world: WorldShape,
-    parts: Sequence[Held],
+    parts: Sequence[StageParameters],
     static: Sequence[Static],
     offloaded: int,
     engine: EngineMemory,
@@ -76,6 +76,6 @@ def saving(
         whole=whole,
         blocked=assumed.save_seconds + staged / assumed.host_rate if config.record.async_save else written,
         written=written,
-        loaded=(whole + read * per_node) / assumed.file_rate,
+        loaded=(staged + read) * per_node / assumed.file_rate,
         host=kept * per_node,
     )

@@ -102,7 +102,7 @@ def _memory(plan: Plan) -> list[str]:
     for stage in plan.stages:
         sizes = (stage.static.weights, stage.static.gradients, stage.static.optimizer, stage.activations.peak)
         phases = (stage.update, stage.rollout, stage.resync)
-        words = (str(stage.stage), str(stage.held.layers), number(stage.held.total))
+        words = (str(stage.stage), str(stage.parameters.layers), number(stage.parameters.total))
         rows.append((*words, *map(gib, (*sizes, *phases))))
     engine = plan.engine
     return [

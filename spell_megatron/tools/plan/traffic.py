@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from spell_megatron.config import PolicyConfig
 from spell_megatron.policy.layout import WorldShape
 from spell_megatron.tools.plan.assumptions import Assumptions
-from spell_megatron.tools.plan.parameters import Held, total_parameters, width
+from spell_megatron.tools.plan.parameters import StageParameters, total_parameters, width
 from spell_megatron.tools.plan.workload import passes
 from spell_megatron.weights.shape import ModelShape
 
@@ -29,7 +29,12 @@ class Traffic:
 
 
 def step_traffic(
-    shape: ModelShape, policy: PolicyConfig, world: WorldShape, parts: list[Held], tokens: float, rows: float
+    shape: ModelShape,
+    policy: PolicyConfig,
+    world: WorldShape,
+    parts: list[StageParameters],
+    tokens: float,
+    rows: float,
 ) -> Traffic:
     """`tokens` pass one data-parallel rank in the step and `rows` of them are predicted, context ranks together."""
     layout, b = policy.layout, width(policy)

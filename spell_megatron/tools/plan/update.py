@@ -10,7 +10,7 @@ from spell_megatron.config import Config
 from spell_megatron.policy.layout import WorldShape, depth
 from spell_megatron.tools.plan.activations import FullStream, layer_bytes
 from spell_megatron.tools.plan.assumptions import Assumptions
-from spell_megatron.tools.plan.parameters import Held, width
+from spell_megatron.tools.plan.parameters import StageParameters, width
 from spell_megatron.tools.plan.traffic import Traffic, link_seconds
 from spell_megatron.tools.plan.workload import Work, head_work, passes
 from spell_megatron.weights.shape import ModelShape
@@ -25,7 +25,7 @@ def update_costs(
     rows: float,
     microbatches: int,
     traffic: Traffic,
-    parts: list[Held],
+    parts: list[StageParameters],
     assumed: Assumptions,
 ) -> dict[str, float]:
     """By what takes them. `work`, `tokens` and predicted `rows` are of one forward pass over the text of the busiest
@@ -140,7 +140,7 @@ def _memory(
     return {name: size / rate for name, size in bytes_of.items()}
 
 
-def _step(config: Config, world: WorldShape, parts: list[Held], assumed: Assumptions) -> float:
+def _step(config: Config, world: WorldShape, parts: list[StageParameters], assumed: Assumptions) -> float:
     """Seconds of AdamW: 28 bytes a parameter, in the memory where its state is."""
     policy = config.policy
     owned = max(part.dense for part in parts) / (world.data * policy.layout.context)
