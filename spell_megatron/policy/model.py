@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from spell_megatron.config import PolicyConfig
 from spell_megatron.policy.attention import SpanAttention
-from spell_megatron.policy.experts import round_router_logits
+from spell_megatron.policy.experts import combine_once, round_router_logits
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.layers import torch_block_spec
 from spell_megatron.policy.layout import depth, megatron_sizes
@@ -116,9 +116,12 @@ def build_chunks(policy: PolicyConfig, shape: ModelShape, folder: Path) -> list[
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(not name.endswith("mlp.router.weight"))
     chunks = [cast(SpanModel, chunk.to(torch.cuda.current_device())) for chunk in chunks]
-    if policy.offload_layers:
-        for chunk in chunks:
-            others = chunk.decoder.layers[depth(policy, shape).recomputed :]
+    recomputed = depth(policy, shape).recomputed
+    for chunk in chunks:
+        if policy.fp8 == "off":  # whose own recomputation may begin at another layer
+            combine_once(chunk.decoder.layers[:recomputed])
+        if policy.offload_layers:
+            others = chunk.decoder.layers[recomputed:]
             keep_on_host(others, policy.offload_layers, next(chunk.parameters()).device)
     return chunks
 

@@ -141,6 +141,13 @@ def test_attention_is_computed_again_where_it_is_not_kept(
     assert calls["forward"] == times * calls["backward"] > 0
 
 
+@pytest.mark.parametrize("name", [case for case in SOUND if "ep2" in case.values[0]])
+def test_recomputed_experts_results_are_sent_back_once(reports: dict[str, Any], name: str) -> None:
+    """Tokens and their weights go to experts in both forward passes, and gradients of all three once."""
+    layers, streams = 2, 3
+    assert reports[name]["exchanges"] == (2 * 2 + 1 + 3) * layers * streams
+
+
 @pytest.mark.parametrize("name", SOUND)
 def test_activations_leave_the_device_where_they_are_offloaded(reports: dict[str, Any], name: str) -> None:
     assert (reports[name]["left"] > 0) == ("offloaded" in name)

@@ -40,6 +40,9 @@ def step_traffic(
     layout, b = policy.layout, width(policy)
     tp, cp, pp, ep = layout.tensor, layout.context, layout.pipeline, layout.expert
     forward, gathers = passes(policy, shape)  # gathers of keys and values
+    # Tokens go to experts in every pass, and come back but for the second forward one (`policy/experts.py`).
+    once = policy.dispatcher == "alltoall" and policy.fp8 == "off"
+    exchanges = forward + 3 if once else 2 * forward + 2
     local, layers = tokens / cp, shape.layers / pp
     residual = local * shape.hidden * b
     kv = max(shape.kv_heads / tp, 1) * shape.head_dim * 2
@@ -53,7 +56,7 @@ def step_traffic(
     return Traffic(
         tensor=_share(tp) * (layers * blocks * per_block * residual + rows / cp * shape.hidden * b * 2),
         context=(cp - 1) * layers * local * kv * ((gathers + 1) * b + 4),
-        expert=_share(ep) * layers * routed * _sent(shape, policy) * (2 * forward + 2),
+        expert=_share(ep) * layers * routed * _sent(shape, policy) * exchanges,
         pipeline=0.0
         if pp == 1
         else 2 * residual * (layout.virtual_pipeline or 1) / (tp if layout.sequence else 1),

@@ -81,6 +81,8 @@ class Report:
     """What a layer's first product is made by."""
     attention: dict[str, int] = field(default_factory=dict)
     """Calls of the flash kernels in the second update."""
+    exchanges: int = 0
+    """All-to-alls in the second update."""
     left: int = 0
     """Tensors that left for the host without a wait, until then."""
     weights: int = 0
@@ -143,8 +145,9 @@ def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> N
     for streams in (1, 3):
         watch.phase = f"update of {streams}"
         watch.attention.clear()
+        watch.exchanges = 0
         learner.update(TrainBatch((group,) * streams * world.data_size))
-    report.attention, report.left = dict(watch.attention), watch.left
+    report.attention, report.left, report.exchanges = dict(watch.attention), watch.left, watch.exchanges
     watch.phase = "score"
     learner.score(TrainBatch((group,) * world.data_size))
     report.types = {

@@ -30,7 +30,7 @@ def switch_on(watch: Watch) -> None:
     answer_for_values(watch)
     _name_the_device(watch)
     _move_modules()
-    _quiet_collectives()
+    _quiet_collectives(watch)
     _told_dispatcher()
 
 
@@ -148,7 +148,7 @@ class _Work:
     def append(self, *_: Any) -> None: ...
 
 
-def _quiet_collectives() -> None:
+def _quiet_collectives(watch: Watch) -> None:
     """Of a tensor nothing is left but its shape, and no collective changes that."""
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import param_and_grad_buffer
@@ -159,9 +159,15 @@ def _quiet_collectives() -> None:
 
     for name in (
         *("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor"),
-        *("broadcast", "all_to_all_single", "barrier", "send", "recv", "isend", "irecv"),
+        *("broadcast", "barrier", "send", "recv", "isend", "irecv"),
     ):
         setattr(dist, name, nothing)
+
+    def exchange(*_: Any, **__: Any) -> _Work:
+        watch.exchanges += 1
+        return _Work()
+
+    dist.all_to_all_single = exchange
     for module in (layers, mappings, param_and_grad_buffer):
         module.dist_all_gather_func = module.dist_reduce_scatter_func = nothing
     param_and_grad_buffer._coalescing_manager = lambda *_, **__: contextlib.nullcontext(_Work())

@@ -53,6 +53,8 @@ class Watch(TorchDispatchMode):
         """Products in float32, which the tensor cores would not make."""
         self.attention: Counter[str] = Counter()
         """Calls of the flash kernels."""
+        self.exchanges = 0
+        """All-to-alls, which the machine counts."""
         self.left = 0
         """Tensors of floating point that left for the host without a wait."""
         self.bytes = 0
