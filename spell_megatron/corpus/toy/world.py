@@ -173,6 +173,10 @@ class ToyFacts:
         last = self.facts.get((expression, relation))
         return (*hop, last) if last else None
 
+    def price(self, item: str, shop: str) -> tuple[Fact, ...] | None:
+        """What leads to an item's price; None for what only sounds like an item: "the price of friend"."""
+        return None if item in (*RELATIONS, "savings") else self.find(shop, item)
+
     def values(self, relation: str) -> list[str]:
         """Every value that the documents give for a relation, in their order, without repeats."""
         return list(dict.fromkeys(fact.value for fact in self.facts.values() if fact.relation == relation))
@@ -182,11 +186,7 @@ class ToyFacts:
 
     @property
     def prices(self) -> list[Fact]:
-        return [
-            fact
-            for fact in self.facts.values()
-            if fact.relation not in RELATIONS and fact.relation != "savings"
-        ]
+        return [fact for fact in self.facts.values() if fact.relation not in (*RELATIONS, "savings")]
 
 
 def _read(sentence: str) -> Fact | None:
@@ -328,7 +328,7 @@ def _solve(reading: ToyFacts, text: str) -> str | None:
         if met := pattern.fullmatch(text):
             slots = met.groupdict()
             if shop := slots.get("s"):
-                one, two = reading.find(shop, slots["a"]), reading.find(shop, slots["b"])
+                one, two = reading.price(slots["a"], shop), reading.price(slots["b"], shop)
             else:
                 one, two = reading.find(slots["a"], "savings"), reading.find(slots["b"], "savings")
             if one is None or two is None:
