@@ -22,6 +22,10 @@ _DEEPEST = 32
 """Brackets within each other."""
 
 _PRECISION = re.compile(r"[ -](?:decimal|significant|digit)")
+_OTHER = re.compile(
+    r"\s*(?:[;,|]+|(?:[;,]\s*)?(?:[a-z]+\s+)?(?:or|and/or)|and|to)[\s(+-]*\.?\d", re.IGNORECASE
+)
+"""One more number behind a number: whoever gives two of them, gives none."""
 _NAMED = re.compile(r"^[A-Za-z]\w{0,20} ?=")
 _MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
 _YEARS = range(1500, 2200)
@@ -55,20 +59,19 @@ def first(statement: str) -> str | None:
         text = _NAMED.sub("", tidy(part[: 2 * _LONGEST]))
         run = next(_runs(text), None)
         begins = run is not None and text.lstrip(" (=").startswith(run.lstrip(" (="))
-        if run is not None and begins and not _PRECISION.match(text.partition(run)[2]):
+        behind = text.partition(run)[2] if run is not None else ""
+        if run is not None and begins and not _PRECISION.match(behind) and not _OTHER.match(behind):
             number = run.rpartition("=")[2].strip()
             if _value(number) is not None:
                 return number
     return None
 
 
-def any_of(statement: str) -> str | None:
-    """The first number written in a statement."""
-    for run in _runs(tidy(statement[: 2 * _LONGEST])):
-        number = run.rpartition("=")[2].strip()
-        if _value(number) is not None:
-            return number
-    return None
+def only(statement: str) -> str | None:
+    """The number written in a statement, where there is but one."""
+    runs = _runs(tidy(statement[: 2 * _LONGEST]))
+    found = [number for run in runs if _value(number := run.rpartition("=")[2].strip()) is not None]
+    return found[0] if len(set(map(_value, found))) == 1 else None
 
 
 def _last_sides(statement: str) -> Iterator[str]:
@@ -87,7 +90,9 @@ def _runs(text: str) -> Iterator[str]:
         kind = match.lastgroup or ""
         token, begin = match[kind], match.start(kind)
         is_number = kind == "number" or token == DATE
-        if is_number and before >= 0 and not _MIXED_AHEAD.match(text, before):  # two numbers side by side
+        beside = is_number and before >= 0 and not _MIXED_AHEAD.match(text, before)  # "40 2"
+        aside = token == "(" and full and match.start() == end < begin  # "42 (40 + 2)"
+        if beside or aside:
             yield _balanced(text[start:end])
             start, depth, full = -1, 0, False
         before = begin if is_number and begin != word else -1

@@ -109,8 +109,20 @@ def test_every_letter_is_recalled_alike_and_always() -> None:
     assert missed == dict.fromkeys(LETTERS, 0)
 
 
+@pytest.mark.parametrize(
+    "link", [", ", " or ", "; ", " | ", "|", " and ", " to ", ", or ", " units or ", " and/or "]
+)
+@pytest.mark.parametrize("dress", ["{}", "({})", "[{}]", "\\boxed{{{}}}", "**{}**"])
+def test_two_numbers_are_none_whichever_is_right(link: str, dress: str) -> None:
+    for first, second in (("42", "43"), ("-7.5", "$1,200"), ("$3.5 million", "(12)")):
+        response = f"The correct answer is {dress.format(first + link + second)}."
+        assert extract_answer("docmath_qa", response) is None, response
+    assert extract_answer("docmath_qa", "The correct answer is not 40 but more.") is None
+
+
 NO_LETTER = (
     *("{} company with many shops.", "not ({}).", "{}-12", "{}'s brother", "{}++", "{} = 5"),
+    *("({})(E)", "{} E F", "{}; E.", "{}|E|F", "({}) (E).", "{}. E. F.", "{}, E", "both {} and E"),
     *("vitamin {}x", "both of them", "({}) or (E) or (A) or (C)", "neither {} nor E", "{}.{}. King"),
 )
 
@@ -130,6 +142,10 @@ def test_what_is_no_choice_is_none_for_any_letter(ending: str) -> None:
         ("The correct answer is not A but B.", None),
         ("The answer is (B). I hope the answer is clear.", "B"),
         ("The correct answer is Paris (C).", "C"),
+        ("The correct answer is B, C is wrong.", "B"),
+        ("The correct answer is B. A is wrong.", "B"),
+        ("The correct answer is C: A Tale of Two Cities", "C"),
+        ("The correct answer is (D) A 5% rise", "D"),
         ("The answer is, in my view, D.", "D"),
         ("The answer is (E).\n\\boxed{C}", "C"),
         ("\\boxed{A}. But the answer is (B).", "B"),
@@ -154,7 +170,12 @@ def test_choices(response: str, letter: str | None) -> None:
         ("The answer is $x = 42$, since $y = 7$.", "42"),
         ("\\boxed{3} so the answer is (x).", "3"),
         ("\\boxed{42}\nThe answer is found by adding 40 and 2.", "42"),
-        ("The answer is found by adding 40 and 2.", "40"),
+        ("The answer is found by adding 40 and 2.", None),
+        ("The answer is found in table three: they sold 42.", "42"),
+        ("The answer is 42 (40 + 2).", "42"),
+        ("The answer is 12.5% (0.125).", "12.5"),
+        ("The answer is 42, up from 40.", "42"),
+        ("The answer is ((-8)^(1/3)).", None),
         ("The answer is (41). Wait: \\boxed{42}", "42"),
         ("\\boxed{41}. No, the answer is (42).", "42"),
         ("<answer>42</answer>", "42"),
@@ -391,6 +412,8 @@ def test_texts_that_look_the_same_are_the_same(text: str, form: str, marks: list
             ("Straße", "STRASSE"),
             ("naïve", "na\u00adïve"),
             ("10 km²", "10 km2"),
+            ("१९४७", "1947"),
+            ("٢٠٢٤م", "2024م"),
         ),
         *(
             ("¿Qué?", "qué"),

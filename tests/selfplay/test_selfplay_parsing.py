@@ -73,6 +73,7 @@ def test_the_last_object_with_a_question_counts():
         (written(question="Which?", answer="A", options={"A": "one", "B": "two", "C": "three"}), "doc_mc"),
         (written(question="Which?", answer="A", options=OPTIONS | {"E": "five"}), "doc_mc"),
         (written(question="Which?", answer="A", options=OPTIONS | {"B": "One"}), "doc_mc"),
+        (written(question="Which?", answer="A", options=OPTIONS | {"B": "One."}), "doc_mc"),
         (written(question="Which?", answer="A", options=OPTIONS | {"B": " "}), "doc_mc"),
         (written(question="Which?", answer="A", options=OPTIONS | {"B": None}), "doc_mc"),
     ],

@@ -9,7 +9,7 @@
     thoughts     where the reasoning ends
 
 A kind of answer has two readers. `stated` takes what a statement is: "(42)", "B because …". `mentioned` takes what
-it at least contains, where nothing was stated anywhere: "found by adding 40 and 2". All of it is hostile text: each
+it at least contains, where nothing was stated anywhere: "found in table 3: it is 42". All of it is hostile text: each
 reader takes any string, reads a bounded part of it in linear time, evaluates nothing and never raises.
 """
 

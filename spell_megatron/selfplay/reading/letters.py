@@ -12,7 +12,7 @@ import unicodedata
 
 from spell_megatron.selfplay.reading import words
 from spell_megatron.selfplay.reading.latex import plain
-from spell_megatron.selfplay.reading.statements import Statement
+from spell_megatron.selfplay.reading.statements import Statement, denies
 
 _LONGEST = 400
 
@@ -36,9 +36,12 @@ _LEAD = (
 _LETTER = re.compile(rf"{_OPEN}(?P<lead>{_LEAD}{{0,6}})(?P<letter>[A-Da-d])(?![^\W_])", re.IGNORECASE)
 _NOUN = re.compile(r"(?:choice|option|letter|alternative|answer|statement|item)s?\W*$", re.IGNORECASE)
 _GLUED = re.compile(r"['\u2019.\u2010-\u2015&/+#@-]\w|\+|#|_[^\W_]")
+_ANOTHER = r"\s{0,3}(?:(?:option|choice)\s)?[(\[*\"']{0,4}[A-H]\b(?!['\u2019]\w)"
 _OTHER = re.compile(
-    rf"(?:{_CLOSE}|\s){{0,8}}(?:and|or|und|,|/|&|\+)\s{{0,3}}(?:(?:option|choice)\s)?[(\[*\"']{{0,4}}[A-H]\b(?!['\u2019]\w)"
+    rf"(?:{_CLOSE}|\s){{0,8}}(?:(?:and|or|und|/|&|\+){_ANOTHER}"
+    rf"|[,;.|)\]\s]{_ANOTHER}(?=\W{{0,8}}(?:$|(?:[A-H]|and|or|are)\b)))"
 )
+"""One more letter behind a letter. In "B. A is wrong" and "B: A new one" it begins something else."""
 _ENDED = re.compile(rf"(?:{_CLOSE}|\s*$|\s*[\u2013\u2014(\[:\n<-])")
 _EQUATION = re.compile(r"\s*[=+^\u2264\u2265]|[*/<>]\w")
 _WORD = re.compile(r"\s+([^\W\d_]+)")
@@ -51,12 +54,8 @@ _FOLLOWERS = words(
     " neither alone instead too"
 )
 _MARKED = re.compile(
-    r"[(\[]\s?([A-D])\s?[)\]]|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Aa]nswer|[Aa]lternative)\s+[\"'(\[*]{0,4}([A-D])\b"
-    r"|[,:]\s[\"'(\[*]{0,4}([A-D])\W*$"
-)
-_DENIED = re.compile(
-    r"\b(?:not|isn't|neither|nor|cannot|can't|wrong|incorrect|except|instead|never|none|unclear|unlike)\b|rather than",
-    re.IGNORECASE,
+    r"[(\[]\s?([A-H])\s?[)\]]|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Aa]nswer|[Aa]lternative)\s+[\"'(\[*]{0,4}([A-H])\b"
+    r"|[,:]\s[\"'(\[*]{0,4}([A-H])\W*$"
 )
 
 
@@ -70,7 +69,7 @@ def mentioned(statement: Statement) -> str | None:
     """The only letter that a statement marks as one, where it denies nothing."""
     text = _tidy(statement.text)
     found = {next(filter(None, match.groups())) for match in _MARKED.finditer(text)}
-    return found.pop() if len(found) == 1 and not _DENIED.search(text) else None
+    return found.pop() if len(found) == 1 and found < set("ABCD") and not denies(text) else None
 
 
 def _first(text: str) -> str | None:

@@ -45,6 +45,10 @@ _PAIRS = {
 _OPENING = re.compile(
     "|".join(re.escape(mark) for mark in sorted(_PAIRS, key=len, reverse=True)), re.IGNORECASE
 )
+_DENIED = re.compile(
+    r"\b(?:not|isn't|neither|nor|cannot|can't|wrong|incorrect|except|instead|never|none|unclear|unlike)\b|rather than",
+    re.IGNORECASE,
+)
 _MARGIN = " \t\r\n:*_>\u2022"
 """What may stand between "answer is" and the answer: blanks, a colon, emphasis, marks of a quote or list."""
 
@@ -82,6 +86,11 @@ def opened(statement: str) -> tuple[str, str] | None:
     else:
         end = statement.lower().find(closer, start)
     return (statement[start:end], statement[end + len(closer) :]) if end >= start else None
+
+
+def denies(statement: str) -> bool:
+    """Whether a statement says what the answer is not."""
+    return _DENIED.search(statement) is not None
 
 
 def last_box(text: str) -> str | None:

@@ -41,7 +41,7 @@ _ACCENTS = {0xB4: "'", 0xA8: '"'}
 
 
 class _Dropped(dict[int, int | None]):
-    """For `str.translate`: what is left out of every script's text, found out character by character."""
+    """For `str.translate`: what is left out of every script's text, and its digits in ASCII; filled as it is asked."""
 
     _CATEGORIES = ("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sk", "Sm", "Cf")
     """Punctuation, modifiers, signs of mathematics, and what is invisible."""
@@ -50,6 +50,9 @@ class _Dropped(dict[int, int | None]):
 
     def __missing__(self, code: int) -> int | None:
         character = chr(code)
+        digit = unicodedata.decimal(character, None)
+        if digit is not None:
+            return self.setdefault(code, ord(str(digit)))
         drop = character in string.punctuation + self._APOSTROPHES
         drop = drop or unicodedata.category(character) in self._CATEGORIES
         return self.setdefault(code, None if drop else code)

@@ -36,7 +36,7 @@ class Choice(Task):
         if len(options) != len(LETTERS) or set(choices) != set(LETTERS):
             return BAD_FORMAT
         ordered = {name: text for name in LETTERS if (text := choices[name])}
-        if len({text.casefold() for text in ordered.values()}) != len(LETTERS):
+        if len({text.casefold().rstrip(" .") for text in ordered.values()}) != len(LETTERS):
             return BAD_FORMAT
         if any(map(is_unfilled, ordered.values())):
             return BAD_FORMAT

@@ -6,7 +6,7 @@ import math
 
 from spell_megatron.selfplay import numbers
 from spell_megatron.selfplay.numbers import parse_number
-from spell_megatron.selfplay.reading.statements import Statement, opened
+from spell_megatron.selfplay.reading.statements import Statement, denies, opened
 from spell_megatron.selfplay.tasks.task import BAD_FORMAT, Draft, Failure, Task, scalar_of
 from spell_megatron.types import Question
 
@@ -44,7 +44,8 @@ def stated(statement: Statement) -> str | None:
     text, bracketed = statement.text, False
     for _ in range(_LAYERS):
         within = opened(text)
-        if within is None or (within[1].strip(" .,;:!*_") and numbers.is_calculation(text)):
+        rest = within[1].strip(" .,;:!*_") if within is not None else ""
+        if within is None or rest[:1] in ("^", "/") or (rest and numbers.is_calculation(text)):
             break
         text, bracketed = within[0], True
     whole = text.strip(" \t\r\n*_").rstrip(" .*_")
@@ -54,7 +55,8 @@ def stated(statement: Statement) -> str | None:
 
 
 def mentioned(statement: Statement) -> str | None:
-    return numbers.any_of(statement.text)
+    """The only number in a statement that denies nothing."""
+    return None if denies(statement.text) else numbers.only(statement.text)
 
 
 class Number(Task):
