@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -259,6 +260,28 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_what_cannot_be_opened_stops_nothing_and_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "wide.txt").write_text("four bytes each", encoding="utf-32")
+    (tmp_path / "whole.txt").write_text("whole")
+    listed = os.scandir
+
+    def shut(folder: str) -> Any:
+        if str(folder).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", shut)  # no mode shuts a folder to root
+    skipped = Skipped()
+    assert [text.text for text in read(SourceConfig(path=str(tmp_path)), skipped)] == ["whole"]
+    assert skipped.counts == {"not a regular file": 2, "unreadable": 1, "binary": 1}
+    assert skipped.first["unreadable"] == "shut: unreadable (Permission denied)"
+
+
 def test_a_survey_shows_what_a_run_would_read(tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(" ".join(f"w{number}x{i}" for i in range(400)))
@@ -292,6 +315,7 @@ def test_a_mistyped_key_of_a_source_is_answered_with_the_nearest() -> None:
 CHILD = """
 import sys
 from pathlib import Path
+from typing import Any
 from spell_megatron.config import CorpusConfig, SourceConfig
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.corpus.reading import files, tables  # what reading imports counts as the base

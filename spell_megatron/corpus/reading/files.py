@@ -71,7 +71,7 @@ def _prose(file: BufferedReader, name: str, source: SourceConfig, skipped: Skipp
     rest, number, decoder = "", 1, None
     while block := file.read(PART):
         if decoder is None:
-            wide = block.startswith(_UTF16)
+            wide = block.startswith(_UTF16) and not block.startswith(codecs.BOM_UTF32_LE)
             decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8-sig")()
         if b"\0" in block and not wide:
             return skipped.add("binary", name)

@@ -41,7 +41,11 @@ def places(path: str, skipped: Skipped) -> Iterator[Place]:
 
 def _below(root: Path, skipped: Skipped) -> Iterator[Place]:
     home = _home(root)
-    for parent, folders, files in os.walk(root):
+
+    def unreadable(error: OSError) -> None:
+        skipped.add("unreadable", _name(root, error.filename, ""), error.strerror or str(error))
+
+    for parent, folders, files in os.walk(root, onerror=unreadable):
         for name in sorted(folders):
             if reason := _unwanted(name) or ("links to folders" if Path(parent, name).is_symlink() else ""):
                 folders.remove(name)
@@ -51,8 +55,8 @@ def _below(root: Path, skipped: Skipped) -> Iterator[Place]:
             path, shown = Path(parent, name), _name(root, parent, name)
             if reason := _unwanted(name):
                 skipped.add(reason, shown, level=logging.INFO)
-            elif path.is_symlink() and not path.resolve().is_relative_to(home):
-                skipped.add("links that leave the folder", shown, f"to {path.resolve()}")
+            elif path.is_symlink() and not (to := Path(os.path.realpath(path))).is_relative_to(home):
+                skipped.add("links that leave the folder", shown, f"to {to}")
             else:
                 yield Place(path, shown)
 
