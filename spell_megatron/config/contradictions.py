@@ -20,6 +20,12 @@ def check_contradictions(config: Config, where: str) -> None:
     play, faults = config.selfplay, []
     if not config.corpus.sources:
         faults.append("corpus.sources is empty: name one at least, as corpus.sources=[{path: toy}]")
+    for source in config.corpus.sources:
+        if not source.path or not source.tasks:
+            faults.append(
+                "corpus.sources holds a source without a path or without tasks: leave the key out for its default, or"
+                " write it as [{path: toy, tasks: [doc_mc]}] (path: . is the current folder)"
+            )
     if play.round_questions < play.questions and play.max_rounds * play.round_questions < play.questions:
         faults.append(
             f"selfplay.questions={play.questions} cannot be reached by {play.max_rounds} rounds of"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import count as counted
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import yaml
 from spell_megatron.types import SpellError
 
 NOTHING = ("", "~", "null", "Null", "NULL")
+MOST_VALUES = 100_000
+"""Of a file: no recipe has a hundredth of it, and a few lines of aliases within aliases come to any number."""
 _STR = "tag:yaml.org,2002:str"
 
 
@@ -34,17 +38,26 @@ class _Loader(yaml.SafeLoader):
         value = self.construct_scalar(node)
         return Plain(value) if node.style is None else str(value)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges (`<<`), each key once: merges of merges would come to any number of pairs."""
+        super().flatten_mapping(node)
+        node.value = list({_name(key): (key, value) for key, value in node.value}.values())
+
     def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            fault = "" if isinstance(key, yaml.ScalarNode) else "a key is a text"
-            if not fault and key.value in seen:
-                fault = f"the key {key.value!r} stands here twice"
-            if fault:
-                raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
-            seen.add(key.value)
+            if (name := _name(key)) in seen:
+                twice = f"the key {name!r} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+            seen.add(name)
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+
+def _name(key: yaml.Node) -> str:
+    if isinstance(key, yaml.ScalarNode):
+        return str(key.value)
+    raise yaml.constructor.ConstructorError(None, None, "a key is a text", key.start_mark)
 
 
 _Loader.add_constructor(_STR, _Loader.text)
@@ -68,7 +81,7 @@ _Dumper.add_representer(Plain, _Dumper.text)
 def load_yaml(text: str) -> Any:
     """Mappings and lists of texts; those without quotes are `Plain`. Raises ConfigError."""
     try:
-        return _unshared(yaml.load(text, _Loader))
+        return _unshared(yaml.load(text, _Loader), counted())
     except RecursionError:
         raise ConfigError("this is not YAML: it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
@@ -81,11 +94,13 @@ def load_yaml(text: str) -> Any:
         raise ConfigError(f"this is not YAML: {error}") from None
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which an anchor and its aliases are apart."""
+def _unshared(value: Any, count: Iterator[int]) -> Any:
+    """A copy in which an anchor and its aliases are apart. `count` gives out the numbers of its values."""
+    if next(count) == MOST_VALUES:
+        raise ConfigError(f"this is more than {MOST_VALUES:,} values, with each alias (*) written out")
     if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _unshared(inner, count) for key, inner in value.items()}
+    return [_unshared(inner, count) for inner in value] if isinstance(value, list) else value
 
 
 def dump_yaml(value: Any, **options: Any) -> str:

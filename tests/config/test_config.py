@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -269,6 +270,8 @@ def test_every_refusal_shows_how_to_write_the_key() -> None:
         ("corpus.sources=[toy]", "corpus.sources=[{path: toy}]"),
         ("corpus.sources.0.path=x", "corpus.sources=[{path: toy}]"),
         ("corpus.sources=", "name one at least"),
+        ("corpus.sources=[{path}]", "a source without a path"),
+        ("corpus.sources=[{path: hard, tasks: []}]", "without tasks"),
         ("heldout.benchmarks=docmath", "heldout.benchmarks=[docmath]"),
         ("policy.optimizer=", "policy.optimizer.lr=…"),
         ("policy.loss.importance_cap=None", "1.0 or null"),
@@ -316,6 +319,18 @@ def test_a_recipe_may_stand_in_for_the_shipped_one_that_it_inherits(tmp_path: Pa
     assert load_config(str(path)) == dataclasses.replace(load_config("toy"), steps=2)
     (tmp_path / "over.yaml").write_text("inherit: toy.yaml\n", encoding="utf-8")
     assert load_config(str(tmp_path / "over.yaml")).steps == 2
+
+
+def test_aliases_within_aliases_come_to_an_end(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    nine = ", ".join(["*{0}"] * 9)
+    for first, layer in (("[x]", f"[{nine}]"), ("{{a: 1}}", f"{{{{<<: [{nine}]}}}}")):
+        names = "abcdefghijklmnop"
+        lines = [f"a: &a {first.format('')}"]
+        lines += [f"{name}: &{name} {layer.format(below)}" for below, name in pairwise(names)]
+        recipe.write_text("\n".join(lines))
+        with pytest.raises(ConfigError, match=r"values, with each alias|is not a valid configuration"):
+            load_config(str(recipe))
 
 
 def test_anchors_are_shared_but_not_their_changes(tmp_path: Path) -> None:
