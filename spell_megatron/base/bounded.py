@@ -24,6 +24,8 @@ from spell_megatron.base.interpreter import environment, python
 
 _START_SECONDS = 300.0
 """For imports, on a machine that is busy."""
+_PATIENCE, _LOOKS = 20, 4
+"""Times its seconds that a call may last by the clock, and the waits that each is cut into."""
 
 
 class TooMuch(Exception):
@@ -37,8 +39,9 @@ class WorkFailed(Exception):
 class Bounded:
     """A function that other processes would import as `module:name`, called in one of its own. Any thread may call.
 
-    A call takes `seconds` and `memory` bytes at most, imports aside. `sample` are arguments like those to come: what
-    they import is imported beforehand. Arguments and results are pickled.
+    A call takes `seconds` of the processor and `memory` bytes at most, imports aside: a machine that is busy or a
+    process that is suspended takes no time away. `sample` are arguments like those to come: what they import is
+    imported beforehand. Arguments and results are pickled.
     """
 
     def __init__(
@@ -62,11 +65,13 @@ class Bounded:
             try:
                 line = self._line or self._start()
                 line.send(arguments)
-                if not line.poll(self._seconds):
-                    raise TooMuch(f"it took longer than {self._seconds:g} s")
+                # In short waits: one in which this process is suspended counts no more than any other.
+                if not any(line.poll(self._seconds / _LOOKS) for _ in range(_PATIENCE * _LOOKS)):
+                    raise TooMuch(f"it took longer than {_PATIENCE * self._seconds:g} s, mostly idle")
                 fault, answer = line.recv()
             except (OSError, EOFError):
-                self._stop()
+                if self._stop() == -signal.SIGPROF:
+                    raise TooMuch(f"it took longer than {self._seconds:g} s") from None
                 raise TooMuch("its process was ended, most likely for the memory that it took") from None
             except BaseException:
                 self._stop()
@@ -104,13 +109,15 @@ class Bounded:
         ours.recv()
         return ours
 
-    def _stop(self) -> None:
+    def _stop(self) -> int | None:
+        """End the process, unless it has ended; how it did, as `Popen.returncode`."""
         line, process, self._line, self._process = self._line, self._process, None, None
         if line is not None:
             line.close()
         if process is not None:
             process.kill()
-            process.wait()
+            return process.wait()
+        return None
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
@@ -132,12 +139,12 @@ def _serve(descriptor: int, name: str) -> None:
             arguments = line.recv()
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # should whoever asked be gone, and nobody end this
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # the signal ends this process
         try:
             answer = "", function(*arguments)
         except Exception as error:
             answer = type(error).__name__, str(error)[:1000]
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         line.send(answer)
 
 

@@ -7,9 +7,16 @@ import time
 
 
 def take(seconds: float, size: int) -> int:
-    """Take time and memory; returns the bytes."""
-    time.sleep(seconds)
+    """Take the processor's time and memory; returns the bytes."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
     return len(bytearray(size))
+
+
+def rest(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
 
 
 def die() -> None:
