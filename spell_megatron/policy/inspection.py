@@ -38,10 +38,7 @@ class Inspection:
 
     def before_step(self, scores: Scores, loss: float, judge: Judge, *, touched: bool) -> None:
         """Log-probs, entropies, loss and gradients; `touched` where an earlier step has changed the weights."""
-        judged = (
-            unsound_scores(scores.logprobs, scores.entropy) or judge(scores) if self._world.is_main else None
-        )
-        fault = share(judged, self._world)
+        fault = share(lambda: unsound_scores(scores.logprobs, scores.entropy) or judge(scores), self._world)
         if fault is None and not math.isfinite(loss):
             fault = UnsoundError("the loss is not finite")
         buffers = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import megatron.core  # noqa: F401  (the patches need it imported)
 import torch
@@ -137,6 +138,18 @@ def gathered(value: Value, group: Group) -> list[Value]:
     return values or []
 
 
-def share(value: Value, world: World) -> Value:
-    """Rank 0's value, on every rank of the world."""
-    return agreed(value, dist.group.WORLD if world.size > 1 else None)
+def share(work: Callable[[], Value], world: World) -> Value:
+    """What rank 0 makes of `work`, on every rank of the world. Where it raises there, the others raise SpellError."""
+    if world.size == 1:
+        return work()
+    result, fault = None, ""
+    try:
+        result = work() if world.is_main else None
+    except BaseException as error:
+        fault = type(error).__name__
+        raise
+    finally:
+        result, fault = agreed((result, fault), dist.group.WORLD)
+    if fault:
+        raise SpellError(f"rank 0 has given up ({fault}); its own message says why")
+    return cast("Value", result)

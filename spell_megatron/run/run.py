@@ -235,7 +235,7 @@ class Run:
         low, played = self.config.record.reward_min, collected.played
         if low is None:
             return
-        mean = self._shared(self._driver.reward(played) if played else None)
+        mean = share(lambda: self._driver.reward(played) if played else None, self.world)
         if mean is not None and not mean >= low:
             raise UnsoundError(f"the responder's mean reward is {mean:.3g}, below record.reward_min={low:g}")
 
@@ -272,7 +272,7 @@ class Run:
         self.learner.check()
         batch, bound = collected.batch, self.config.record.mismatch_bound
         scores = self.learner.score(batch)
-        dropped = self._shared(groups_beyond(batch, scores, bound) if self.world.is_main else frozenset())
+        dropped = share(lambda: groups_beyond(batch, scores, bound), self.world)
         if len(dropped) == len(batch.groups):
             self._save()
             raise self._mismatch(collected.step, f"by more than {bound} in every group of the batch")
@@ -367,9 +367,6 @@ class Run:
         """Return when every rank is here; rank 0 may have had engines to put to sleep."""
         self._main.meet()
         dist.barrier()
-
-    def _shared(self, value: Value) -> Value:
-        return share(value, self.world)
 
 
 def _described(group: int, collected: Collected, dropped: frozenset[int]) -> str:

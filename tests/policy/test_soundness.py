@@ -7,20 +7,22 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import make_model
 from objectives import batch_with_engine
 
 from spell_megatron.config import Config, OptimizerConfig, PolicyConfig, RecordConfig
+from spell_megatron.policy import world as policy_world
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.passes import Pass
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.world import World
 from spell_megatron.run.run import BadStepError, Collected, Run, Updated
-from spell_megatron.types import TrainBatch
+from spell_megatron.types import SpellError, TrainBatch
 
 pytestmark = pytest.mark.unit
 
@@ -141,6 +143,27 @@ def test_a_judge_is_asked_before_the_optimizer_steps(learner: Learner) -> None:
     with pytest.raises(UnsoundError, match="entropy_min=7"):
         learner.update(BATCH, lambda scores: entropy_beyond(scores.entropy, 7.0, None))
     assert all(torch.equal(before[name], now) for name, now in weights(learner).items())
+
+
+def test_where_a_judge_fails_on_rank_0_no_other_rank_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks one after another: what rank 0 gives to all, fault or value, is what the others go by."""
+    given: list[Any] = []
+
+    def agreed(value: Any, group: Any) -> Any:
+        given.append(value)
+        return given[0]
+
+    monkeypatch.setattr(policy_world, "agreed", agreed)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD="all"))
+    main, other = (cast(World, SimpleNamespace(size=2, is_main=first)) for first in (True, False))
+    with pytest.raises(ZeroDivisionError):
+        policy_world.share(lambda: 1 // 0, main)
+    with pytest.raises(
+        SpellError, match=r"rank 0 has given up \(ZeroDivisionError\); its own message says why"
+    ):
+        policy_world.share(lambda: 1 // 0, other)
+    given.clear()
+    assert [policy_world.share(lambda: 7, main), policy_world.share(lambda: 8, other)] == [7, 7]
 
 
 @pytest.mark.parametrize("empty", [(0,), (0, 1), (-1,), "all"])
