@@ -164,18 +164,24 @@ class Endpoint:
     async def alive(self) -> bool:
         """Whether the endpoint still lists its models."""
         try:
-            return (await self._client.get("/v1/models", timeout=10.0)).status_code < 500
-        except httpx.HTTPError:
+            async with asyncio.timeout(10.0):
+                return (await self._exchange("GET", _MODELS))[0] < 500
+        except (httpx.HTTPError, TimeoutError, Refused):
             return False
 
     async def _describe(self) -> None:
         try:
-            response = await self._client.get("/v1/models", timeout=30.0)
-            models = _parsed(response.content)["data"]
-            served = {str(entry["id"]): entry for entry in models}
-        except (httpx.HTTPError, _Transient, KeyError, TypeError) as error:
+            async with asyncio.timeout(30.0):
+                status, answer = await self._exchange("GET", _MODELS)
+            if status in (401, 403):
+                raise SpellError(
+                    f"{self.url} refuses the key (HTTP {status}: {_message(answer)}): set SPELL_API_KEY (of a judge,"
+                    " SPELL_JUDGE_KEY) in the environment"
+                )
+            served = {str(entry["id"]): entry for entry in _parsed(answer)["data"]}
+        except (httpx.HTTPError, TimeoutError, Refused, _Transient, KeyError, TypeError) as error:
             raise EndpointDied(
-                f"no OpenAI-compatible endpoint at {self.url}/v1/models ({type(error).__name__}: {error}):"
+                f"no OpenAI-compatible endpoint at {self.url}{_MODELS} ({type(error).__name__}: {error}):"
                 " check the URL and that the server runs"
             ) from None
         if not self.model and len(served) == 1:
@@ -211,24 +217,26 @@ class Endpoint:
         await asyncio.sleep(self._turn - now)
         try:
             async with asyncio.timeout(self._limits.timeout):  # of a whole answer, however slowly it comes
-                status, answer = await self._exchange(path, body)
+                status, answer = await self._exchange("POST", path, body)
         except (httpx.TimeoutException, TimeoutError):
             raise _Transient("timed out") from None
         except httpx.HTTPError as error:
             raise _Transient(f"connection failed ({type(error).__name__})") from None
         if status >= 500 or status in _RETRIED:
             raise _Transient(f"HTTP {status}")
-        if status >= 400:
+        if status >= 300:  # a redirection is not followed: the key is for this host
             raise Refused(f"HTTP {status}: {_message(answer)}")
         value = _parsed(answer)
         if not isinstance(value, dict):
             raise _Transient("the answer is not a JSON object")
         return value
 
-    async def _exchange(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+    async def _exchange(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> tuple[int, bytes]:
         """Status and answer. Raises Refused for one that is larger than any honest one."""
-        answer = bytearray()
-        async with self._client.stream("POST", path, content=json.dumps(body), headers=_JSON) as response:
+        answer, content = bytearray(), None if body is None else json.dumps(body)
+        async with self._client.stream(method, path, content=content, headers=_JSON) as response:
             async for block in response.aiter_bytes():
                 answer += block
                 if len(answer) > LARGEST:
@@ -237,6 +245,7 @@ class Endpoint:
 
 
 _JSON = {"Content-Type": "application/json"}
+_MODELS = "/v1/models"
 
 
 def _completion(value: dict[str, Any]) -> Completion:

@@ -19,6 +19,7 @@ from eval_standin import Capitals, StandIn, Unjudged, WordCodec, chat_reply, rig
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from eval import endpoint as endpoint_module
 from eval.benchmark import Item, Terms
 from eval.benchmarks.helmet import Helmet
 from eval.comparison import compare
@@ -462,11 +463,32 @@ def test_whatever_an_endpoint_answers_is_a_completion_or_a_fault_in_words(
             assert isinstance(answered, str) or 0 <= answered.tokens < 1 << 30
 
 
-@pytest.mark.parametrize("listed", [b"[" * 200_000, b"{}", b'{"data": 7}', b'{"data": ["m"]}', b"\xff"])
-def test_an_endpoint_that_lists_no_models_is_said_to_be_none(listed: bytes) -> None:
+ONE_MODEL = b'{"data": [{"id": "m"}]}'
+
+
+@pytest.mark.parametrize(
+    ("status", "listed", "said"),
+    [
+        *(
+            (200, listed, "no OpenAI-comp")
+            for listed in (b"[" * 200_000, b"{}", b'{"data": 7}', b'{"data": ["m"]}')
+        ),
+        *((200, listed, "no OpenAI-comp") for listed in (b"\xff", b" " * 300_000 + ONE_MODEL)),
+        (
+            401,
+            b'{"error": "who are you?"}',
+            r"refuses the key \(HTTP 401: who are you\?\): set SPELL_API_KEY",
+        ),
+    ],
+)
+def test_an_endpoint_that_lists_no_models_is_said_to_be_none(
+    status: int, listed: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_module, "LARGEST", 250_000)
+
     class Odd(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(listed)
 
@@ -478,7 +500,7 @@ def test_an_endpoint_that_lists_no_models_is_said_to_be_none(listed: bytes) -> N
 
     with HTTPServer(("127.0.0.1", 0), Odd) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        with pytest.raises(EndpointDied, match="no OpenAI-compatible endpoint"):
+        with pytest.raises(SpellError, match=said):
             asyncio.run(ask(f"http://127.0.0.1:{server.server_port}"))
 
 

@@ -83,6 +83,7 @@ def test_equal_answers_are_one_request_and_so_many_run_at_once():
         (lambda *_: chat_reply("It is hard to say: YES and NO."), "no verdict in the reply", 2),
         (lambda *_: (500, b""), "HTTP 500", 2),
         (lambda *_: (401, {"error": {"message": "no key"}}), "HTTP 401: no key", 1),
+        (lambda *_: (307, {"error": "go to another host"}), "HTTP 307: go to another host", 1),
         (lambda *_: (200, b"x" * 3000), "an answer of more than 0 MiB", 1),
     ],
 )
