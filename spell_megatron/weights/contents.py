@@ -164,10 +164,11 @@ def _check_tokenizer(folder: Path, shape: ModelShape) -> None:
     if not (folder / "tokenizer.json").is_file():
         return
     tokenizer = read_object(folder / "tokenizer.json")
-    model, added = tokenizer.get("model") or {}, tokenizer.get("added_tokens") or []
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    ids = [token.get("id") for token in added if isinstance(token, dict)]
-    ids += vocab.values() if isinstance(vocab, dict) else [len(vocab or ()) - 1]
+    ids = [token.get("id") for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)]
+    if isinstance(vocab, dict | list):
+        ids += vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
     largest = max((token for token in ids if isinstance(token, int)), default=-1)
     if largest >= shape.vocab:
         raise SpellError(

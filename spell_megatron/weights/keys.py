@@ -193,7 +193,7 @@ def _number(values: Mapping[str, Any], key: str, where: Path, kind: type[T], wri
         raise SpellError(f"{where} lacks {written!r}")
     value = values[key]
     fits = isinstance(value, int) or (kind is float and isinstance(value, float))
-    if not fits or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not fits or isinstance(value, bool) or not 0 < value < 1e18:
         what = "a whole number" if kind is int else "a number"
-        raise SpellError(f"{where}: {written} is {value!r}, expected {what} above 0")
+        raise SpellError(f"{where}: {written} is {value!r}, expected {what} between 0 and 1e18")
     return kind(value)

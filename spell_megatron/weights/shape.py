@@ -13,6 +13,8 @@ from spell_megatron.weights.keys import HfConfig, read_config
 from spell_megatron.weights.table import Dimension, Row
 
 Sizes = tuple[int, ...]
+_MOST = 10_000_000
+"""Tensors of a model; the largest have a hundredth of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,11 @@ def model_shape(folder: Path, families: Sequence[str] = ()) -> ModelShape:
     if shape.experts_per_token > experts:
         raise SpellError(
             f"{config.path}: num_experts_per_tok={shape.experts_per_token} is more than {experts} experts"
+        )
+    if (tensors := sum(shape.copies(row) * len(row.names) for row in shape.rows())) > _MOST:
+        raise SpellError(
+            f"{config.path}: {shape.layers:,} layers come to {tensors:,} tensors: no model has so many; copy the model"
+            " folder again"
         )
     return shape
 

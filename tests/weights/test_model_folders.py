@@ -119,6 +119,11 @@ REFUSED: dict[str, tuple[Kind, Change, str]] = {
         rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=None),
         "original_max_position_embeddings is None",
     ),
+    "a factor without end": (
+        "qwen3",
+        rope(rope_type="yarn", factor=1e308, original_max_position_embeddings=128),
+        r"factor is 1e\+308, expected a number between 0",
+    ),
     "unknown rope key": ("qwen3", rope(rope_type="yarn", factor=4.0, attn_factor=0.8), "attn_factor"),
     "two ropes": (
         "qwen3",
@@ -141,6 +146,11 @@ REFUSED: dict[str, tuple[Kind, Change, str]] = {
         "qwen3",
         configured(num_hidden_layers=3, layer_types=...),
         "lacks the tensor 'model.layers.2",
+    ),
+    "layers without end": (
+        "qwen3",
+        configured(num_hidden_layers=10**12, layer_types=...),
+        "no model has so many",
     ),
     "leftover index": ("qwen3", index({"a": "model-00001-of-00002.safetensors"}), "remove the index"),
     "index of nothing": (
@@ -189,6 +199,14 @@ def test_what_would_be_computed_wrongly_is_refused(
         read_contents(folder)
     with pytest.raises(EngineError, match=words):
         Manifest.of(folder)
+
+
+@pytest.mark.parametrize("odd", ['{"model": {"vocab": 5}}', '{"model": [], "added_tokens": {"id": 5}}'])
+def test_what_is_no_tokenizer_is_left_to_those_who_read_one(
+    models: dict[Kind, Path], tmp_path: Path, odd: str
+) -> None:
+    folder = changed(models, "qwen3", lambda f: (f / "tokenizer.json").write_text(odd), tmp_path)  # type: ignore[arg-type, return-value]
+    assert read_contents(folder).sizes
 
 
 @pytest.mark.parametrize("kind", KINDS)
