@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -187,6 +188,21 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_written(
     with pytest.raises(SpellError, match="the disk is full"):
         lines.append({"step": 2})
     lines._file = opened
+    lines.append({"step": 3})
+    assert list(read_lines(lines.path)) == [{"step": 1}, {"step": 3}]
+
+
+def test_a_line_of_which_a_disk_takes_a_part_is_taken_away_again(tmp_path: Path) -> None:
+    """The system writes what still fits and reports no error: that comes with the rest."""
+    lines = JsonLines(tmp_path / "lines.jsonl")
+    lines.append({"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (lines.path.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(SpellError, match=r"cannot write .*lines\.jsonl: File too large"):
+            lines.append({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     lines.append({"step": 3})
     assert list(read_lines(lines.path)) == [{"step": 1}, {"step": 3}]
 

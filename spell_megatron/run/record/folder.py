@@ -170,7 +170,9 @@ class JsonLines:
             file = self._opened()
             end = file.tell()
             try:
-                file.write(line)
+                # A disk that is nearly full takes a part, and says why only when it is asked again.
+                while line:
+                    line = line[file.write(line) :]
             except OSError:
                 file.truncate(end)
                 raise
