@@ -7,7 +7,8 @@ ids, and says which weight version sampled them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +86,8 @@ class Client:
                 ),
             },
         )
-        try:
+        with self._sense():
             return _completion(prompt, answer)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise Unavailable(f"{self.address} sent an answer that makes no sense: {error!r}") from None
 
     async def version(self, timeout: float) -> str:
         """The label of the weights it holds. The engine's core answers, so this is a sign of life, too."""
@@ -100,10 +99,19 @@ class Client:
 
     async def world_size(self, timeout: float) -> int:
         """Workers that a transfer has to reach."""
-        return int((await self._json("GET", Route.WORLD_SIZE, timeout=timeout))["world_size"])
+        answer = await self._json("GET", Route.WORLD_SIZE, timeout=timeout)
+        with self._sense():
+            return int(answer["world_size"])
 
     async def close(self) -> None:
         await self._http.aclose()
+
+    @contextmanager
+    def _sense(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise Unavailable(f"{self.address} sent an answer that makes no sense: {error!r}") from None
 
     async def _json(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         try:
@@ -126,7 +134,7 @@ class Client:
             raise Unavailable(f"{self.address}{path} answered {response.status_code}: {response.text[:500]}")
         try:
             answer = response.json() if response.content else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unavailable(f"{self.address}{path} sent something that is not JSON") from None
         return answer if isinstance(answer, dict) else {}
 

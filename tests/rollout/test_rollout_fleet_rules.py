@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import random
 import signal
@@ -13,7 +15,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -21,6 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spell_megatron.rollout import guard
+from spell_megatron.rollout.address import Address
+from spell_megatron.rollout.client import Client
 from spell_megatron.rollout.dispatch import Dispatcher
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.health import (
@@ -46,6 +52,50 @@ from spell_megatron.rollout.transfer.manifest import Manifest
 pytestmark = pytest.mark.unit
 
 PATIENCE = 60.0
+
+ANSWER = {
+    "choices": [
+        {
+            "finish_reason": "stop",
+            "token_ids": [5],
+            "logprobs": {"content": [{"logprob": -0.5}]},
+            "weight_versions": [{"version": "3", "start": 0, "end": 1}],
+        }
+    ],
+    "usage": {"prompt_tokens_details": None},
+    "world_size": 2,
+}
+
+
+def test_whatever_a_server_answers_is_a_completion_or_an_error_of_its_own() -> None:
+    """Each part of a right answer in turn is something else."""
+
+    def changed(value: Any) -> Iterator[Any]:
+        yield from (None, "x", [], {}, [None], 7)
+        if isinstance(value, dict):
+            yield from (value | {key: other} for key in value for other in changed(value[key]))
+        elif isinstance(value, list):
+            yield from ([other] for other in changed(value[0]))
+
+    async def ask(body: bytes, status: int = 200) -> Any:
+        client = Client(Address("http://engine"), PATIENCE)
+        await client.close()
+        transport = httpx.MockTransport(lambda request: httpx.Response(status, content=body))
+        client._http = httpx.AsyncClient(transport=transport, base_url="http://engine")
+        done = await client.complete((1, 2), seed=0, max_tokens=1, temperature=1.0, top_p=1.0, stop=())
+        return done.rollout.tokens, await client.world_size(1.0)
+
+    assert asyncio.run(ask(json.dumps(ANSWER).encode())) == ((5,), 2)
+    bodies = [json.dumps(other).encode() for other in changed(ANSWER)]
+    for body in (*bodies, b"<html>", b"[" * 200_000, b"\xff", b""):
+        try:
+            tokens, size = asyncio.run(ask(body))
+        except EngineError:
+            continue
+        assert isinstance(size, int) and all(isinstance(token, int) for token in tokens)
+    with pytest.raises(EngineError):
+        asyncio.run(ask(b"", 307))
+
 
 LIMITS = Limits(failures=2, restarts=2)
 VERSIONS = (0, 1, 2)
