@@ -23,9 +23,10 @@ _DEEPEST = 32
 
 _PRECISION = re.compile(r"[ -](?:decimal|significant|digit)")
 _OTHER = re.compile(
-    r"\s*(?:[;,|]+|(?:[;,]\s*)?(?:[a-z]+\s+)?(?:or|and/or)|and|to)[\s(+-]*\.?\d", re.IGNORECASE
+    r"\s*(?:[;,|]+(?=(?:[\d\W]|and|or)*$)|(?:[;,]\s*)?(?:[a-z]+\s+)?(?:or|and/or)|and|to)(?=[\s(+-]*\.?\d)",
+    re.IGNORECASE,
 )
-"""One more number behind a number: whoever gives two of them, gives none."""
+"""Between a number and one more."""
 _NAMED = re.compile(r"^[A-Za-z]\w{0,20} ?=")
 _MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
 _YEARS = range(1500, 2200)
@@ -60,11 +61,20 @@ def first(statement: str) -> str | None:
         run = next(_runs(text), None)
         begins = run is not None and text.lstrip(" (=").startswith(run.lstrip(" (="))
         behind = text.partition(run)[2] if run is not None else ""
-        if run is not None and begins and not _PRECISION.match(behind) and not _OTHER.match(behind):
+        if run is not None and begins and not _PRECISION.match(behind):
             number = run.rpartition("=")[2].strip()
-            if _value(number) is not None:
+            value = _value(number)
+            if value is not None and not _is_doubted(value, behind):
                 return number
     return None
+
+
+def _is_doubted(value: float, behind: str) -> bool:
+    """Whether another number follows a number: whoever gives two of them, gives none."""
+    if (between := _OTHER.match(behind)) is None:
+        return False
+    other = _value(next(_runs(behind[between.end() :]), "").rpartition("=")[2])
+    return other is None or not math.isclose(value, other)
 
 
 def only(statement: str) -> str | None:

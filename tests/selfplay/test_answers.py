@@ -118,6 +118,17 @@ def test_two_numbers_are_none_whichever_is_right(link: str, dress: str) -> None:
         response = f"The correct answer is {dress.format(first + link + second)}."
         assert extract_answer("docmath_qa", response) is None, response
     assert extract_answer("docmath_qa", "The correct answer is not 40 but more.") is None
+    assert extract_answer("docmath_qa", "The correct answer is 10, 20 and 30.") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [("1/2 or 0.5", "1/2"), ("12 (or 12.0)", "12"), ("15, 3 more than the others", "15"), ("1,204", "1204")],
+)
+def test_one_number_said_twice_or_explained_is_one(said: str, number: str) -> None:
+    answer = extract_answer("docmath_qa", f"The correct answer is {said}.")
+    assert answer is not None
+    assert parse_number(answer) == parse_number(number)
 
 
 NO_LETTER = (

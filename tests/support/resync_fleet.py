@@ -149,7 +149,7 @@ class Following:
             batch = asyncio.run(self._groups(self.fleet)) if self.fleet else None
         except WeightsWanted:
             batch = None
-        return share(batch, self._world)
+        return share(lambda: batch, self._world)
 
     async def _groups(self, engine: Fleet) -> TrainBatch:
         async def group() -> Group:
