@@ -36,10 +36,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 LONGEST = (
-    *("test_resync_fleet", "test_gpu_check", "test_launchers_slurm", "test_durability", "test_cuda"),
-    *("test_chaos", "test_training", "test_layouts", "test_checkpoint"),
+    *("test_resync_fleet", "test_gpu_check", "test_launchers_slurm", "test_durability", "test_chaos"),
+    *("test_cuda", "test_checkpoint", "test_training", "test_layouts", "test_sleep"),
+    *("test_rollout_inprocess", "test_plan_measured", "test_staleness_run", "test_waiting"),
+    *("test_corpus_million",),
 )
-"""Files of minutes."""
+"""Files of a minute or more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
