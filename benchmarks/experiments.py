@@ -76,12 +76,13 @@ def _scores(row: Mapping[str, Any]) -> dict[str, float]:
 def roles(episodes: Iterable[Episode]) -> dict[str, float]:
     """Shares and means over some episodes, measured against the truth.
 
-    `valid` questions; `true` keys and mean `links` and `documents` among those that the world understands;
-    `understood` ones among the valid; `verifier`: majorities that say what an answer is worth by the true key, and
+    `valid` questions; `understood` ones among the valid; of these, `true` keys, mean `links` and `documents`, and true
+    keys among those that are `trained` on; `verifier`: majorities that say what an answer is worth by the true key, and
     `rule`: the same of the rule with the questioner's own reference.
     """
     found: dict[str, list[float]] = {
-        name: [] for name in ("valid", "understood", "true", "links", "documents", "verifier", "rule")
+        name: []
+        for name in ("valid", "understood", "true", "trained", "links", "documents", "verifier", "rule")
     }
     for episode in episodes:
         question = episode.question
@@ -93,7 +94,10 @@ def roles(episodes: Iterable[Episode]) -> dict[str, float]:
         found["understood"].append(truth is not None)
         if truth is None or reach is None:
             continue
-        found["true"].append(truth == world.plain(question.answer))
+        true = truth == world.plain(question.answer)
+        found["true"].append(true)
+        if episode.kept:
+            found["trained"].append(true)
         found["links"].append(reach.links)
         found["documents"].append(reach.documents)
         for response in episode.responses:
@@ -144,7 +148,7 @@ def tables(summary: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Accuracy, pass@k with lengths, and the roles."""
     gains = Table("variant", "seeds", "before", "after", *(f"Δ {name}" for name in _LABELS), "against spell")
     reach = Table("variant", *(f"Δ {name}" for name in _LENGTHS), "best before", "best after", "Δ best")
-    parts = ("valid", "understood", "true", "links", "documents", "verifier", "rule")
+    parts = ("valid", "understood", "true", "trained", "links", "documents", "verifier", "rule")
     played = Table("variant", *parts, "tokens", "minutes")
     for variant, row in summary.items():
         change = row["difference"]

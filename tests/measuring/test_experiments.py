@@ -55,7 +55,7 @@ def test_roles_are_measured_against_the_truth() -> None:
     found = experiments.roles(
         [
             episode(0, true, (right, 1, 1.0), (wrong, 1, 0.0)),
-            episode(0, false, (right, 1, 0.0), (wrong, None, 1.0)),
+            replace(episode(0, false, (right, 1, 0.0), (wrong, None, 1.0)), outcome="kept"),
             episode(0, unknown, (right, 0, 0.0)),
             episode(0, None),
         ]
@@ -64,6 +64,7 @@ def test_roles_are_measured_against_the_truth() -> None:
         "valid": 3 / 4,
         "understood": 2 / 3,
         "true": 1 / 2,
+        "trained": 0.0,
         "links": 2.0,
         "documents": asked.solution.documents,
         "verifier": 2 / 3,
