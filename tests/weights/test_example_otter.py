@@ -196,7 +196,7 @@ def test_the_planner_builds_it(folder: Path) -> None:
     usual = estimate(load_config("toy"), Assumptions())
     assert found.rehearsal
     assert found.rehearsal.hf_weights == len(load_file(folder / "model.safetensors"))
-    assert [stage.held for stage in found.stages] == [stage.held for stage in usual.stages]
+    assert [stage.parameters for stage in found.stages] == [stage.parameters for stage in usual.stages]
 
 
 @pytest.mark.engine
