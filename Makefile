@@ -37,7 +37,8 @@ light: setup
 
 test: setup
 	$(MAKE) --no-print-directory --jobs=2 lint unit
-	$(PYTEST) -m "not unit" $(TOGETHER)
+	$(PYTEST) -m engine $(TOGETHER)
+	$(PYTEST) -m "distributed or slurm" $(TOGETHER)
 
 unit: setup
 	$(PYTEST) -m unit $(TOGETHER)
