@@ -245,7 +245,6 @@ def own_environment(scratch: Path) -> dict[str, str]:
     return {
         **common_environment(scratch),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs here, not in a child process
-        "VLLM_RPC_BASE_PATH": str(scratch),  # else a socket folder in the temporary folder
     }
 
 

@@ -18,13 +18,15 @@ from pathlib import Path
 
 _PREFIX = "spell-"
 _LOCK = ".spell-megatron-server"
+_LONGEST = 55
+"""Characters of a path that leave room, in the 107 of a socket's, for our folder's name and for vLLM's in it."""
 
 
 @contextmanager
 def make() -> Iterator[tuple[Path, int]]:
     """A new folder, and the descriptor of its lock, which whoever uses the folder has to inherit in the block."""
     sweep()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))  # mode 0700
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_root()))  # mode 0700
     begun = folder / f"{_LOCK}.begun"
     descriptor = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -40,7 +42,7 @@ def make() -> Iterator[tuple[Path, int]]:
 
 def sweep() -> None:
     """Remove this user's folders that nobody uses any more."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in _root().glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
@@ -51,3 +53,9 @@ def sweep() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+def _root() -> Path:
+    """The temporary folder, unless its path is too long for a socket's; then the system's own."""
+    here = tempfile.gettempdir()
+    return Path(here if len(os.fsencode(here)) <= _LONGEST else "/tmp")

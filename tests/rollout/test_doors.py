@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import socket
 import ssl
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -316,7 +319,7 @@ def _authorization(request: bytes) -> bytes:
 def test_folders_of_killed_servers_are_swept_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private_folder.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(private_folder, "_root", lambda: tmp_path)
     (tmp_path / "spell-notes").mkdir()
     (tmp_path / "spell-notes" / "thesis").write_text("mine")
     holder = subprocess.Popen(["sleep", "60"])
@@ -337,6 +340,21 @@ def test_folders_of_killed_servers_are_swept_and_no_others(
         holder.wait()
     private_folder.sweep()
     assert not living.exists()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("length", [40, 55, 56, 200])
+def test_a_socket_fits_into_the_folder_whatever_the_temporary_one_is_called(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        temporary = Path(short, "x" * (length - len(short) - 1))
+        temporary.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        with private_folder.make() as (folder, _), socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(folder / str(uuid.uuid4())))  # as vLLM names its own
+        assert folder.is_relative_to(temporary) == (length <= 55)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module", params=["socket", "port"])
