@@ -130,7 +130,7 @@ def test_routes_stand_in_one_place_and_each_is_looked_for() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/")
         }
         paths = {text for text in texts if " " not in text and text != "/"}
-        elsewhere = {path for path in paths if not path.startswith(("/proc", "/memfd", "/fd/"))}
+        elsewhere = {path for path in paths if not path.startswith(("/proc", "/memfd", "/fd/", "/tmp"))}
         assert file.name == "dialect.py" or not elsewhere, file
 
 
