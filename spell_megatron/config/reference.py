@@ -87,7 +87,7 @@ def _values(kind: Any, limits: Iterable[Any], path: str, name: str) -> str:
     if kind is str:
         return "path" if any(isinstance(one, AfterValidator) for one in limits) else "text"
     bounds = [
-        f"{sign} {getattr(one, name):g}"
+        f"{sign} {getattr(one, name):.12g}"
         for one in limits
         for name, sign in _BOUNDS.items()
         if hasattr(one, name)

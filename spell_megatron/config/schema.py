@@ -25,6 +25,7 @@ SurrogateName = Annotated[str, RecordName("loss", ("clipped",))]
 EngineName = Annotated[str, RecordName("engine", ("vllm",))]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -469,7 +470,7 @@ class HeldOutConfig:
     documents, labels."""
     samples: int = Field(default=8, gt=0)
     """Answers to each question."""
-    seed: int = 12345
+    seed: Seed = 12345
     """Seed of the questions and their answers."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks of `spell-megatron eval` to measure besides, on the live engines, as often."""
@@ -544,7 +545,7 @@ class Config:
     """Begins the name of the run's folder."""
     runs: Location = "runs"
     """Folder in which the run's folder is made."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn: clusters, tasks, samples."""
     steps: int = Field(default=100, gt=0)
     """Rollout batches, each with its update."""

@@ -133,8 +133,8 @@ def test_json_lines_survive_every_bad_row(tmp_path: Path, monkeypatch: pytest.Mo
         ("first", "7", "T"), ("last ", "rows.jsonl", ""),
     ]  # fmt: skip
     assert skipped.counts == {
-        "not JSON": 2, "not a JSON object": 1, "not UTF-8": 1, "without text in 'text'": 1, "empty": 2,
-        "longer than 0 MiB": 1,
+        "not JSON": 2, "not a JSON object": 1, "not UTF-8": 1, "without text in 'text'": 1, "empty": 1,
+        "without a column 'text'": 1, "longer than 0 MiB": 1,
     }  # fmt: skip
 
 
@@ -144,6 +144,20 @@ def test_a_missing_column_is_named_with_the_nearest_one(tmp_path: Path) -> None:
         SpellError, match=r"without a column 'text' \(did you mean text_field: txt\? columns: n, txt\)"
     ):
         sampler_of(tmp_path)
+
+
+def test_rows_before_and_between_the_ones_with_a_text_cost_no_other(tmp_path: Path) -> None:
+    rows = [{"id": 0}, {"text": "first"}, {"id": 1}, {"content": "second"}, {"text": "third"}]
+    write_lines(tmp_path / "rows.jsonl", rows)  # type: ignore[arg-type]
+    texts, skipped = texts_of(tmp_path / "rows.jsonl")
+    assert [text.text for text in texts] == ["first", "second", "third"]
+    assert skipped.counts == {"without a column 'text'": 2}
+
+
+def test_a_file_of_other_things_is_not_read_to_its_end(tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"id": 1}] * 1500 + [{"text": "late"}])
+    texts, skipped = texts_of(tmp_path / "rows.jsonl")
+    assert not texts and skipped.counts == {"without a column 'text'": 1000}
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "json", "jsonl.gz", "parquet"])

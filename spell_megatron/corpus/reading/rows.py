@@ -17,15 +17,20 @@ from spell_megatron.config import EVERY_TEXT, SourceConfig
 from spell_megatron.corpus.reading.text import Skipped, Text
 
 Row = Mapping[str, Any]
+_STRANGERS = 1000
 
 
 def texts(rows: Iterable[Row], name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
-    """Rows to texts. The first row tells the file's layout."""
-    column = None
+    """Rows to texts. A file whose first `_STRANGERS` rows have none is read no further."""
+    strangers = 0
     for number, row in enumerate(rows, start=1):
         where = f"{name}#{number}"
-        if column is None and (column := text_column(row, source)) is None:
-            return missing_column(row, name, source, skipped)
+        if (column := text_column(row, source)) is None:
+            missing_column(row, where, source, skipped)
+            strangers += 1
+            if strangers == number == _STRANGERS:
+                return
+            continue
         if column == EVERY_TEXT:
             for place, part in _every(row):
                 yield from Text(f"{where}{place}", part, name).parts()

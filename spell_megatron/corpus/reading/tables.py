@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def csv_rows(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]
             if len(row) > len(columns):
                 skipped.add("with more fields than the header", f"{name} line {number}")
             elif row:
-                yield dict(zip(columns, row, strict=False))
+                yield dict(zip_longest(columns, row, fillvalue=""))
     except csv.Error as error:
         skipped.add("damaged", name, str(error))
 
