@@ -1,6 +1,6 @@
 """What each part of SPELL is worth in the toy world: the recipe with one key changed, several seeds each.
 
-    python -m benchmarks.ablations --seeds 3 [--json] [--variants spell,no-memory] [key=value …]
+    python -m benchmarks.ablations --seeds 3 [--at-once 2] [--variants spell,no-memory] [--json] [key=value …]
 
 Held-out accuracy is graded by the rule alone. Runs that are over are kept in `--results` and not run again, so
 that a table can be interrupted, and widened by further variants and seeds. Intervals are Student's over the
@@ -10,10 +10,13 @@ seeds; the last column pairs a variant with SPELL seed by seed.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +48,7 @@ VARIANTS: Variants = {
     "reverse-reward": ("selfplay.questioner_reward=reverse",),
 }
 ASKED_FOR = (SPELL, "no-memory", "no-verifier-update", "static")
+AtOnce = Annotated[int, typer.Option(min=1, help="Runs side by side, which share the cores.")]
 NAMES = (*TASKS, "mean")
 _KEPT = ("heldout_before", "heldout_after", "generated")
 
@@ -64,24 +68,36 @@ def kept_results(
     kept: Path,
     variants: Variants,
     run: Callable[[int, Sequence[str]], dict[str, Any]],
+    at_once: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """What `run(seed, overrides)` says of every variant and seed, with its `variant`, `seed` and `overrides`.
 
-    Every variant of a seed before the next seed, so that an interrupted table is still one of pairs. A run whose
-    result stands in `kept` is not run again.
+    Every variant of a seed before the next seed, so that an interrupted table is still one of pairs; `at_once` runs
+    side by side. A run whose result stands in `kept` is not run again.
     """
     known = {_key(row["variant"], row["seed"], row["overrides"]): row for row in read_lines(kept)}
-    lines = JsonLines(kept)
-    for seed in range(seeds):
-        for name in names:
-            row = known.get(_key(name, seed, overrides))
-            if row is None:
-                result = run(seed, [*variants[name], *overrides])
-                row = {"variant": name, "seed": seed, "overrides": list(overrides), **result}
+    lines, writing = JsonLines(kept), Lock()
+
+    def result(seed: int, name: str) -> dict[str, Any]:
+        row = known.get(_key(name, seed, overrides))
+        if row is None:
+            found = run(seed, [*variants[name], *overrides])
+            row = {"variant": name, "seed": seed, "overrides": list(overrides), **found}
+            with writing:
                 lines.append(row)
                 lines.sync()
-            yield row
-    lines.close()
+        return row
+
+    if at_once > 1:  # small models hardly gain by a second thread
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
+    with ThreadPoolExecutor(at_once) as pool:
+        asked = [pool.submit(result, seed, name) for seed in range(seeds) for name in names]
+        try:
+            for future in asked:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            lines.close()
 
 
 def _run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -138,10 +154,11 @@ def main(
     kept: Annotated[Path, typer.Option("--results", help="Where finished runs are kept.")] = Path(
         "runs/ablations.jsonl"
     ),
+    at_once: AtOnce = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Run the toy recipe with parts left out and print the table."""
-    rows = kept_results(chosen(variants), seeds, overrides or [], kept, VARIANTS, _run)
+    rows = kept_results(chosen(variants), seeds, overrides or [], kept, VARIANTS, _run, at_once)
     summary = summarise(list(rows))
     Console(width=None if sys.stdout.isatty() else 160).print(table(summary))
     if as_json:

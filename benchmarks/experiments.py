@@ -1,6 +1,6 @@
 """What each part of SPELL is worth where there is something left to learn: the hard world, one key changed at a time.
 
-    python -m benchmarks.experiments --seeds 3 [--variants spell,no-memory] [--json] [key=value …]
+    python -m benchmarks.experiments --seeds 3 [--at-once 2] [--variants spell,no-memory] [--json] [key=value …]
 
 Held-out accuracy is graded by the rule alone, by the links that an answer needs and by the length of the documents;
 `best` is pass@k of the held-out samples. The roles are measured against the generator's truth, which no training step
@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ablations import SPELL, VARIANTS, chosen, kept_results, shown, spread
+from benchmarks.ablations import SPELL, VARIANTS, AtOnce, chosen, kept_results, shown, spread
 from benchmarks.toy import trained
 from spell_megatron.corpus import hard
 from spell_megatron.corpus.worlds import recalled
@@ -187,10 +187,11 @@ def main(
     kept: Annotated[Path, typer.Option("--results", help="Where finished runs are kept.")] = Path(
         "runs/experiments.jsonl"
     ),
+    at_once: AtOnce = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Run the hard recipe with parts changed and print the tables."""
-    rows = kept_results(chosen(variants, ALL), seeds, overrides or [], kept, ALL, run)
+    rows = kept_results(chosen(variants, ALL), seeds, overrides or [], kept, ALL, run, at_once)
     summary = summarise(list(rows))
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables(summary):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from benchmarks import ablations
 from spell_megatron.config import load_config
 from spell_megatron.corpus.toy import TASKS
+from spell_megatron.run.record.folder import read_lines
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -57,6 +61,25 @@ def test_what_is_over_is_not_run_again(asked: list[object], tmp_path: Path) -> N
     assert [row for row in again if row["variant"] == "spell"] == first
     results(["spell"], 1, ["steps=2"], kept)
     assert asked[4:] == [(0, ("steps=2",))]
+
+
+def test_runs_side_by_side_share_the_cores_and_are_kept_as_they_end(tmp_path: Path) -> None:
+    meeting, threads = Barrier(2), set[str]()
+
+    def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+        threads.add(os.environ["OMP_NUM_THREADS"])
+        if seed == 2:
+            raise SpellError("no third run")
+        meeting.wait(20)  # both are under way
+        return {"after": seed}
+
+    kept = tmp_path / "kept.jsonl"
+    rows = ablations.kept_results(["spell"], 3, [], kept, ablations.VARIANTS, run, at_once=2)
+    assert [next(rows)["after"], next(rows)["after"]] == [0, 1]
+    with pytest.raises(SpellError, match="no third run"):
+        next(rows)
+    assert sorted(row["seed"] for row in read_lines(kept)) == [0, 1]
+    assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
 @pytest.mark.usefixtures("asked")
