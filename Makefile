@@ -11,8 +11,9 @@ INSTALL := $(BIN)/pip install --quiet --no-deps --no-compile
 PYTEST := $(BIN)/python -m pytest
 # Whole files side by side: engines that start and a cluster's clock leave half of the machine idle.
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
-# Threads that wait for one another sleep: where more processes compute than there are cores, those that look without
-# a pause take the time of those that they wait for.
+# A thread for each process, and one that sleeps while it waits: where more compute than there are cores, those that
+# look without a pause take the time of those that they wait for.
+light test unit explore: export OMP_NUM_THREADS := 1
 light test unit explore: export OMP_WAIT_POLICY := PASSIVE
 # Processes by the hundred find compiled what they import, whatever an image has set.
 unexport PYTHONDONTWRITEBYTECODE
