@@ -40,6 +40,8 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "answerable": ("selfplay.beyond.answerability=2",),
     "noted": ("selfplay.beyond.noted=true",),
     "outvoting": ("selfplay.beyond.outvoting=true",),
+    "easier": ("selfplay.beyond.peak=0.8",),
+    "easier-noted": ("selfplay.beyond.peak=0.8", "selfplay.beyond.noted=true"),
 }
 ALL = {**VARIANTS, **FURTHER}
 ASKED_FOR = (SPELL, "static", "no-memory", "no-questioner-update", "no-verifier-update", "rule-only")

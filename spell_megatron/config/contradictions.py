@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import BeyondConfig, Config
 from spell_megatron.config.yamltext import ConfigError
 
 _SECRET = re.compile(r"(?i)(^|[_-])(key|token|secret|passw(or)?d|credentials?)$|secret_access_key")
@@ -35,6 +35,11 @@ def check_contradictions(config: Config, where: str) -> None:
         faults.append(
             f"selfplay.max_staleness={play.max_staleness} trains on samples of older weights, which have to be"
             " weighed: set policy.loss.importance_cap (2.0 is usual)"
+        )
+    if play.beyond.peak != BeyondConfig().peak and play.questioner_reward != "gaussian":
+        faults.append(
+            f"selfplay.beyond.peak={play.beyond.peak:g} moves the paper's reward: leave"
+            " selfplay.questioner_reward=gaussian"
         )
     if play.leftovers == "carry" and not play.max_staleness:
         faults.append(

@@ -150,6 +150,9 @@ class BeyondConfig:
     outvoting: bool = False
     """A question earns nothing, and its responses are not trained on, where most of them agree on another answer than
     its reference."""
+    peak: float = Field(default=0.5, gt=0, lt=1)
+    """Mean reward of its responses at which a question earns most; the paper's is 0.5. The higher, the more of the
+    questions that pay have a true reference."""
     negatives_below: float | None = Field(default=None, gt=0)
     """Negative advantages count only while the batch's entropy, in nats a token, is at most this."""
     std: Literal["group", "task", "batch"] = "group"
@@ -205,8 +208,8 @@ class SelfPlayConfig:
     max_reference_tokens: int = Field(default=40, gt=0)
     """References of doc_general_qa over this length are dropped, unpenalised."""
     questioner_reward: Literal["gaussian", "reverse", "linear"] = "gaussian"
-    """The questioner's reward by its responders' mean reward r: `gaussian` is highest at r = 0.5, `reverse` is 1 - r,
-    `linear` is 1 - 2 abs(r - 0.5)."""
+    """The questioner's reward by its responders' mean reward r: `gaussian` is highest at `beyond.peak`,
+    `reverse` is 1 - r, `linear` is 1 - 2 abs(r - 0.5)."""
     questioner_sigma: float = Field(default=0.5 / 3, gt=0)
     """Width of `gaussian`."""
     bad_format_reward: float = Field(default=-1.0, le=0)

@@ -29,10 +29,10 @@ COMBINE: Mapping[str, Callable[[Sequence[float]], float]] = {
 }
 """How several opinions of one response make its reward; `max` is the paper's."""
 
-SHAPES: Mapping[str, Callable[[float, float], float]] = {
-    "gaussian": lambda mean, sigma: math.exp(-((mean - 0.5) ** 2) / (2 * sigma**2)),
-    "reverse": lambda mean, sigma: 1 - mean,
-    "linear": lambda mean, sigma: 1 - 2 * abs(mean - 0.5),
+SHAPES: Mapping[str, Callable[[float, config.SelfPlayConfig], float]] = {
+    "gaussian": lambda mean, its: math.exp(-((mean - its.beyond.peak) ** 2) / (2 * its.questioner_sigma**2)),
+    "reverse": lambda mean, its: 1 - mean,
+    "linear": lambda mean, its: 1 - 2 * abs(mean - 0.5),
 }
 """The worth of a question whose mean reward lies strictly between 0 and 1; those but `gaussian` are ablations."""
 
@@ -66,4 +66,4 @@ def questioner_reward(outcome: str, mean: float, settings: config.SelfPlayConfig
         return None
     if outcome != KEPT or not 0 < mean < 1:
         return 0.0
-    return SHAPES[settings.questioner_reward](mean, settings.questioner_sigma)
+    return SHAPES[settings.questioner_reward](mean, settings)

@@ -55,7 +55,7 @@ def test_bounds_are_those_that_hold() -> None:
         for sign, bound in re.findall(r"([>≥<≤]) (\d+)", kinds)
         if " of" not in kinds
     ]
-    assert {sign for _, sign, _ in bounds} == {">", "≥", "≤"}
+    assert {sign for _, sign, _ in bounds} == {">", "≥", "<", "≤"}
     for path, sign, bound in bounds:
         if sign in "≥≤":
             taken(path, bound)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.config import SelfPlayConfig
+from spell_megatron.config import BeyondConfig, ConfigError, SelfPlayConfig, load_config
 from spell_megatron.selfplay.rewards import (
     SHAPES,
     has_variance,
@@ -62,6 +62,15 @@ def test_shapes_of_the_questioners_reward():
     assert questioner_reward("bad_format", 0, other) == -3
     assert questioner_reward("bad_ground", 0, other) == -2
     assert questioner_reward("kept", 0.25, other) == pytest.approx(math.exp(-(0.25**2) / 2))
+
+
+def test_a_question_may_earn_most_where_more_than_half_are_right() -> None:
+    easier = SelfPlayConfig(beyond=BeyondConfig(peak=0.75))
+    for mean in (0.125, 0.5, 0.75, 0.875):
+        assert questioner_reward("kept", mean, easier) == pytest.approx(math.exp(-18 * (mean - 0.75) ** 2))
+    moved = ["selfplay.beyond.peak=0.75", "selfplay.questioner_reward=linear"]
+    with pytest.raises(ConfigError, match="moves the paper's reward"):
+        load_config("toy", moved)
 
 
 @pytest.mark.parametrize(("combine", "expected"), [("max", 1.0), ("min", 0.0), ("mean", 0.5), ("sum", 1.0)])
