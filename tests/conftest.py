@@ -38,10 +38,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 LONGEST = (
-    *("test_resync_fleet", "test_gpu_check", "test_launchers_slurm", "test_durability", "test_chaos"),
-    *("test_cuda", "test_checkpoint", "test_training", "test_layouts", "test_sleep"),
-    *("test_rollout_inprocess", "test_plan_measured", "test_staleness_run", "test_waiting"),
-    *("test_corpus_million",),
+    *("test_launchers_slurm", "test_resync_fleet", "test_gpu_check", "test_rollout_fleet", "test_durability"),
+    *("test_training", "test_chaos", "test_layouts", "test_checkpoint", "test_sleep", "test_staleness_run"),
+    *("test_waiting", "test_doors", "test_plan_measured", "test_corpus_million", "test_cuda"),
+    *("test_rollout_inprocess",),
 )
 """Files of a minute or more."""
 
