@@ -90,14 +90,14 @@ def kept_results(
 
     if at_once > 1:  # small models hardly gain by a second thread
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
-    with ThreadPoolExecutor(at_once) as pool:
-        asked = [pool.submit(result, seed, name) for seed in range(seeds) for name in names]
-        try:
-            for future in asked:
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            lines.close()
+    pool = ThreadPoolExecutor(at_once)
+    asked = [pool.submit(result, seed, name) for seed in range(seeds) for name in names]
+    try:
+        for future in asked:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        lines.close()
 
 
 def _run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:

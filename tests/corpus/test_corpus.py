@@ -147,8 +147,10 @@ def test_a_missing_column_is_named_with_the_nearest_one(tmp_path: Path) -> None:
 
 
 def test_rows_before_and_between_the_ones_with_a_text_cost_no_other(tmp_path: Path) -> None:
-    rows = [{"id": 0}, {"text": "first"}, {"id": 1}, {"content": "second"}, {"text": "third"}]
-    write_lines(tmp_path / "rows.jsonl", rows)  # type: ignore[arg-type]
+    rows: list[dict[str, object]] = [
+        {"id": 0}, {"text": "first"}, {"id": 1}, {"content": "second"}, {"text": "third"},
+    ]  # fmt: skip
+    write_lines(tmp_path / "rows.jsonl", rows)
     texts, skipped = texts_of(tmp_path / "rows.jsonl")
     assert [text.text for text in texts] == ["first", "second", "third"]
     assert skipped.counts == {"without a column 'text'": 2}

@@ -10,7 +10,7 @@ any, with text_field "*"                 every text of a row, and every list of 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from spell_megatron.config import EVERY_TEXT, SourceConfig
@@ -18,6 +18,7 @@ from spell_megatron.corpus.reading.text import Skipped, Text
 
 Row = Mapping[str, Any]
 _STRANGERS = 1000
+_GENERAL = SourceConfig().text_field
 
 
 def texts(rows: Iterable[Row], name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
@@ -52,14 +53,12 @@ def texts(rows: Iterable[Row], name: str, source: SourceConfig, skipped: Skipped
             ).parts()
 
 
-def text_column(columns: Iterable[str], source: SourceConfig) -> str | None:
+def text_column(columns: Container[str], source: SourceConfig) -> str | None:
     """The column that holds the text; None where there is none."""
     if source.text_field == EVERY_TEXT:
         return EVERY_TEXT
-    names = set(columns)
-    default = source.text_field == SourceConfig().text_field
-    known = [source.text_field, *(("content", "paragraphs") if default else ())]
-    return next((column for column in known if column in names), None)
+    known = (source.text_field, *(("content", "paragraphs") if source.text_field == _GENERAL else ()))
+    return next((column for column in known if column in columns), None)
 
 
 def wanted_columns(columns: Iterable[str], source: SourceConfig) -> list[str]:
