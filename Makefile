@@ -15,6 +15,8 @@ TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 # look without a pause take the time of those that they wait for.
 light test unit explore: export OMP_NUM_THREADS := 1
 light test unit explore: export OMP_WAIT_POLICY := PASSIVE
+# No device, nothing to compile for: ranks by the hundred do without loading the compiler, which is a second each.
+light test unit explore: export TORCHDYNAMO_DISABLE := 1
 # Processes by the hundred find compiled what they import, whatever an image has set.
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON312 ?= python3.12

@@ -7,6 +7,9 @@ On a CPU it also spawns its engine core and its worker, for the sake of librarie
 ours are not. Each of these processes imports vLLM anew, ten seconds of a core. Here the class is looked at where it is
 asked for, and the others are forked. (vllm 0.32: model_executor/models/registry.py:1079, platforms/cpu.py:409.)
 
+vLLM corrects torch's compiler as it is imported, and for that imports it, which is a tenth of the whole. Nothing is
+compiled on a CPU. (env_override.py:894.)
+
 Core and worker look for each other's messages without a pause until none has come for a second. Where nothing but GPUs
 computes, that costs nobody anything; here every look is taken from who computes.
 (distributed/device_communicators/shm_broadcast.py:117.)
@@ -15,6 +18,9 @@ computes, that costs nobody anything; here every look is taken from who computes
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partialmethod
 from typing import Any
 
@@ -24,6 +30,17 @@ _LOOK_SECONDS = 2e-3
 """After a message, for the next one. ZeroMQ may drop a call that comes within a millisecond of another."""
 _RECHECK_MILLISECONDS = 100
 """The longest sleep: a call that was lost all the same costs no more."""
+_COMPILER = "torch._inductor.lowering"
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """vLLM is imported as where torch brings no compiler; whoever wants it afterwards finds it."""
+    sys.modules[_COMPILER] = None  # type: ignore[assignment]  # importing it raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules[_COMPILER]
 
 
 def look_at_models_here() -> None:
@@ -56,7 +73,8 @@ def sleep_soon() -> None:
 
 
 def main() -> None:
-    from vllm.entrypoints.launchers.api_server.entry import main as serve
+    with without_compiler():
+        from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     look_at_models_here()
     fork()

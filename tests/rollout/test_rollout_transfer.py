@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -338,3 +340,15 @@ def test_engines_elsewhere_are_told_an_address_that_is_not_this_machines_alone(
         return
     with suppress(EngineError):  # a machine without any network has no other
         assert not _reachable("0.0.0.0").startswith("127.")
+
+
+def test_a_server_starts_without_torchs_compiler_which_can_be_had_later() -> None:
+    lines = (
+        "import sys",
+        "from spell_megatron.rollout.cpu_start import _COMPILER, without_compiler",
+        "with without_compiler():",
+        "    import vllm.entrypoints.launchers.api_server.entry",
+        "assert _COMPILER not in sys.modules",
+        "import torch._inductor.lowering",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=300)

@@ -17,10 +17,13 @@ import sys
 import tempfile
 import warnings
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from spell_megatron.base.interpreter import python
 
@@ -185,75 +188,78 @@ def run_cases(names: list[str], out: Path) -> None:
 
 def _run_case(case: Case) -> list[Result]:
     import torch.distributed as dist
-    from reference import relative_error
 
     from megatron_patches import cpu_products
+    from spell_megatron.config import LayoutConfig
+    from spell_megatron.policy.world import start_world
+
+    results = []
+    world = start_world(LayoutConfig(**case.layout), seed=0, timeout_seconds=120)
+    for kind, shared in product(case.kinds, (True, False)):
+        # Half of the cases multiply as models do that are not as small as these.
+        with nullcontext() if shared else patch.multiple(cpu_products, _WORTH_IT=1, _GRAIN=16):
+            results.append(_compare(case, kind, shared, world))
+        dist.barrier()
+    return [result for result in results if result]
+
+
+def _compare(case: Case, kind: str, shared: bool, world: Any) -> Result | None:
+    """Rank 0 gets the result."""
+    from reference import relative_error
+
     from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig
     from spell_megatron.policy.learner import Learner
     from spell_megatron.policy.optimizer import main_gradient
-    from spell_megatron.policy.world import start_world
 
-    results, for_small = [], (cpu_products._WORTH_IT, cpu_products._GRAIN)
-    world = start_world(LayoutConfig(**case.layout), seed=0, timeout_seconds=120)
-    for kind in case.kinds:
-        folder, batch, expected = _reference(kind, json.dumps(case.model), "router_replay" in case.policy)
-        for shared in (True, False):
-            # Half of the cases multiply as models do that are not as small as these.
-            cpu_products._WORTH_IT, cpu_products._GRAIN = for_small if shared else (1, 16)
-            # An eps of the gradients' size keeps Adam's first step from being a mere sign, and a large rate
-            # keeps the rounding of the weights out of the difference.
-            # A step that is large beside the weights: their difference has all its digits.
-            large = {"lr": 100.0, "max_growth": 1e9}
-            optimizer = OptimizerConfig(**large, eps=1.0, weight_decay=0.0, clip_grad=1e9, **case.optimizer)
-            policy = PolicyConfig(
-                layout=LayoutConfig(**case.layout),
-                optimizer=optimizer,
-                dtype="float32",
-                stream_tokens=192,
-                share_prompts=shared,
-                head_chunk=16,
-                **case.policy,
-            )
-            learner = Learner(policy, folder, world)
-            before = {name: tensor.clone() for name, tensor in learner.weights()}
-            exact = _is_exact(folder, before) and _bfloat16_exact(policy, folder, world)
-            loss = learner.gradients(batch)
-            gradients = {}
-            if not optimizer.distributed:  # else every rank holds the sum of its own shard only
-                gradients = {n: t.clone() for n, t in learner.weights(main_gradient)}
-            again = not (shared and gradients) or _as_kept(policy, folder, world, batch, gradients)
-            scores = learner.score(batch)
-            norm = learner.update(batch).grad_norm
-            moved = {name: tensor - before[name] for name, tensor in learner.weights()}
-            if dist.get_rank() == 0:
-                gaps = [
-                    abs(a - b).max()
-                    for ours, theirs in zip(scores.logprobs, expected.logprobs, strict=True)
-                    for a, b in zip(ours, theirs, strict=True)
-                ]
-                step = {n: -100.0 * g / (g.abs() + 1.0) for n, g in expected.gradients.items()}
-                true_norm = math.sqrt(sum(float((g * g).sum()) for g in expected.gradients.values()))
-                scale = max(float(abs(x).max()) for group in expected.logprobs for x in group)
-                results.append(
-                    Result(
-                        case.name,
-                        kind,
-                        shared,
-                        case.world,
-                        loss=abs(loss - expected.loss) / abs(expected.loss),
-                        logprobs=float(max(gaps)) / scale,
-                        gradients=max(
-                            (relative_error(gradients[n], expected.gradients[n]) for n in gradients),
-                            default=0.0,
-                        ),
-                        norm=abs(norm - true_norm) / true_norm,
-                        step=max(relative_error(moved[n], step[n]) for n in moved),
-                        exact=exact,
-                        again=again,
-                    )
-                )
-            dist.barrier()
-    return results
+    folder, batch, expected = _reference(kind, json.dumps(case.model), "router_replay" in case.policy)
+    # An eps of the gradients' size keeps Adam's first step from being a mere sign, and a large rate
+    # keeps the rounding of the weights out of the difference.
+    # A step that is large beside the weights: their difference has all its digits.
+    large = {"lr": 100.0, "max_growth": 1e9}
+    optimizer = OptimizerConfig(**large, eps=1.0, weight_decay=0.0, clip_grad=1e9, **case.optimizer)
+    policy = PolicyConfig(
+        layout=LayoutConfig(**case.layout),
+        optimizer=optimizer,
+        dtype="float32",
+        stream_tokens=192,
+        share_prompts=shared,
+        head_chunk=16,
+        **case.policy,
+    )
+    learner = Learner(policy, folder, world)
+    before = {name: tensor.clone() for name, tensor in learner.weights()}
+    exact = _is_exact(folder, before) and _bfloat16_exact(policy, folder, world)
+    loss = learner.gradients(batch)
+    gradients = {}
+    if not optimizer.distributed:  # else every rank holds the sum of its own shard only
+        gradients = {n: t.clone() for n, t in learner.weights(main_gradient)}
+    again = not (shared and gradients) or _as_kept(policy, folder, world, batch, gradients)
+    scores = learner.score(batch)
+    norm = learner.update(batch).grad_norm
+    moved = {name: tensor - before[name] for name, tensor in learner.weights()}
+    if not world.is_main:
+        return None
+    gaps = [
+        abs(a - b).max()
+        for ours, theirs in zip(scores.logprobs, expected.logprobs, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    step = {n: -100.0 * g / (g.abs() + 1.0) for n, g in expected.gradients.items()}
+    true_norm = math.sqrt(sum(float((g * g).sum()) for g in expected.gradients.values()))
+    scale = max(float(abs(x).max()) for group in expected.logprobs for x in group)
+    return Result(
+        case.name,
+        kind,
+        shared,
+        case.world,
+        loss=abs(loss - expected.loss) / abs(expected.loss),
+        logprobs=float(max(gaps)) / scale,
+        gradients=max((relative_error(gradients[n], expected.gradients[n]) for n in gradients), default=0.0),
+        norm=abs(norm - true_norm) / true_norm,
+        step=max(relative_error(moved[n], step[n]) for n in moved),
+        exact=exact,
+        again=again,
+    )
 
 
 @cache
