@@ -39,9 +39,15 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "evidence": ("selfplay.beyond.evidence=0.5",),
     "answerable": ("selfplay.beyond.answerability=2",),
     "noted": ("selfplay.beyond.noted=true",),
+    "quoted": ("selfplay.beyond.noted=true", "selfplay.beyond.quoted=true"),
     "outvoting": ("selfplay.beyond.outvoting=true",),
     "easier": ("selfplay.beyond.peak=0.8",),
     "easier-noted": ("selfplay.beyond.peak=0.8", "selfplay.beyond.noted=true"),
+    "easier-quoted": (
+        "selfplay.beyond.peak=0.8",
+        "selfplay.beyond.noted=true",
+        "selfplay.beyond.quoted=true",
+    ),
 }
 ALL = {**VARIANTS, **FURTHER}
 ASKED_FOR = (SPELL, "static", "no-memory", "no-questioner-update", "no-verifier-update", "rule-only")
@@ -78,9 +84,10 @@ def _scores(row: Mapping[str, Any]) -> dict[str, float]:
 def roles(episodes: Iterable[Episode]) -> dict[str, float]:
     """Shares and means over some episodes, measured against the truth.
 
-    `valid` questions; `understood` ones among the valid; of these, `true` keys, mean `links` and `documents`, and true
-    keys among those that are `trained` on; `verifier`: majorities that say what an answer is worth by the true key, and
-    `rule`: the same of the rule with the questioner's own reference.
+    `valid` questions; of these, `true` keys, and true keys among those that are `trained` on; `understood` ones, which
+    have an answer in this world (the others have no true key); of these, mean `links` and `documents`, and `verifier`:
+    majorities that say what an answer is worth by the true key, and `rule`: the same of the rule with the questioner's
+    own reference.
     """
     found: dict[str, list[float]] = {
         name: []
@@ -93,13 +100,13 @@ def roles(episodes: Iterable[Episode]) -> dict[str, float]:
             continue
         world, cluster = recalled(episode.cluster)
         truth, reach = world.truth(cluster, question), hard.reach(cluster, question)
+        true = truth is not None and truth == world.plain(question.answer)
         found["understood"].append(truth is not None)
-        if truth is None or reach is None:
-            continue
-        true = truth == world.plain(question.answer)
         found["true"].append(true)
         if episode.kept:
             found["trained"].append(true)
+        if truth is None or reach is None:
+            continue
         found["links"].append(reach.links)
         found["documents"].append(reach.documents)
         for response in episode.responses:

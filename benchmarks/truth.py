@@ -3,7 +3,7 @@
     python -m benchmarks.truth RUN [RUN …]
 
 RUN is the folder of a run on a generated world. The generator's truth, which no training step sees, is compared with
-the questioner's own reference. A question that the world does not understand is counted apart.
+the questioner's own reference. A question that the world does not understand has no answer there, and no true key.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from spell_megatron.corpus.worlds import recalled
 from spell_megatron.run.record import Journal, RunFolder
 from spell_megatron.run.record.metrics import read_metrics
 from spell_megatron.selfplay import Episode
-from spell_megatron.selfplay.probes import states
+from spell_megatron.selfplay.probes import quotes, states
+from spell_megatron.types import Document
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,12 @@ class Posed:
     """A valid question of a run."""
 
     episode: Episode
-    true: bool | None
-    """Whether its reference is right; None where the world does not understand it."""
+    read: tuple[Document, ...]
+    """By the questioner."""
+    understood: bool
+    """Whether the world has an answer to it."""
+    true: bool
+    """Whether its reference is that answer."""
 
 
 def posed(folder: RunFolder) -> Iterator[Posed]:
@@ -45,7 +50,9 @@ def posed(folder: RunFolder) -> Iterator[Posed]:
                 continue
             world, cluster = recalled(episode.cluster)
             truth = world.truth(cluster, episode.question)
-            yield Posed(episode, None if truth is None else truth == world.plain(episode.question.answer))
+            true = truth == world.plain(episode.question.answer)
+            read = tuple(cluster.documents[index] for index in episode.documents)
+            yield Posed(episode, read, truth is not None, true)
 
 
 VIEWS: dict[str, Callable[[Posed], str]] = {
@@ -53,6 +60,7 @@ VIEWS: dict[str, Callable[[Posed], str]] = {
     "remembered": lambda one: str(len(one.episode.history)),
     "documents read": lambda one: str(len(one.episode.documents)),
     "noted": lambda one: "yes" if states(one.episode.asked_text, one.episode.posed) else "no",
+    "quoted": lambda one: "yes" if quotes(one.episode.asked_text, one.episode.posed, one.read) else "no",
     "task": lambda one: one.episode.task,
     "mean reward": lambda one: (
         f"{round(4 * one.episode.mean_reward) / 4:.2f}" if one.episode.answered else "none"
@@ -69,13 +77,12 @@ def table(name: str, found: Iterable[Posed]) -> Table:
     for one in found:
         rows[VIEWS[name](one)].append(one)
     for value, ones in sorted(rows.items()):
-        known = [one for one in ones if one.true is not None]
-        sides = [[one.episode for one in known if one.true is side] for side in (True, False)]
+        sides = [[one.episode for one in ones if one.true is side] for side in (True, False)]
         made.add_row(
             value,
             str(len(ones)),
-            _share(one.true is not None for one in ones),
-            _share(bool(one.true) for one in known),
+            _share(one.understood for one in ones),
+            _share(one.true for one in ones),
             *(_share(episode.kept for episode in side) for side in sides),
             *(_share(e.reward for e in side if e.reward is not None) for side in sides),
         )

@@ -38,12 +38,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 LONGEST = (
-    *("test_launchers_slurm", "test_resync_fleet", "test_gpu_check", "test_rollout_fleet", "test_durability"),
-    *("test_training", "test_chaos", "test_layouts", "test_checkpoint", "test_sleep", "test_staleness_run"),
-    *("test_waiting", "test_doors", "test_plan_measured", "test_corpus_million", "test_cuda"),
-    *("test_rollout_inprocess",),
+    *("test_launchers_slurm", "test_corpus_million", "test_waiting"),
+    *("test_resync_fleet", "test_gpu_check", "test_rollout_fleet", "test_durability", "test_training"),
+    *("test_chaos", "test_layouts", "test_checkpoint", "test_sleep", "test_staleness_run", "test_doors"),
+    *("test_plan_measured", "test_cuda", "test_rollout_inprocess"),
 )
-"""Files of a minute or more."""
+"""Files of a minute or more; first those that wait or keep to one core, beside which others compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -294,6 +294,8 @@ _REMEDIES = {
     "dropped:not_a_number": ["corpus.sources (no docmath_qa where texts have no figures)"],
     "dropped:unreachable_reference": ["model.prompts (references in words)", "corpus.sources (tasks)"],
     "dropped:unanswerable": ["selfplay.beyond.answerability (fewer distractors)"],
+    "unnoted": ["selfplay.beyond.noted (off for a questioner that does not reason first)"],
+    "unquoted": ["selfplay.beyond.quoted (off for a questioner that does not quote)"],
     "dropped:unjudged": ["selfplay.external_judge (does it answer? the log says how it fails)"],
     "dropped:prompt_too_long": ["rollout.max_model_len (higher)", "corpus.cluster_tokens (lower)"],
 }

@@ -13,11 +13,13 @@ UNJUDGED = "dropped:unjudged"
 """The external judge failed, and the reward of a response hangs on it."""
 UNNOTED = "unnoted"
 """The questioner gives an answer that it did not come to (`noted`): as bad as a bad format."""
+UNQUOTED = "unquoted"
+"""It came to it by what its documents do not say (`quoted`): as bad."""
 OUTVOTED = "outvoted"
 """Most responses agree on another answer than the reference (`outvoting`)."""
 PAPER = (KEPT, BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE)
 """What becomes of a question in the paper."""
-FAILURES = (BAD_FORMAT, UNNOTED, BAD_GROUND, ZERO_VARIANCE, OUTVOTED)
+FAILURES = (BAD_FORMAT, UNNOTED, UNQUOTED, BAD_GROUND, ZERO_VARIANCE, OUTVOTED)
 """Outcomes of a question that its questioner is trained on, besides the kept ones."""
 
 
@@ -58,7 +60,7 @@ def questioner_reward(outcome: str, mean: float, settings: config.SelfPlayConfig
     A question is worth most where half of the responses are right: at the frontier of what the policy
     can do. None for a dropped one, which is neither rewarded nor penalised.
     """
-    if outcome in (BAD_FORMAT, UNNOTED):
+    if outcome in (BAD_FORMAT, UNNOTED, UNQUOTED):
         return settings.bad_format_reward
     if outcome == BAD_GROUND:
         return settings.bad_ground_reward

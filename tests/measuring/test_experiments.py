@@ -63,7 +63,7 @@ def test_roles_are_measured_against_the_truth() -> None:
     assert found == {
         "valid": 3 / 4,
         "understood": 2 / 3,
-        "true": 1 / 2,
+        "true": 1 / 3,
         "trained": 0.0,
         "links": 2.0,
         "documents": asked.solution.documents,

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import random
+import re
 import statistics
 from dataclasses import replace
 
@@ -23,9 +24,9 @@ from spell_megatron.selfplay.gating import sampled_entropy, without_negatives
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.novelty import distinct_share, novelties, novelty
 from spell_megatron.selfplay.outvoting import outvoted
-from spell_megatron.selfplay.probes import UNANSWERABLE, probed_documents, states
+from spell_megatron.selfplay.probes import UNANSWERABLE, probed_documents, quotes, states
 from spell_megatron.selfplay.stages import staged, tokens_at
-from spell_megatron.types import Group, Question, Sample, TrainBatch
+from spell_megatron.types import Document, Group, Question, Sample, TrainBatch
 
 pytestmark = pytest.mark.unit
 STD = math.sqrt(1 / 3)  # of two ones and two zeros, with n - 1
@@ -209,6 +210,56 @@ def test_a_question_that_was_not_noted_is_as_bad_as_a_malformed_one_and_asked_of
     assert not any("orange" in e.asked_text.partition("{")[0] for e in made_up)
     assert all("orange" in e.asked_text.partition("{")[0] for e in asked if e.responses)
     assert "unnoted" not in {e.outcome for e in outcomes()}
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "found"),
+    [
+        ("Ann Lee owns Oak Books.", "Who owns Oak Books?", True),
+        ("Paul Roy is a friend of\nAnn Lee! Ann Lee owns the Oak Books.", "What does Ann Lee own?", True),
+        ("Oak Books sells lamps for 4. 4 + 4 = 8. C: no.", "What do two lamps of Oak Books cost?", True),
+        ("<think>Who is Paul Ray?</think> Ann Lee owns Oak Books.", "Who owns Oak Books?", True),
+        ("Ann Lee owns Elm Books.", "Who owns Oak Books?", False),
+        ("Ann Lee owns Oak Book.", "Who owns Oak Books?", False),
+        ("Ann Lee owns Oak Books. So Ann Lee is rich.", "Who owns Oak Books?", False),
+        ("Ann Lee owns Oak Books.", "Who owns Elm Books?", False),
+        ("Ann Lee owns Oak Books.", "Who is rich: Ann Lee, Paul Roy or Ann Lee?", False),
+        ("4 + 4 = 8.", "What do two lamps cost?", False),
+        ("", "Who owns Oak Books?", False),
+    ],
+)
+def test_a_question_is_quoted_where_what_stands_before_it_stands_in_the_documents(
+    before: str, asked: str, found: bool
+):
+    documents = (
+        Document("a", "Ann Lee owns Oak Books. Oak Books sells lamps for 4.", "Oak Books"),
+        Document("b", "Paul Roy is a friend of Ann Lee.", "Paul Roy"),
+    )
+    question = Question("doc_general_qa", asked, "it")
+    written = json.dumps({"question": asked, "answer": "it"})
+    assert quotes(f"{before} {written}", question, documents) == found
+
+
+def test_a_question_that_quotes_what_was_not_read_is_as_bad_as_a_malformed_one():
+    def actor(role, prompt, draw):
+        said = act(role, prompt, draw)
+        if role != "questioner":
+            return said
+        facts = re.findall(r"Fact \d of cluster \d+\.", prompt)
+        return said.replace("Thinking.", draw.choice([*facts, "Fact 9 of cluster 99."]))
+
+    def outcomes(**beyond) -> list[Episode]:
+        changes = {"bad_format_reward": -0.7}
+        return list(play(Engine(actor), Corpus(tasks=["doc_general_qa"]), changes, **beyond).episodes)
+
+    asked = outcomes(quoted=True)
+    made_up = [e for e in asked if e.outcome == "unquoted"]
+    assert made_up
+    assert all(e.reward == -0.7 and not e.responses and e.probe is None for e in made_up)
+    assert all("cluster 99" in e.asked_text for e in made_up)
+    answered = [e for e in asked if e.responses]
+    assert answered and not any("cluster 99" in e.asked_text for e in answered)
+    assert any("cluster 99" in e.asked_text for e in outcomes() if e.responses)
 
 
 def test_the_probe_reads_what_was_read_and_some_others():

@@ -19,7 +19,7 @@ from spell_megatron.selfplay.fitting import PROMPT_TOO_LONG
 from spell_megatron.selfplay.groups import group_of, whole
 from spell_megatron.selfplay.novelty import distinct_share, novelties
 from spell_megatron.selfplay.parsing import OVER_LONG, parse_question
-from spell_megatron.selfplay.probes import answerable, ground, noted
+from spell_megatron.selfplay.probes import answerable, ground, looked_up
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.roles.role import Chosen, Role, Step
 from spell_megatron.selfplay.roles.trial import DOCUMENTS, TEXTS, Trial
@@ -42,7 +42,7 @@ class Questioner(Role):
         """A question that passed every check, unless the job brings one."""
         if job.question is not None:
             return episode
-        for part in (self._ask, noted, ground, answerable):
+        for part in (self._ask, looked_up, ground, answerable):
             if not episode.outcome:
                 episode = await part(writer, job, episode)
         return episode
