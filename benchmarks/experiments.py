@@ -39,15 +39,11 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "evidence": ("selfplay.beyond.evidence=0.5",),
     "answerable": ("selfplay.beyond.answerability=2",),
     "noted": ("selfplay.beyond.noted=true",),
-    "quoted": ("selfplay.beyond.noted=true", "selfplay.beyond.quoted=true"),
+    "quoted": ("selfplay.beyond.quoted=true",),
     "outvoting": ("selfplay.beyond.outvoting=true",),
     "easier": ("selfplay.beyond.peak=0.8",),
     "easier-noted": ("selfplay.beyond.peak=0.8", "selfplay.beyond.noted=true"),
-    "easier-quoted": (
-        "selfplay.beyond.peak=0.8",
-        "selfplay.beyond.noted=true",
-        "selfplay.beyond.quoted=true",
-    ),
+    "easier-quoted": ("selfplay.beyond.peak=0.8", "selfplay.beyond.quoted=true"),
 }
 ALL = {**VARIANTS, **FURTHER}
 ASKED_FOR = (SPELL, "static", "no-memory", "no-questioner-update", "no-verifier-update", "rule-only")

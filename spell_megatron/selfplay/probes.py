@@ -33,6 +33,7 @@ from spell_megatron.types import Document, Question
 UNANSWERABLE = "dropped:unanswerable"
 _SENTENCE = re.compile(r"(?<=[.!?\u3002])\s+|\n")
 _CHOICE = re.compile(r"\s*[A-D]\W")
+_LETTER = re.compile(r"[^\W\d_]")
 
 
 async def looked_up(writer: Writer, job: Job, episode: Episode) -> Episode:
@@ -48,26 +49,27 @@ async def looked_up(writer: Writer, job: Job, episode: Episode) -> Episode:
 
 def states(text: str, question: Question) -> bool:
     """Whether the part of a questioner's text before its question says the answer, or the choice that is right."""
-    answer = normalise(question.options[question.answer] if question.options else question.answer)
-    return _stands(answer, normalise(_before(text)))
+    return _stands(_answer(question), normalise(_before(text)))
 
 
 def quotes(text: str, question: Question, documents: Sequence[Document]) -> bool:
-    """Whether sentences before a question stand in documents, and each name in it does, and is there once.
+    """Whether the sentences before a question stand in documents and state the answer, and its names stand there, too.
 
-    Calculations (no letters), the choice that is right (`C: …`) and thoughts (up to `</think>`) stand nowhere. There
-    must be one sentence.
+    Calculations (without letters) may state the answer and stand nowhere. Thoughts (up to `</think>`) and the choice
+    that is right (`C: …`) count for nothing. There must be a sentence, and no name twice.
     """
     source = normalise("\n".join(part for document in documents for part in (document.title, document.text)))
-    sentences = [
-        sentence
-        for sentence in _SENTENCE.split(_before(text).rpartition(CLOSE)[2])
-        if re.search(r"[^\W\d_]", sentence) and not _CHOICE.match(sentence)
-    ]
+    lines = [line for line in _SENTENCE.split(_before(text).rpartition(CLOSE)[2]) if not _CHOICE.match(line)]
+    sentences = [line for line in lines if _LETTER.search(line)]
     names = list(map(normalise, _names(question.text)))
     if not sentences or len(set(names)) < len(names):
         return False
-    return all(_stands(part, source) for part in (*map(normalise, sentences), *names))
+    in_documents = all(_stands(part, source) for part in (*map(normalise, sentences), *names))
+    return in_documents and _stands(_answer(question), normalise(" ".join(lines)))
+
+
+def _answer(question: Question) -> str:
+    return normalise(question.options[question.answer] if question.options else question.answer)
 
 
 def _names(text: str) -> Iterator[str]:

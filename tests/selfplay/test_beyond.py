@@ -213,31 +213,40 @@ def test_a_question_that_was_not_noted_is_as_bad_as_a_malformed_one_and_asked_of
 
 
 @pytest.mark.parametrize(
-    ("before", "asked", "found"),
+    ("before", "asked", "answer", "found"),
     [
-        ("Ann Lee owns Oak Books.", "Who owns Oak Books?", True),
-        ("Paul Roy is a friend of\nAnn Lee! Ann Lee owns the Oak Books.", "What does Ann Lee own?", True),
-        ("Oak Books sells lamps for 4. 4 + 4 = 8. C: no.", "What do two lamps of Oak Books cost?", True),
-        ("<think>Who is Paul Ray?</think> Ann Lee owns Oak Books.", "Who owns Oak Books?", True),
-        ("Ann Lee owns Elm Books.", "Who owns Oak Books?", False),
-        ("Ann Lee owns Oak Book.", "Who owns Oak Books?", False),
-        ("Ann Lee owns Oak Books. So Ann Lee is rich.", "Who owns Oak Books?", False),
-        ("Ann Lee owns Oak Books.", "Who owns Elm Books?", False),
-        ("Ann Lee owns Oak Books.", "Who is rich: Ann Lee, Paul Roy or Ann Lee?", False),
-        ("4 + 4 = 8.", "What do two lamps cost?", False),
-        ("", "Who owns Oak Books?", False),
+        ("Ann Lee owns Oak Books.", "Who owns Oak Books?", "Ann Lee", True),
+        (
+            "Paul Roy is a friend of\nAnn Lee! Ann Lee owns the Oak Books.",
+            "What does Ann Lee own?",
+            "Oak Books",
+            True,
+        ),
+        ("Oak Books sells lamps for 4. 4 + 4 = 8. C: no.", "What do two lamps cost?", "8", True),
+        ("<think>Is it Paul Ray?</think> Ann Lee owns Oak Books.", "Who owns Oak Books?", "Ann Lee", True),
+        ("Ann Lee owns Oak Books.", "Who owns Oak Books?", "Paul Roy", False),
+        ("Ann Lee owns Oak Books. D: Paul Roy.", "Who owns Oak Books?", "Paul Roy", False),
+        ("Ann Lee owns Elm Books.", "Who owns Oak Books?", "Ann Lee", False),
+        ("Ann Lee owns Oak Book.", "Who owns Oak Books?", "Ann Lee", False),
+        ("Ann Lee owns Oak Books. So she is rich.", "Who owns Oak Books?", "Ann Lee", False),
+        ("Ann Lee owns Oak Books.", "Who owns Elm Books?", "Ann Lee", False),
+        ("Ann Lee owns Oak Books.", "Who is rich: Ann Lee, Paul Roy or Ann Lee?", "Ann Lee", False),
+        ("4 + 4 = 8.", "What do two lamps cost?", "8", False),
+        ("", "Who owns Oak Books?", "Ann Lee", False),
     ],
 )
 def test_a_question_is_quoted_where_what_stands_before_it_stands_in_the_documents(
-    before: str, asked: str, found: bool
+    before: str, asked: str, answer: str, found: bool
 ):
     documents = (
         Document("a", "Ann Lee owns Oak Books. Oak Books sells lamps for 4.", "Oak Books"),
         Document("b", "Paul Roy is a friend of Ann Lee.", "Paul Roy"),
     )
-    question = Question("doc_general_qa", asked, "it")
-    written = json.dumps({"question": asked, "answer": "it"})
+    question = Question("doc_general_qa", asked, answer)
+    written = json.dumps({"question": asked, "answer": answer})
     assert quotes(f"{before} {written}", question, documents) == found
+    choice = replace(question, answer="D", options={"A": "no", "B": "nor this", "C": "never", "D": answer})
+    assert quotes(f"{before} {written}", choice, documents) == found
 
 
 def test_a_question_that_quotes_what_was_not_read_is_as_bad_as_a_malformed_one():
@@ -246,7 +255,8 @@ def test_a_question_that_quotes_what_was_not_read_is_as_bad_as_a_malformed_one()
         if role != "questioner":
             return said
         facts = re.findall(r"Fact \d of cluster \d+\.", prompt)
-        return said.replace("Thinking.", draw.choice([*facts, "Fact 9 of cluster 99."]))
+        quoted = draw.choice([*facts, "Fact 9 of cluster 99."])
+        return said.replace("Thinking.", quoted).replace("orange", quoted.rstrip("."))
 
     def outcomes(**beyond) -> list[Episode]:
         changes = {"bad_format_reward": -0.7}
