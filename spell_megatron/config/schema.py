@@ -148,7 +148,7 @@ class BeyondConfig:
     noted: bool = False
     """A question is malformed where its questioner did not write down the answer before it: it was not looked up."""
     quoted: bool = False
-    """A question is malformed where its answer was not quoted: where a sentence that its questioner wrote before it, or a
+    """A question is malformed where its answer was not quoted: where a sentence that its questioner wrote first, or a
     name in it, is not in the documents. For questioners that quote, and think between <think> tags if at all."""
     outvoting: bool = False
     """A question earns nothing, and its responses are not trained on, where most of them agree on another answer than
