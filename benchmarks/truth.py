@@ -23,7 +23,7 @@ from spell_megatron.corpus.worlds import recalled
 from spell_megatron.run.record import Journal, RunFolder
 from spell_megatron.run.record.metrics import read_metrics
 from spell_megatron.selfplay import Episode
-from spell_megatron.selfplay.probes import quotes, states
+from spell_megatron.selfplay.lookup import quotes, states
 from spell_megatron.types import Document
 
 

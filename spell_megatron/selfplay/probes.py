@@ -1,8 +1,4 @@
-"""What a question must pass before it is answered: it was looked up, it needs its documents, and they suffice.
-
-A questioner reasons before it asks: it quotes, calculates, or thinks. The answer that it comes to stands there; one
-that stands nowhere before the question was made up with it, and is false as a rule (docs/evidence.md has the figures).
-What it quotes must stand in the documents, and so must who or what it asks about. To see all that costs nothing.
+"""What a question must pass before it is answered: it needs its documents, and they suffice.
 
 Without documents a responder must not be right: such a question asks for what is known anyway (grounding).
 
@@ -14,82 +10,17 @@ dropped, neither rewarded nor penalised: a penalty for bad questions drove the q
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from random import Random
 
 from spell_megatron.selfplay import rewards
 from spell_megatron.selfplay.answering import answer, answer_prompt
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.fitting import PROMPT_TOO_LONG
-from spell_megatron.selfplay.reading.objects import last_object
-from spell_megatron.selfplay.reading.texts import normalise
-from spell_megatron.selfplay.reading.thoughts import CLOSE
 from spell_megatron.selfplay.writer import Job, Writer
-from spell_megatron.types import Document, Question
 
 UNANSWERABLE = "dropped:unanswerable"
-_SENTENCE = re.compile(r"(?<=[.!?\u3002])\s+|\n")
-_CHOICE = re.compile(r"\s*[A-D]\W")
-_LETTER = re.compile(r"[^\W\d_]")
-
-
-async def looked_up(writer: Writer, job: Job, episode: Episode) -> Episode:
-    """Whether what the questioner wrote before its question states the answer, and stands in its documents."""
-    wanted, text = writer.settings.beyond, episode.asked_text
-    if wanted.noted and not states(text, episode.posed):
-        return replace(episode, outcome=rewards.UNNOTED)
-    read = [job.cluster.documents[index] for index in episode.documents]
-    if wanted.quoted and not quotes(text, episode.posed, read):
-        return replace(episode, outcome=rewards.UNQUOTED)
-    return episode
-
-
-def states(text: str, question: Question) -> bool:
-    """Whether the part of a questioner's text before its question says the answer, or the choice that is right."""
-    return _stands(_answer(question), normalise(_before(text)))
-
-
-def quotes(text: str, question: Question, documents: Sequence[Document]) -> bool:
-    """Whether the sentences before a question stand in documents and state the answer, and its names stand there, too.
-
-    Calculations (without letters) may state the answer and stand nowhere. Thoughts (up to `</think>`) and the choice
-    that is right (`C: …`) count for nothing. There must be a sentence, and no name twice.
-    """
-    source = normalise("\n".join(part for document in documents for part in (document.title, document.text)))
-    lines = [line for line in _SENTENCE.split(_before(text).rpartition(CLOSE)[2]) if not _CHOICE.match(line)]
-    sentences = [line for line in lines if _LETTER.search(line)]
-    names = list(map(normalise, _names(question.text)))
-    if not sentences or len(set(names)) < len(names):
-        return False
-    in_documents = all(_stands(part, source) for part in (*map(normalise, sentences), *names))
-    return in_documents and _stands(_answer(question), normalise(" ".join(lines)))
-
-
-def _answer(question: Question) -> str:
-    return normalise(question.options[question.answer] if question.options else question.answer)
-
-
-def _names(text: str) -> Iterator[str]:
-    """Two or more words with capitals, behind the first word of all."""
-    for part in re.split(r"[^\w\s]", text.partition(" ")[2]):
-        for capitals, run in groupby(part.split(), lambda word: word[0].isupper()):
-            words = list(run)
-            if capitals and len(words) > 1:
-                yield " ".join(words)
-
-
-def _before(text: str) -> str:
-    found = last_object(text, "question")
-    return text[: found.start].replace("<", " <") if found else ""
-
-
-def _stands(part: str, text: str) -> bool:
-    """Whether whole words of a normalised text are those."""
-    edge = " " if part.isascii() else ""  # scripts without blanks between words
-    return f"{edge}{part}{edge}" in f" {text} "
 
 
 async def ground(writer: Writer, job: Job, episode: Episode) -> Episode:

@@ -21,10 +21,11 @@ from spell_megatron.selfplay.batch import compose
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.evidence import evidence_score, named, numbered
 from spell_megatron.selfplay.gating import sampled_entropy, without_negatives
+from spell_megatron.selfplay.lookup import quotes, states
 from spell_megatron.selfplay.memory import Remembered
 from spell_megatron.selfplay.novelty import distinct_share, novelties, novelty
 from spell_megatron.selfplay.outvoting import outvoted
-from spell_megatron.selfplay.probes import UNANSWERABLE, probed_documents, quotes, states
+from spell_megatron.selfplay.probes import UNANSWERABLE, probed_documents
 from spell_megatron.selfplay.stages import staged, tokens_at
 from spell_megatron.types import Document, Group, Question, Sample, TrainBatch
 

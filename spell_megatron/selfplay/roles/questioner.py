@@ -17,9 +17,10 @@ from spell_megatron.selfplay.averages import by_task, lengths, mean
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.fitting import PROMPT_TOO_LONG
 from spell_megatron.selfplay.groups import group_of, whole
+from spell_megatron.selfplay.lookup import looked_up
 from spell_megatron.selfplay.novelty import distinct_share, novelties
 from spell_megatron.selfplay.parsing import OVER_LONG, parse_question
-from spell_megatron.selfplay.probes import answerable, ground, looked_up
+from spell_megatron.selfplay.probes import answerable, ground
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.roles.role import Chosen, Role, Step
 from spell_megatron.selfplay.roles.trial import DOCUMENTS, TEXTS, Trial
