@@ -11,7 +11,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from selfplay_stage import Corpus, Engine, act, cluster, episode, response, selfplay, settings
+from selfplay_stage import Actor, Corpus, Engine, act, cluster, episode, response, selfplay, settings
 
 from spell_megatron.config import BeyondConfig, ConfigError, StageConfig, load_config
 from spell_megatron.selfplay import Play, step_metrics
@@ -37,6 +37,12 @@ def play(generator: Engine | None = None, corpus: Corpus | None = None, changes=
     chosen = settings(beyond=BeyondConfig(**beyond), **(changes or {}))
     room = selfplay(chosen, generator=generator or Engine(), clusters=corpus or Corpus())
     return asyncio.run(room.play(0))
+
+
+def asked_by(actor: Actor, **beyond) -> list[Episode]:
+    """Episodes of one task; a malformed question earns -0.7."""
+    room = Engine(actor), Corpus(tasks=["doc_general_qa"]), {"bad_format_reward": -0.7}
+    return list(play(*room, **beyond).episodes)
 
 
 @pytest.mark.parametrize(
@@ -200,17 +206,13 @@ def test_a_question_that_was_not_noted_is_as_bad_as_a_malformed_one_and_asked_of
         said = act(role, prompt, draw)
         return f"It is an orange: {said}" if role == "questioner" and draw.random() < 0.5 else said
 
-    def outcomes(**beyond) -> list[Episode]:
-        changes = {"bad_format_reward": -0.7}
-        return list(play(Engine(actor), Corpus(tasks=["doc_general_qa"]), changes, **beyond).episodes)
-
-    asked = outcomes(noted=True)
+    asked = asked_by(actor, noted=True)
     made_up = [e for e in asked if e.outcome == "unnoted"]
     assert made_up
     assert all(e.reward == -0.7 and not e.responses and e.probe is None for e in made_up)
     assert not any("orange" in e.asked_text.partition("{")[0] for e in made_up)
     assert all("orange" in e.asked_text.partition("{")[0] for e in asked if e.responses)
-    assert "unnoted" not in {e.outcome for e in outcomes()}
+    assert "unnoted" not in {e.outcome for e in asked_by(actor)}
 
 
 @pytest.mark.parametrize(
@@ -259,18 +261,14 @@ def test_a_question_that_quotes_what_was_not_read_is_as_bad_as_a_malformed_one()
         quoted = draw.choice([*facts, "Fact 9 of cluster 99."])
         return said.replace("Thinking.", quoted).replace("orange", quoted.rstrip("."))
 
-    def outcomes(**beyond) -> list[Episode]:
-        changes = {"bad_format_reward": -0.7}
-        return list(play(Engine(actor), Corpus(tasks=["doc_general_qa"]), changes, **beyond).episodes)
-
-    asked = outcomes(quoted=True)
+    asked = asked_by(actor, quoted=True)
     made_up = [e for e in asked if e.outcome == "unquoted"]
     assert made_up
     assert all(e.reward == -0.7 and not e.responses and e.probe is None for e in made_up)
     assert all("cluster 99" in e.asked_text for e in made_up)
     answered = [e for e in asked if e.responses]
     assert answered and not any("cluster 99" in e.asked_text for e in answered)
-    assert any("cluster 99" in e.asked_text for e in outcomes() if e.responses)
+    assert any("cluster 99" in e.asked_text for e in asked_by(actor) if e.responses)
 
 
 def test_the_probe_reads_what_was_read_and_some_others():
