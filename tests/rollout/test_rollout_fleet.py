@@ -276,7 +276,9 @@ def test_what_runs_goes_on_under_the_new_weights(folders: list[Path], scratch: P
     assert sum(bool(rollout.updates) for rollout in rollouts) >= 3
     for rollout in rollouts:
         gaps = [differences(model, rollout) for model in models]
-        for version, first, end in version_spans(rollout):
-            assert gaps[version - 1][first:end].max() <= 1e-4
-            assert gaps[2 - version][first:end].max() > 0.1, "the two models are too alike to tell apart"
+        spans = version_spans(rollout)
+        assert max(gaps[version - 1][first:end].max() for version, first, end in spans) <= 1e-4
+        # Of all spans together: one may be a single token, which both models happen to find as likely.
+        others = max(gaps[2 - version][first:end].max() for version, first, end in spans)
+        assert others > 0.1, "the two models are too alike to tell apart"
     assert worst(folders[1], repeated) <= 1e-4, "what the old weights cached was used"
