@@ -26,7 +26,7 @@ CONTRACT := build/contract
 APART := $(VENV)/apart
 GPU_VLLM := vllm>=0.32,<0.33
 
-.PHONY: demo fast light test unit explore test-newest test-contract real gpu-check setup torch packages apart lint types clean
+.PHONY: demo fast light test unit explore test-newest test-contract real gpu-check setup lint types clean
 
 demo: setup
 	$(BIN)/spell-megatron train toy
@@ -86,23 +86,15 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements/cpu.lock requirements/launch.lock requirements/apart.lock
 	$(PYTHON) -m venv $(VENV)
-	$(MAKE) --no-print-directory --jobs=3 torch packages apart
+	$(INSTALL) "$(TORCH)" || $(INSTALL) "$(TORCH)" --index-url $(TORCH_INDEX)
+	$(INSTALL) -r requirements/cpu.lock -r requirements/launch.lock
+	$(INSTALL) --upgrade --target $(APART) -r requirements/apart.lock \
+	  || echo "Transformer Engine's Python is not to be had: the tests that read it are skipped"
 	$(INSTALL) --no-build-isolation -e .
 # On every core, where pip takes one. A file of torch is for a newer Python.
 	$(BIN)/python -m compileall -qq -j 0 $(VENV) || true
 	rm -f $(VENV)/.installed-*
 	touch $@
-
-# Side by side: none takes more than a core, and each waits for others.
-torch:
-	$(INSTALL) "$(TORCH)" || $(INSTALL) "$(TORCH)" --index-url $(TORCH_INDEX)
-
-packages:
-	$(INSTALL) -r requirements/cpu.lock -r requirements/launch.lock
-
-apart:
-	$(INSTALL) --upgrade --target $(APART) -r requirements/apart.lock \
-	  || echo "Transformer Engine's Python is not to be had: the tests that read it are skipped"
 
 clean:
 	rm -rf $(VENV) build *.egg-info
