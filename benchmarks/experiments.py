@@ -96,7 +96,7 @@ def roles(episodes: Iterable[Episode]) -> dict[str, float]:
             continue
         world, cluster = recalled(episode.cluster)
         truth, reach = world.truth(cluster, question), hard.reach(cluster, question)
-        true = truth is not None and truth == world.plain(question.answer)
+        true = truth == world.plain(question.answer)
         found["understood"].append(truth is not None)
         found["true"].append(true)
         if episode.kept:

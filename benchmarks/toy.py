@@ -65,8 +65,8 @@ def roles(episodes: Iterable[Episode]) -> dict[str, float]:
         valid[episode.task].append(question is not None)
         if question is not None:
             world, cluster = recalled(episode.cluster)
-            answer = world.truth(cluster, question)
-            true[episode.task].append(answer is not None and answer == world.plain(question.answer))
+            truth = world.truth(cluster, question)
+            true[episode.task].append(truth == world.plain(question.answer))
         differ += [r.verdict != r.rule for r in episode.responses if r.verdict is not None]
     return {
         **{f"valid/{task}": fmean(valid[task]) for task in TASKS if valid[task]},

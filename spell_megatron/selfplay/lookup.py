@@ -17,7 +17,7 @@ from spell_megatron.selfplay import rewards
 from spell_megatron.selfplay.episode import Episode
 from spell_megatron.selfplay.reading.objects import last_object
 from spell_megatron.selfplay.reading.texts import normalise
-from spell_megatron.selfplay.reading.thoughts import CLOSE
+from spell_megatron.selfplay.reading.thoughts import strip_thinking
 from spell_megatron.selfplay.writer import Job, Writer
 from spell_megatron.types import Document, Question
 
@@ -31,9 +31,10 @@ async def looked_up(writer: Writer, job: Job, episode: Episode) -> Episode:
     wanted, text = writer.settings.beyond, episode.asked_text
     if wanted.noted and not states(text, episode.posed):
         return replace(episode, outcome=rewards.UNNOTED)
-    read = [job.cluster.documents[index] for index in episode.documents]
-    if wanted.quoted and not quotes(text, episode.posed, read):
-        return replace(episode, outcome=rewards.UNQUOTED)
+    if wanted.quoted:
+        read = [job.cluster.documents[index] for index in episode.documents]
+        if not quotes(text, episode.posed, read):
+            return replace(episode, outcome=rewards.UNQUOTED)
     return episode
 
 
@@ -49,7 +50,8 @@ def quotes(text: str, question: Question, documents: Sequence[Document]) -> bool
     that is right (`C: …`) count for nothing. There must be a sentence, and no name twice.
     """
     source = normalise("\n".join(part for document in documents for part in (document.title, document.text)))
-    lines = [line for line in _SENTENCE.split(_before(text).rpartition(CLOSE)[2]) if not _CHOICE.match(line)]
+    said = strip_thinking(_before(text)) or ""
+    lines = [line for line in _SENTENCE.split(said) if not _CHOICE.match(line)]
     sentences = [line for line in lines if _LETTER.search(line)]
     names = list(map(normalise, _names(question.text)))
     if not sentences or len(set(names)) < len(names):

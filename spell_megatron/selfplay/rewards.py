@@ -19,7 +19,9 @@ OUTVOTED = "outvoted"
 """Most responses agree on another answer than the reference (`outvoting`)."""
 PAPER = (KEPT, BAD_FORMAT, BAD_GROUND, ZERO_VARIANCE)
 """What becomes of a question in the paper."""
-FAILURES = (BAD_FORMAT, UNNOTED, UNQUOTED, BAD_GROUND, ZERO_VARIANCE, OUTVOTED)
+MALFORMED = (BAD_FORMAT, UNNOTED, UNQUOTED)
+"""As bad as a bad format."""
+FAILURES = (*MALFORMED, BAD_GROUND, ZERO_VARIANCE, OUTVOTED)
 """Outcomes of a question that its questioner is trained on, besides the kept ones."""
 
 
@@ -60,7 +62,7 @@ def questioner_reward(outcome: str, mean: float, settings: config.SelfPlayConfig
     A question is worth most where half of the responses are right: at the frontier of what the policy
     can do. None for a dropped one, which is neither rewarded nor penalised.
     """
-    if outcome in (BAD_FORMAT, UNNOTED, UNQUOTED):
+    if outcome in MALFORMED:
         return settings.bad_format_reward
     if outcome == BAD_GROUND:
         return settings.bad_ground_reward
