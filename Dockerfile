@@ -14,9 +14,13 @@ ARG TRANSFORMER_ENGINE=2.20.2
 # FlashAttention 3 with its backward pass, which PyPI does not have: a tag of its repository. Built for Hopper alone, in
 # about an hour; empty leaves it out, and attention to torch's version 2.
 ARG FLASH_ATTENTION_3=v2.8.3
+# The exchange of experts within a node: a tag of DeepEP's repository, which PyPI does not have either. Empty leaves it
+# out, and the exchange to NCCL.
+ARG DEEPEP=v1.2.1
 
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3.12 python3.12-dev python3.12-venv git ninja-build \
+      libibverbs-dev \
  && rm -rf /var/lib/apt/lists/*
 
 RUN python3.12 -m venv /opt/venv
@@ -38,6 +42,12 @@ RUN test -z "${FLASH_ATTENTION_3}" \
  || FLASH_ATTENTION_DISABLE_SM80=TRUE FLASH_ATTENTION_DISABLE_FP8=TRUE MAX_JOBS=8 \
     pip install --no-cache-dir --no-build-isolation --no-deps \
       "git+https://github.com/Dao-AILab/flash-attention@${FLASH_ATTENTION_3}#subdirectory=hopper"
+
+# CUDA 13 keeps libcu++ in a folder that is not searched, and torch brings NVSHMEM.
+RUN test -z "${DEEPEP}" \
+ || CPLUS_INCLUDE_PATH=/usr/local/cuda/include/cccl TORCH_CUDA_ARCH_LIST=9.0 \
+    pip install --no-cache-dir --no-build-isolation --no-deps \
+      "git+https://github.com/deepseek-ai/DeepEP@${DEEPEP}"
 
 COPY . .
 RUN pip install --no-cache-dir --constraint /tmp/constraints.txt --no-build-isolation .

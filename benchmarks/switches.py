@@ -98,7 +98,7 @@ def predicted(policy: PolicyConfig, shape: ModelShape, batch: TrainBatch) -> flo
     world, parts = check_layout(policy.layout, shape, 1), stage_parameters(shape, policy.layout)
     lengths, shared = list(group_lengths(batch)), policy.share_prompts
     tokens = sum(prompt * (1 if shared else len(replies)) + sum(replies) for prompt, replies in lengths)
-    traffic = step_traffic(shape, policy, world, parts, tokens, batch.response_tokens)
-    work = batch_work(shape, lengths, shared=shared)
     rows = batch.response_tokens
+    traffic = step_traffic(shape, policy, world, parts, tokens, rows, config.cluster.gpus_per_node)
+    work = batch_work(shape, lengths, shared=shared)
     return sum(update_costs(config, shape, world, work, tokens, rows, 1, traffic, parts, ASSUMED).values())

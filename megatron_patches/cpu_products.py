@@ -71,13 +71,17 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @functools.cache
+def mkl_is_slow() -> bool:
+    """Whether the processor has vectors that MKL does not use, as all but Intel's have."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "GenuineIntel" not in cpu.read_text(encoding="utf-8")
+
+
+@functools.cache
 def _vectors() -> str:
     """The widest instructions that torch uses here; none where MKL uses them as well, or oneDNN is missing."""
-    cpu = Path("/proc/cpuinfo")
-    intel = not cpu.exists() or "GenuineIntel" in cpu.read_text(encoding="utf-8")
-    return (
-        "" if intel or not torch.backends.mkldnn.is_available() else torch.backends.cpu.get_cpu_capability()
-    )
+    there = mkl_is_slow() and torch.backends.mkldnn.is_available()
+    return torch.backends.cpu.get_cpu_capability() if there else ""
 
 
 class _Products(TorchFunctionMode):

@@ -426,9 +426,9 @@ class PolicyConfig:
     """Flash kernel on a GPU: `auto` takes FlashAttention 3 on Hopper where its backward pass is installed, and torch's
     own, which is version 2, elsewhere."""
     fusions: FusionsConfig = FusionsConfig()
-    dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
-    """Who sends tokens to experts: NCCL's all-to-all, or a kernel of DeepEP's that sends while others compute. Those
-    have to be installed, and have not been tried."""
+    dispatcher: Literal["auto", "alltoall", "deepep", "hybridep"] = "auto"
+    """Who sends tokens to experts: NCCL's all-to-all, or kernels of DeepEP's, which send a token once to each GPU.
+    `auto` takes those on a GPU where they are installed and a layer's experts lie within a node."""
     deterministic: bool = False
     """Bit-equal results on a GPU too, and so of a resumed run; slower. A CPU's always are."""
     recompute: Literal["none", "all_but_attention", "full"] = "none"

@@ -105,6 +105,20 @@ def depth(policy: PolicyConfig, shape: ModelShape) -> Depth:
     return Depth(recomputed, policy.offload_layers, kept)
 
 
+def dispatcher(policy: PolicyConfig, gpus_per_node: int, *, deepep: bool) -> str:
+    """Who sends tokens to experts, where DeepEP is installed (`deepep`) or not: what `auto` comes to.
+
+    DeepEP's kernels send bfloat16 among two, four or eight GPUs of a node. Among more they want a network set up for
+    them, and that sums come out in the same bits twice they do not promise.
+    """
+    if policy.dispatcher != "auto":
+        return policy.dispatcher
+    ranks = policy.layout.expert * policy.layout.expert_tensor
+    within = ranks in (2, 4, 8) and gpus_per_node % ranks == 0
+    fits = within and policy.dtype == "bfloat16" and not policy.deterministic
+    return "deepep" if deepep and fits else "alltoall"
+
+
 def megatron_sizes(layout: LayoutConfig) -> dict[str, Any]:
     """The layout by megatron-core's own names, for whatever takes it."""
     return {

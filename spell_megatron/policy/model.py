@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from spell_megatron.policy.attention import SpanAttention
 from spell_megatron.policy.experts import combine_once, round_router_logits
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.layers import torch_block_spec
-from spell_megatron.policy.layout import depth, megatron_sizes
+from spell_megatron.policy.layout import depth, dispatcher, megatron_sizes
 from spell_megatron.policy.offload import keep_on_host
 from spell_megatron.policy.spans import SpanPlan
 from spell_megatron.types import SpellError
@@ -30,6 +31,8 @@ from spell_megatron.weights.known import hugging_face_config
 from spell_megatron.weights.names import weights_of
 from spell_megatron.weights.shape import ModelShape
 from spell_megatron.weights.table import Split
+
+_log = logging.getLogger(__name__)
 
 _FP8_TOKENS = {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """What the number of tokens of a product must be a multiple of."""
@@ -83,13 +86,13 @@ class SpanModel(GPTModel):
 
 def build_chunks(policy: PolicyConfig, shape: ModelShape, folder: Path) -> list[SpanModel]:
     """The pipeline chunks of this rank (one, unless the schedule is interleaved), weights not yet filled."""
-    if shape.experts and policy.dispatcher != "alltoall" and policy.layout.expert * policy.layout.tensor == 1:
-        raise SpellError(
-            f"policy.dispatcher={policy.dispatcher} sends tokens to other ranks, of which there are none:"
-            " leave it alltoall, or give policy.layout.expert more than 1"
-        )
     rope = Qwen3RotaryEmbedding(hugging_face_config(folder, shape.family))
     config = transformer_config(policy, shape, rope_scaling=rope.attention_scaling)
+    if config.expert_model_parallel_size > 1:
+        flex = config.moe_token_dispatcher_type == "flex"
+        _log.info(
+            "tokens are sent to experts by %s", config.moe_flex_dispatcher_backend if flex else "all-to-all"
+        )
     chunks = []
     for stage in range(policy.layout.virtual_pipeline or 1):
         vp_stage = stage if policy.layout.virtual_pipeline else None
@@ -148,9 +151,11 @@ def transformer_config(
     """
     layout, dtype = policy.layout, getattr(torch, policy.dtype)
     te = uses_transformer_engine(policy)
-    moe: dict[str, Any] = {}
+    moe: dict[str, Any] = {
+        "moe_token_dispatcher_type": "alltoall"
+    }  # the default refuses what follows, dense too
     if shape.experts:
-        moe = {
+        moe |= {
             "num_moe_experts": shape.experts,
             "moe_router_topk": shape.experts_per_token,
             "moe_ffn_hidden_size": shape.expert_ffn,
@@ -161,8 +166,8 @@ def transformer_config(
             "moe_router_dtype": "fp32",
             "moe_permute_fusion": te and policy.fusions.permute,
         }
-        if policy.dispatcher != "alltoall":
-            moe["moe_flex_dispatcher_backend"] = _installed(policy.dispatcher)
+        if (kernels := _dispatcher(policy)) != "alltoall":
+            moe |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": kernels}
     fp8: dict[str, Any] = {}
     if policy.fp8 != "off":
         by_blocks = policy.fp8 in ("blockwise", "mxfp8")  # fine enough for gradients without a wider exponent
@@ -203,8 +208,6 @@ def transformer_config(
         **megatron_sizes(layout),
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,  # streams differ in length
-        # The default refuses variable lengths, dense models too.
-        moe_token_dispatcher_type="alltoall" if policy.dispatcher == "alltoall" else "flex",
         batch_p2p_comm=False,
         calculate_per_token_loss=True,  # sums over ranks and microbatches, divided once by the token count
         **moe,
@@ -213,14 +216,22 @@ def transformer_config(
     )
 
 
-def _installed(dispatcher: str) -> str:
-    """A dispatcher's name. Raises SpellError where it is not installed."""
-    if {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}[dispatcher]:
-        return dispatcher
-    raise SpellError(
-        f"policy.dispatcher={dispatcher} needs DeepEP, which is not installed: build it from"
-        " github.com/deepseek-ai/DeepEP (its branch hybrid-ep for hybridep), or leave policy.dispatcher=alltoall"
-    )
+def _dispatcher(policy: PolicyConfig) -> str:
+    """Raises SpellError where what is asked for is not installed, or has nobody to send to."""
+    there = {"alltoall": True, "deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
+    deepep = there["deepep"] and torch.cuda.is_available()
+    chosen = dispatcher(policy, torch.cuda.device_count(), deepep=deepep)
+    if not there[chosen]:
+        raise SpellError(
+            f"policy.dispatcher={chosen} needs DeepEP, which is not installed: build it from"
+            " github.com/deepseek-ai/DeepEP (its branch hybrid-ep for hybridep), or leave policy.dispatcher=auto"
+        )
+    if chosen != "alltoall" and policy.layout.expert * policy.layout.expert_tensor == 1:
+        raise SpellError(
+            f"policy.dispatcher={chosen} sends tokens to other ranks, of which there are none: leave it auto, or give"
+            " policy.layout.expert more than 1"
+        )
+    return chosen
 
 
 def block_spec(policy: PolicyConfig, config: TransformerConfig, vp_stage: int | None) -> Any:

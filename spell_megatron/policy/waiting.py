@@ -35,6 +35,8 @@ _MENTIONED = 600.0
 """Seconds between two lines of the log on somebody who waits."""
 _POLL_SECONDS, _LONG_POLL_SECONDS, _LONG = 0.02, 0.5, 2.0
 """Between two looks, and between two after a wait that has become long."""
+_LAST_LOOK_SECONDS = 5.0
+"""How long a rank that waits no more waits for the end of its last look."""
 _KEY = "spell/rank 0"
 
 
@@ -102,6 +104,7 @@ class MainRank:
         self._speaking = threading.Lock()
         self._watch = Watch(self._heart, time.monotonic())
         self._waiting = threading.Event()
+        self._looking = threading.Lock()
         work = self._beat if world.is_main else self._look
         self._thread = threading.Thread(target=work, name="rank 0", daemon=True)
         self._thread.start()
@@ -165,12 +168,16 @@ class MainRank:
             self._waiting.wait()
             began = time.monotonic()
             while self._waiting.is_set():
-                try:
-                    heart = Heart(**json.loads(self._store.get(_KEY)))
-                except RuntimeError:  # nobody keeps the store any more, or not in time
-                    heart = self._watch.heart
+                with self._looking:
+                    heart = self._heart_seen() if self._waiting.is_set() else self._watch.heart
                 self._watch.see(heart, now := time.monotonic())
                 time.sleep(_POLL_SECONDS if now - began < _LONG else _LONG_POLL_SECONDS)
+
+    def _heart_seen(self) -> Heart:
+        try:
+            return Heart(**json.loads(self._store.get(_KEY)))
+        except RuntimeError:  # nobody keeps the store any more, or not in time
+            return self._watch.heart
 
     def _wait(self, meeting: int) -> None:
         began = mentioned = time.monotonic()
@@ -184,3 +191,7 @@ class MainRank:
                 time.sleep(_POLL_SECONDS if now - began < _LONG else _LONG_POLL_SECONDS)
         finally:
             self._waiting.clear()
+            # An interpreter that ends tears its threads out of what they are in; out of the store, that aborts the
+            # process. A store whose owner was stopped never answers: whoever looks there comes back no more.
+            if self._looking.acquire(timeout=_LAST_LOOK_SECONDS):
+                self._looking.release()

@@ -141,6 +141,7 @@ def _accelerators() -> list[Finding]:
     te = _version("transformer-engine")
     return [
         *_attention(),
+        *_exchange(),
         Finding(
             "transformer-engine",
             "ok" if te else "missing",
@@ -165,6 +166,20 @@ def _attention() -> list[Finding]:
         return [Finding("flash attention", "ok", "FlashAttention 3", False)]
     remedy = f"{why_not}: attention takes up to twice the time; the Dockerfile builds it"
     return [Finding("flash attention", "missing", "FlashAttention 2", False, remedy)]
+
+
+def _exchange() -> list[Finding]:
+    """What `policy.dispatcher: auto` takes; nothing to choose without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
+
+    if HAVE_DEEP_EP:
+        return [Finding("exchange of experts", "ok", "DeepEP, within a node", False)]
+    remedy = "tokens travel once to every expert instead of once to every GPU; the Dockerfile builds DeepEP"
+    return [Finding("exchange of experts", "missing", "NCCL", False, remedy)]
 
 
 def _cluster() -> list[Finding]:

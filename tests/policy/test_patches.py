@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import megatron.core
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import megatron_patches
-from megatron_patches import cpu_products, eager_swiglu
+from megatron_patches import cpu_products, deepep_multihot, eager_swiglu
 from megatron_patches.versions import TESTED, installed
 
 pytestmark = pytest.mark.unit
@@ -88,6 +89,20 @@ def test_swiglu_in_blocks_is_no_further_from_the_truth_than_upstreams(
         for truth, ours, theirs in zip(true, *results, strict=True):
             assert ours.dtype == theirs.dtype
             assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm() + 1e-7 * truth.norm()
+
+
+def test_a_table_of_experts_has_what_their_numbers_say() -> None:
+    draw, manager = torch.Generator().manual_seed(0), SimpleNamespace(num_local_experts=5)
+    indices = torch.stack([torch.randperm(5, generator=draw)[:3] for _ in range(40)])
+    indices[torch.rand(40, 3, generator=draw) < 0.4] = -1
+    probs = torch.rand(40, 3, generator=draw).masked_fill(indices < 0, 0.0).requires_grad_()
+    routed, weights = deepep_multihot.indices_to_multihot(manager, indices, probs)
+    for token in range(40):
+        theirs = {int(e): float(p) for e, p in zip(indices[token], probs[token], strict=True) if e >= 0}
+        assert routed[token].nonzero().flatten().tolist() == sorted(theirs)
+        assert weights[token].tolist() == [theirs.get(expert, 0.0) for expert in range(5)]
+    weights.mul(torch.arange(5.0)).sum().backward()
+    assert torch.equal(probs.grad, indices.clamp(min=0).float())
 
 
 @pytest.fixture(params=["", "AVX2", "AVX512"], ids=["as torch does", "oneDNN for rows", "oneDNN"])

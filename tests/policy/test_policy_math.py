@@ -44,14 +44,24 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
-@pytest.fixture(params=[cpu, plain, varlen], ids=lambda module: module.__name__.rpartition(".")[2])
+BACKENDS = {
+    "cpu": (cpu, False),
+    "cpu where MKL is slow": (cpu, True),
+    "plain": (plain, False),
+    "varlen": (varlen, False),
+}
+
+
+@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """Every backend, those of CUDA too: `varlen` with a stand-in for the kernel that it calls."""
-    monkeypatch.setattr(attention, "kernels_for", lambda _: request.param)
+    kernels, slow = request.param
+    monkeypatch.setattr(attention, "kernels_for", lambda _: kernels)
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: slow)
     monkeypatch.setattr(cpu, "_KEY_BLOCK", 16)
     monkeypatch.setattr(plain, "_BLOCK", 24)
     with flash_kernel():
-        yield request.param
+        yield kernels
 
 
 GROUPS = {

@@ -17,6 +17,7 @@ from megatron_patches.patch import Patch
 from spell_megatron.config import FusionsConfig, LayoutConfig, PolicyConfig
 from spell_megatron.policy import model
 from spell_megatron.policy.kernels import flash
+from spell_megatron.policy.layout import dispatcher
 from spell_megatron.policy.spans import plan_spans
 from spell_megatron.policy.world import be_deterministic
 from spell_megatron.types import SpellError
@@ -93,15 +94,45 @@ def test_fused_kernels_are_transformer_engines(
     shape = model_shape(make_model("moe", tmp_path))
     monkeypatch.setattr(model, "uses_transformer_engine", lambda _: there)
     monkeypatch.setattr(model, "TransformerConfig", SimpleNamespace)
+    spread = LayoutConfig(expert=2)
     with pytest.raises(SpellError, match="not installed"):
-        model.transformer_config(PolicyConfig(dispatcher="deepep"), shape)
+        model.transformer_config(PolicyConfig(dispatcher="deepep", layout=spread), shape)
     monkeypatch.setattr(model.fused_a2a, "HAVE_DEEP_EP", True)
+    with pytest.raises(SpellError, match="there are none"):
+        model.transformer_config(PolicyConfig(dispatcher="deepep", layout=LayoutConfig(tensor=2)), shape)
+    made = model.transformer_config(PolicyConfig(layout=spread), shape)
+    assert made.moe_token_dispatcher_type == "alltoall", "there is no GPU"
     for on in (True, False):
         fusions = FusionsConfig(permute=on, rope=on, weight_gradients=on)
-        made = model.transformer_config(PolicyConfig(fusions=fusions, dispatcher="deepep"), shape)
+        policy = PolicyConfig(fusions=fusions, dispatcher="deepep", layout=spread)
+        made = model.transformer_config(policy, shape)
         keys = ("moe_permute_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
         assert [getattr(made, key) for key in keys] == [on and there] * 3
         assert (made.moe_token_dispatcher_type, made.moe_flex_dispatcher_backend) == ("flex", "deepep")
+
+
+@pytest.mark.parametrize(
+    ("layout", "others", "chosen"),
+    [
+        ({"expert": 8}, {}, "deepep"),
+        ({"expert": 4, "expert_tensor": 2, "tensor": 2, "sequence": True}, {}, "deepep"),
+        ({"expert": 8, "expert_tensor": 2}, {}, "alltoall"),  # two nodes
+        ({"expert": 6}, {}, "alltoall"),  # of which DeepEP has no kernels
+        ({"expert": 1}, {}, "alltoall"),
+        ({"expert": 8}, {"dtype": "float32"}, "alltoall"),
+        ({"expert": 8}, {"deterministic": True}, "alltoall"),
+        ({"expert": 16}, {"dispatcher": "deepep"}, "deepep"),
+        ({"expert": 8}, {"dispatcher": "alltoall"}, "alltoall"),
+    ],
+)
+def test_deepep_sends_where_its_kernels_can(
+    layout: dict[str, Any], others: dict[str, Any], chosen: str
+) -> None:
+    policy = PolicyConfig(layout=LayoutConfig(**layout), **others)
+    assert dispatcher(policy, 8, deepep=True) == chosen
+    if "dispatcher" not in others:
+        assert dispatcher(policy, 8, deepep=False) == "alltoall"
+        assert dispatcher(policy, 3, deepep=True) == "alltoall", "experts of a layer on two nodes"
 
 
 def test_bit_equal_results_want_an_environment_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

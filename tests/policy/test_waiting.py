@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,14 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import waiting_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spell_megatron.policy.waiting import GONE_SECONDS, Heart, MainRankGone, Watch
+from spell_megatron.policy import waiting
+from spell_megatron.policy.waiting import GONE_SECONDS, Heart, MainRank, MainRankGone, Watch
 
 SECOND = 1.0
 
@@ -50,6 +53,38 @@ def test_a_rank_that_has_failed_is_not_waited_for() -> None:
     watch.see(Heart(beat=1, doing="starts the engines", fault="EngineError"), 1.0)
     with pytest.raises(MainRankGone, match=r"EngineError.* starts the engines; its own message says why"):
         watch.verdict(1, 1.1)
+
+
+class SlowStore:
+    """Answers at once, and from then on takes its time."""
+
+    def __init__(self) -> None:
+        self.asked, self.answering = 0, False
+
+    def clone(self) -> SlowStore:
+        return self
+
+    def set_timeout(self, _: object) -> None: ...
+
+    def get(self, _: str) -> bytes:
+        self.asked, self.answering = self.asked + 1, True
+        time.sleep(0.0 if self.asked == 1 else 1.0)
+        self.answering = False
+        return json.dumps(asdict(Heart(beat=1))).encode()
+
+
+@pytest.mark.unit
+def test_nobody_is_in_the_store_any_more_when_a_rank_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends while one of its threads is there aborts, now and then."""
+    store = SlowStore()
+    group = SimpleNamespace(WORLD=object())
+    c10d = SimpleNamespace(_get_default_store=lambda: store)
+    monkeypatch.setattr(waiting, "dist", SimpleNamespace(group=group, distributed_c10d=c10d))
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.3)
+    rank = MainRank(SimpleNamespace(size=2, is_main=False))  # type: ignore[arg-type]
+    with pytest.raises(MainRankGone):
+        rank.meet()
+    assert store.asked == 2 and not store.answering
 
 
 @contextmanager
@@ -97,7 +132,7 @@ def test_a_rank_0_that_is_killed_or_stopped_ends_the_others_within_a_minute() ->
         began = time.monotonic()
         for ranks in (killed, stopped):
             _, err = ranks[1].communicate(timeout=60)
-            assert ranks[1].returncode == 1
+            assert ranks[1].returncode == 1, err
             assert "MainRankGone: rank 0 has not been heard of" in err
             assert "it plays step 7" in err
         assert time.monotonic() - began < 60, "a promise, not a measurement: docs/rollouts.md"

@@ -48,6 +48,8 @@ SP = {"sequence": True}
 REPLAY = {"router_replay": True}
 """The routers are told experts drawn at random, there and here."""
 KEPT = {"recompute": "all_but_attention"}
+DEEPEP = {"dispatcher": "deepep"}
+"""A stand-in for its kernels sends tokens (`deepep.py`)."""
 CASES = (
     Case("single", 1, ("qwen3", "qwen3_tied", "qwen2", "moe", "llama", "llama_tied", "mistral"), fast=True),
     Case("single recompute", 1, ("qwen3", "moe"), policy={"recompute": "full"}),
@@ -82,6 +84,11 @@ CASES = (
         fast=True,
     ),
     Case("ep1 dp2", 2, MOE, {}),
+    Case("ep2, DeepEP", 2, MOE, {"expert": 2}, policy=DEEPEP, fast=True),
+    Case("tp2·etp2+sp, DeepEP", 2, MOE, {"tensor": 2, "expert_tensor": 2, **SP}, policy=DEEPEP),
+    Case("tp2·ep2+sp, DeepEP", 4, MOE, {"tensor": 2, "expert": 2, **SP}, policy=DEEPEP, fast=True),
+    Case("ep4 recompute, DeepEP", 4, MOE, {"expert": 4}, policy={**DEEPEP, "recompute": "full"}),
+    Case("replay cp2·ep2, DeepEP", 2, MOE, {"context": 2, "expert": 2}, policy={**DEEPEP, **REPLAY}),
     Case("dp2", 2, ("qwen3_tied", "moe"), fast=True),
     Case("dp2+distributed", 2, ("qwen3_tied", "moe"), optimizer={"distributed": True}, fast=True),
     Case("dp2+overlap", 2, ("qwen3_tied", "moe"), optimizer={"distributed": True, "overlap": True}),
@@ -172,8 +179,10 @@ def run_cases(names: list[str], out: Path) -> None:
     """Body of one world: every rank runs it, rank 0 compares and writes."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    import deepep
     import torch
 
+    deepep.install()
     from spell_megatron.policy import offload
 
     offload._LEAST = 0

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_patches.cpu_products import mkl_is_slow
 from spell_megatron.policy.spans import Pieces, Range
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _HALVED, _WHOLE = range(768, 2049), 256
-"""Tokens of a causal range whose backward call is made in halves, down to ranges of so many."""
+"""Tokens of a causal range whose backward call is made in halves, down to ranges of so many, where MKL is slow."""
 _KEY_BLOCK = 16_384
 """Keys of one backward call: with grouped queries the kernel makes a gradient of the keys for every query head
 before it sums them, which over a whole stream would outweigh all else that a context-parallel rank holds."""
@@ -54,7 +55,7 @@ def _blocks(pieces: Pieces) -> Iterator[tuple[Range, bool]]:
         if not pieces.causal:
             for first in range(k0, k1, _KEY_BLOCK):
                 yield (q0, q1, first, min(first + _KEY_BLOCK, k1)), False
-        elif q1 - q0 in _HALVED:
+        elif mkl_is_slow() and q1 - q0 in _HALVED:
             yield from _halves(q0, q1, k0)
         else:
             yield (q0, q1, k0, k1), True
@@ -63,8 +64,8 @@ def _blocks(pieces: Pieces) -> Iterator[tuple[Range, bool]]:
 def _halves(q0: int, q1: int, k0: int) -> Iterator[tuple[Range, bool]]:
     """A causal range as two, and all that the later one sees of the earlier.
 
-    The kernel's own blocks are so long that a fifth of its work lies above the diagonal
-    (`python -m benchmarks.trainer`).
+    The kernel's own blocks are so long that a fifth of its work lies above the diagonal. Where MKL is fast, that
+    takes less than the further calls do (`python -m benchmarks.trainer`).
     """
     tokens = q1 - q0
     if tokens <= _WHOLE:

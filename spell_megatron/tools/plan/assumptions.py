@@ -96,7 +96,8 @@ class Assumptions:
             f"{_tera(self.fa3_forward)} and {_tera(self.fa3_backward)} (arXiv 2407.08608, rounded down); "
             f"products {_tera(self.dense_rate)}, grouped {_tera(self.grouped_rate)}, in a loop "
             f"{_tera(self.looped_rate)} (estimates)",
-            "the image of the Dockerfile: Transformer Engine, and FlashAttention 3 unless policy.attention=fa2",
+            "the image of the Dockerfile: Transformer Engine, FlashAttention 3 unless policy.attention=fa2, and DeepEP"
+            " where experts lie within a node unless policy.dispatcher=alltoall",
             f"passes over memory reach {self.memory_efficiency:.0%} of its rate; a logit takes "
             f"{self.logit_bytes:.0f} bytes of them, its nucleus {self.nucleus_bytes:.0f}; an all-to-all of experts "
             f"reaches {self.exchange_efficiency:.0%} of what links do",

@@ -82,7 +82,8 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
 def _traffic(
     config: Config, shape: ModelShape, world: WorldShape, parts: list[StageParameters], deal: Deal
 ) -> Traffic:
-    return step_traffic(shape, config.policy, world, parts, deal.tokens, deal.rows)
+    per_node = config.cluster.gpus_per_node
+    return step_traffic(shape, config.policy, world, parts, deal.tokens, deal.rows, per_node)
 
 
 def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: ClusterConfig) -> list[str]:

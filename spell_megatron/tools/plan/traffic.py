@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spell_megatron.config import PolicyConfig
-from spell_megatron.policy.layout import WorldShape
+from spell_megatron.policy.layout import WorldShape, dispatcher
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.parameters import StageParameters, total_parameters, width
 from spell_megatron.tools.plan.workload import passes
@@ -35,13 +35,14 @@ def step_traffic(
     parts: list[StageParameters],
     tokens: float,
     rows: float,
+    gpus_per_node: int,
 ) -> Traffic:
     """`tokens` pass one data-parallel rank in the step and `rows` of them are predicted, context ranks together."""
     layout, b = policy.layout, width(policy)
     tp, cp, pp, ep = layout.tensor, layout.context, layout.pipeline, layout.expert
     forward, gathers = passes(policy, shape)  # gathers of keys and values
     # Tokens go to experts in every pass, and come back but for the second forward one (`policy/experts.py`).
-    once = policy.dispatcher == "alltoall" and policy.fp8 == "off"
+    once = _by_nccl(policy, gpus_per_node) and policy.fp8 == "off"
     exchanges = forward + 3 if once else 2 * forward + 2
     local, layers = tokens / cp, shape.layers / pp
     residual = local * shape.hidden * b
@@ -56,7 +57,7 @@ def step_traffic(
     return Traffic(
         tensor=_share(tp) * (layers * blocks * per_block * residual + rows / cp * shape.hidden * b * 2),
         context=(cp - 1) * layers * local * kv * ((gathers + 1) * b + 4),
-        expert=_share(ep) * layers * routed * _sent(shape, policy) * exchanges,
+        expert=_share(ep) * layers * routed * _sent(shape, policy, gpus_per_node) * exchanges,
         pipeline=0.0
         if pp == 1
         else 2 * residual * (layout.virtual_pipeline or 1) / (tp if layout.sequence else 1),
@@ -65,10 +66,15 @@ def step_traffic(
     )
 
 
-def _sent(shape: ModelShape, policy: PolicyConfig) -> float:
+def _by_nccl(policy: PolicyConfig, gpus_per_node: int) -> bool:
+    """In the Dockerfile's image, which has DeepEP."""
+    return dispatcher(policy, gpus_per_node, deepep=True) == "alltoall"
+
+
+def _sent(shape: ModelShape, policy: PolicyConfig, gpus_per_node: int) -> float:
     """Copies of a token that travel, for each of its experts: DeepEP sends one to a rank, however many it has there."""
     ranks, chosen = policy.layout.expert, shape.experts_per_token
-    if policy.dispatcher == "alltoall" or not shape.experts:
+    if not shape.experts or _by_nccl(policy, gpus_per_node):
         return 1.0
     return ranks * (1 - (1 - 1 / ranks) ** chosen) / chosen
 
@@ -89,7 +95,7 @@ def link_seconds(
         "context parallelism": traffic.context / rate(layout.tensor * layout.context),
         "experts' exchange": traffic.expert
         / rate(layout.expert * layout.expert_tensor)
-        / (assumed.exchange_efficiency if policy.dispatcher == "alltoall" else 1.0),
+        / (assumed.exchange_efficiency if _by_nccl(policy, gpus_per_node) else 1.0),
         "pipeline's sends": traffic.pipeline / rate(world.size),
         "gradients' reduction": traffic.data / rate(world.size) * (0.2 if policy.optimizer.overlap else 1.0),
     }
