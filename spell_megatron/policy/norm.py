@@ -25,15 +25,19 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        inverse: Tensor = (torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps).rsqrt_().unsqueeze(-1)
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        out: Tensor = (wide * inverse).mul_(weight).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        normed, grad = x.float() * inverse, grad.float()
-        d_weight = (grad * normed).flatten(0, -2).sum(0)
-        d_normed = grad * weight
-        along = torch.linalg.vecdot(d_normed, normed).unsqueeze(-1) / x.shape[-1]
-        return d_normed.sub_(normed.mul_(along)).mul_(inverse).to(x.dtype), d_weight.to(weight.dtype), None
+        wide, grad = x.float(), grad.float()
+        products = grad * wide
+        along = (products.flatten(0, -2) @ weight.float()).view_as(inverse)
+        d_weight = products.mul_(inverse).flatten(0, -2).sum(0)
+        share = along.mul_(inverse.square()).div_(x.shape[-1])
+        d_x = (grad * weight).addcmul_(wide, share, value=-1).mul_(inverse)
+        return d_x.to(x.dtype), d_weight.to(weight.dtype), None
