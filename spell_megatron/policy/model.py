@@ -90,9 +90,8 @@ def build_chunks(policy: PolicyConfig, shape: ModelShape, folder: Path) -> list[
     config = transformer_config(policy, shape, rope_scaling=rope.attention_scaling)
     if config.expert_model_parallel_size > 1:
         flex = config.moe_token_dispatcher_type == "flex"
-        _log.info(
-            "tokens are sent to experts by %s", config.moe_flex_dispatcher_backend if flex else "all-to-all"
-        )
+        kernels = config.moe_flex_dispatcher_backend if flex else "all-to-all"
+        _log.info("tokens are sent to experts by %s", kernels)
     chunks = []
     for stage in range(policy.layout.virtual_pipeline or 1):
         vp_stage = stage if policy.layout.virtual_pipeline else None
@@ -151,9 +150,8 @@ def transformer_config(
     """
     layout, dtype = policy.layout, getattr(torch, policy.dtype)
     te = uses_transformer_engine(policy)
-    moe: dict[str, Any] = {
-        "moe_token_dispatcher_type": "alltoall"
-    }  # the default refuses what follows, dense too
+    # The default refuses variable lengths, dense models too.
+    moe: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     if shape.experts:
         moe |= {
             "num_moe_experts": shape.experts,

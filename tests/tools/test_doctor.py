@@ -32,6 +32,21 @@ def test_a_vllm_of_another_version_is_wrong_and_the_right_one_is_named(
         doctor.examine().check()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("there", [True, False])
+def test_who_sends_tokens_to_experts_is_said_where_there_is_a_gpu(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from megatron.core.transformer.moe import fused_a2a
+
+    assert doctor._exchange() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", there)
+    [found] = doctor._exchange()
+    assert (found.state, "Dockerfile" in found.remedy) == (("ok", False) if there else ("missing", True))
+
+
 def test_what_is_wanted_is_what_the_package_says() -> None:
     wanted = doctor._wanted("vllm")
     assert (

@@ -25,9 +25,14 @@ def forward(
     for q0, q1, k0, k1 in pieces.ranges:
         rows, keys = slice(q0, q1), slice(k0, k1)
         out, lse = _forward(
-            _grouped(q[rows], k), _shared(k[keys], q), _shared(v[keys], q), 0.0, pieces.causal, scale=scale
+            _heads_first(q[rows]),
+            _heads_first(k[keys]),
+            _heads_first(v[keys]),
+            0.0,
+            pieces.causal,
+            scale=scale,
         )
-        yield rows, _tokens_first(out), lse.flatten(0, 1)
+        yield rows, _tokens_first(out), lse[0]
 
 
 def backward(
@@ -36,17 +41,17 @@ def backward(
     for (q0, q1, k0, k1), causal in _blocks(pieces):
         rows, keys = slice(q0, q1), slice(k0, k1)
         dq, dk, dv = _backward(
-            _grouped(grad[rows], k),
-            _grouped(q[rows], k),
-            _shared(k[keys], q),
-            _shared(v[keys], q),
-            _grouped(out[rows], k),
-            lse[:, rows].unflatten(0, (k.shape[1], -1)),
+            _heads_first(grad[rows]),
+            _heads_first(q[rows]),
+            _heads_first(k[keys]),
+            _heads_first(v[keys]),
+            _heads_first(out[rows]),
+            lse[None, :, rows],
             0.0,
             causal,
             scale=scale,
         )
-        yield rows, keys, _tokens_first(dq), dk.sum(1).transpose(0, 1), dv.sum(1).transpose(0, 1)
+        yield rows, keys, _tokens_first(dq), _tokens_first(dk), _tokens_first(dv)
 
 
 def _blocks(pieces: Pieces) -> Iterator[tuple[Range, bool]]:
@@ -77,17 +82,11 @@ def _halves(q0: int, q1: int, k0: int) -> Iterator[tuple[Range, bool]]:
     yield from _halves(q0 + half, q1, k0 + half)
 
 
-def _grouped(x: Tensor, keys: Tensor) -> Tensor:
-    """`[tokens, heads, d]` to `[kv heads, queries per kv head, tokens, d]`, without a copy."""
-    view: Tensor = x.transpose(0, 1).unflatten(0, (keys.shape[1], -1))
-    return view
-
-
-def _shared(x: Tensor, queries: Tensor) -> Tensor:
-    """`[tokens, kv heads, d]` to the same layout, every query of a group seeing the same memory."""
-    return x.transpose(0, 1)[:, None].expand(-1, queries.shape[1] // x.shape[1], -1, -1)
+def _heads_first(x: Tensor) -> Tensor:
+    """`[tokens, heads, d]` to `[1, heads, tokens, d]`, without a copy. Of keys there may be fewer heads."""
+    return x.transpose(0, 1)[None]
 
 
 def _tokens_first(x: Tensor) -> Tensor:
     """Back to `[tokens, heads, d]`."""
-    return x.flatten(0, 1).transpose(0, 1)
+    return x[0].transpose(0, 1)
