@@ -1,4 +1,4 @@
-"""What a user adds without a fork: a role, a task and a loss of their own, each in its two small files."""
+"""What a user adds without a fork: a role, a task, an advantage, a loss of their own, each in its two small files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cispo import CISPO
+from failures import FAILURES
 from places import ROOT
 from selfplay_stage import Corpus, Engine, act, role_of, selfplay, settings
 from summariser import Summariser
@@ -175,6 +176,13 @@ def test_cispo_is_its_formula_and_no_token_loses_its_gradient() -> None:
     assert clipped.tolist() == [False, True, False]
 
 
+@pytest.mark.unit
+def test_failures_teach_ten_times_what_successes_do() -> None:
+    found = FAILURES.compare([1.0, 0.0, 0.0, 0.0, 1.0, 1.0], [*"aaaabb"], [*"aaaabb"])
+    # A mean of 1/4 and a standard deviation of 1/2; the other group is flat.
+    assert found.values == pytest.approx([0.15, -0.5, -0.5, -0.5, 0.0, 0.0], abs=1e-5)
+
+
 @pytest.mark.engine
 def test_all_of_them_train_together_in_the_toy_world(tmp_path: Path) -> None:
     overrides = [
@@ -182,7 +190,11 @@ def test_all_of_them_train_together_in_the_toy_world(tmp_path: Path) -> None:
         *("heldout.questions=6", "heldout.samples=1", "rollout.kv_cache_mib=64", f"runs={tmp_path}"),
         "corpus.sources=[{tasks: [doc_general_qa, 'table:Table']}]",
         "selfplay.roles=[questioner, 'summariser:Summariser', responder, verifier]",
-        *("policy.loss.surrogate=cispo:CISPO", "policy.minibatches=2", "selfplay.advantage=leave_one_out"),
+        *(
+            "policy.loss.surrogate=cispo:CISPO",
+            "policy.minibatches=2",
+            "selfplay.advantage=failures:FAILURES",
+        ),
     ]
     run = Path(train(load_config("toy", overrides)).run_dir)
     rows = read_metrics(RunFolder(run))
