@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,22 +24,12 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        first, second = _halves(t)
-        out, (sin_1, sin_2) = t * cos, _halves(sin)
-        out_1, out_2 = _halves(out)
-        out_1.addcmul_(second, sin_1, value=-1)
-        out_2.addcmul_(first, sin_2)
-        return out
+        return _turned(t, cos, sin.chunk(2, -1), 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        first, second = _halves(grad)
-        out, (sin_1, sin_2) = grad * cos, _halves(sin)
-        out_1, out_2 = _halves(out)
-        out_1.addcmul_(second, sin_2)
-        out_2.addcmul_(first, sin_1, value=-1)
-        return out, None, None
+        return _turned(grad, cos, sin.chunk(2, -1)[::-1], -1), None, None
 
 
 def rotated(t: Tensor, freqs: Tensor, mscale: float = 1.0) -> Tensor:
@@ -47,9 +38,13 @@ def rotated(t: Tensor, freqs: Tensor, mscale: float = 1.0) -> Tensor:
     return _Rotation.apply(t, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _halves(t: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = t.chunk(2, -1)
-    return first, second
+def _turned(t: Tensor, cos: Tensor, sines: Sequence[Tensor], sign: int) -> Tensor:
+    """One way or back; `sines` are those that the halves of the result take."""
+    out, (first, second) = t * cos, t.chunk(2, -1)
+    out_1, out_2 = out.chunk(2, -1)
+    out_1.addcmul_(second, sines[0], value=-sign)
+    out_2.addcmul_(first, sines[1], value=sign)
+    return out
 
 
 def _upstream() -> Any:

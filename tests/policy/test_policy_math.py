@@ -58,7 +58,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     kernels, slow = request.param
     monkeypatch.setattr(attention, "kernels_for", lambda _: kernels)
     monkeypatch.setattr(cpu, "mkl_is_slow", lambda: slow)
-    monkeypatch.setattr(cpu, "_KEY_BLOCK", 16)
     monkeypatch.setattr(plain, "_BLOCK", 24)
     with flash_kernel():
         yield kernels

@@ -67,12 +67,11 @@ class Buffer:
         received = torch.empty_like(counts)
         dist.all_to_all_single(received, counts, group=self.group)
         handle = Handle(sent, received.tolist(), len(x))
-        experts, first = self._exchange(topk_idx, handle), self._first(num_tokens_per_expert)
-        experts = experts - first
-        elsewhere = (experts < 0) | (experts >= len(num_tokens_per_expert) // self.group.size())
+        local = len(num_tokens_per_expert) // self.group.size()
+        experts = self._exchange(topk_idx, handle) - local * dist.get_rank(self.group)
+        elsewhere = (experts < 0) | (experts >= local)
         experts = experts.masked_fill(elsewhere, -1)
         weights = self._exchange(topk_weights, handle).masked_fill(elsewhere, 0.0)
-        local = len(num_tokens_per_expert) // self.group.size()
         counted = torch.bincount(experts[experts >= 0], minlength=local).tolist()
         return self._exchange(x, handle), experts, weights, counted, handle, _Event()
 
@@ -82,9 +81,6 @@ class Buffer:
         """Rows that `dispatch` brought, summed where their tokens came from; their weights as well."""
         weights = None if topk_weights is None else self._summed(topk_weights, handle)
         return self._summed(x, handle), weights, _Event()
-
-    def _first(self, per_expert: Tensor) -> int:
-        return dist.get_rank(self.group) * (len(per_expert) // self.group.size())
 
     def _exchange(self, rows: Tensor, handle: Handle) -> Tensor:
         parts = [rows[indices] for indices in handle.sent]

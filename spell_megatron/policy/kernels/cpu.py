@@ -14,9 +14,6 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _HALVED, _WHOLE = range(768, 2049), 256
 """Tokens of a causal range whose backward call is made in halves, down to ranges of so many, where MKL is slow."""
-_KEY_BLOCK = 16_384
-"""Keys of one backward call: with grouped queries the kernel makes a gradient of the keys for every query head
-before it sums them, which over a whole stream would outweigh all else that a context-parallel rank holds."""
 
 
 def forward(
@@ -57,13 +54,10 @@ def backward(
 def _blocks(pieces: Pieces) -> Iterator[tuple[Range, bool]]:
     """Ranges as the backward kernel wants them, and whether each is causal: gradients are sums, whatever the cut."""
     for q0, q1, k0, k1 in pieces.ranges:
-        if not pieces.causal:
-            for first in range(k0, k1, _KEY_BLOCK):
-                yield (q0, q1, first, min(first + _KEY_BLOCK, k1)), False
-        elif mkl_is_slow() and q1 - q0 in _HALVED:
+        if pieces.causal and mkl_is_slow() and q1 - q0 in _HALVED:
             yield from _halves(q0, q1, k0)
         else:
-            yield (q0, q1, k0, k1), True
+            yield (q0, q1, k0, k1), pieces.causal
 
 
 def _halves(q0: int, q1: int, k0: int) -> Iterator[tuple[Range, bool]]:
