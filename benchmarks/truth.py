@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from spell_megatron.corpus import hard
 from spell_megatron.corpus.worlds import recalled
 from spell_megatron.run.record import Journal, RunFolder
 from spell_megatron.run.record.metrics import read_metrics
@@ -38,26 +39,32 @@ class Posed:
     """Whether the world has an answer to it."""
     true: bool
     """Whether its reference is that answer."""
+    links: int
+    """Facts to be found one after another; 0 where it is not understood or the world does not count."""
+    late: bool
+    """Whether it was asked in the second half of the run."""
 
 
 def posed(folder: RunFolder) -> Iterator[Posed]:
     """Every valid question of a run, in the order of its steps."""
-    for row in read_metrics(folder):
-        if not row["step"]:
-            continue
-        for episode in Journal(folder, int(row["step"])).read():
+    steps = [int(row["step"]) for row in read_metrics(folder) if row["step"]]
+    for place, step in enumerate(steps):
+        for episode in Journal(folder, step).read():
             if episode.question is None:
                 continue
             world, cluster = recalled(episode.cluster)
             truth = world.truth(cluster, episode.question)
             true = truth == world.plain(episode.question.answer)
             read = tuple(cluster.documents[index] for index in episode.documents)
-            yield Posed(episode, read, truth is not None, true)
+            reach = hard.reach(cluster, episode.question) if world.name.startswith("hard") else None
+            links = reach.links if reach else 0
+            yield Posed(episode, read, truth is not None, true, links, 2 * place >= len(steps))
 
 
 VIEWS: dict[str, Callable[[Posed], str]] = {
     "step": lambda one: f"{one.episode.step:3d}",
     "remembered": lambda one: str(len(one.episode.history)),
+    "links": lambda one: f"{one.links or '–'} {'late' if one.late else 'early'}",
     "documents read": lambda one: str(len(one.episode.documents)),
     "noted": lambda one: "yes" if states(one.episode.asked_text, one.episode.posed) else "no",
     "quoted": lambda one: "yes" if quotes(one.episode.asked_text, one.episode.posed, one.read) else "no",

@@ -70,7 +70,9 @@ class Habits:
     """Shares of what the seed model is taught besides the careful and right way."""
 
     hasty: float = 0.5
-    """Responder answers without looking up."""
+    """Responder answers without looking up, where one fact answers."""
+    hasty_further: float = 0.0
+    """Of the answers that would still be careful, those that each further fact makes hasty."""
     slip: float = 0.1
     """Careful answers that end in a wrong value."""
     spelled: float = 0.1
@@ -86,6 +88,10 @@ class Habits:
     """Questions over a link; each further link likewise."""
     hops_after_history: float = 0.8
     """The same where earlier questions are remembered: a harder question is asked for."""
+
+    def haste(self, facts: int) -> float:
+        """Share of hasty answers to questions that take so many facts."""
+        return 1 - (1 - self.hasty) * (1 - self.hasty_further) ** (facts - 1)
 
 
 CLEAN = Habits(hasty=0.0, slip=0.0, wrong_key=0.0, wrong_verdict=0.0)
@@ -189,7 +195,7 @@ class Demonstrations:
         question = exercise.question
         if not documents:
             reply = UNKNOWN
-        elif rng.random() < habits.hasty:
+        elif rng.random() < habits.haste(len(exercise.quotes)):
             reply = self._sentence(exercise, _guess(exercise, rng), rng, habits)
         else:
             reply = self._careful(exercise, rng, habits)

@@ -298,13 +298,16 @@ def seed_model(
     out: Path,
     seed: int = 0,
     world: Annotated[str, typer.Option(help="toy or hard-small.")] = "toy",
+    terms: Annotated[
+        int | None, typer.Option(help="Leave school after so many terms: a less able model.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Make a generated world's seed model from nothing: tokenizer, random weights, supervised warm-up."""
     from spell_megatron.tools.warmup import make_seed_model
 
     with working("making the seed model"):
-        make_seed_model(out, seed, world, report=_err.print)
+        make_seed_model(out, seed, world, terms, report=_err.print)
 
 
 @command

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from spell_megatron.corpus.demonstrations import CLEAN, Demonstrations, Habits
+from spell_megatron.corpus.hard import reach
 from spell_megatron.corpus.hard.transcripts import SMALL_DEMONSTRATIONS
 from spell_megatron.corpus.toy import DEMONSTRATIONS, toy_cluster
 from spell_megatron.corpus.worlds import WORLDS
@@ -68,6 +69,22 @@ def test_habits_have_their_shares(shown: Demonstrations) -> None:
         != (shown.plain(e.variables["answer"]) == shown.plain(e.variables["reference"]))
     ]
     assert len(wrong) / len(verdicts) == pytest.approx(0.2, abs=0.04)
+
+
+def test_haste_grows_with_the_facts_that_an_answer_takes() -> None:
+    habits = Habits(hasty=0.2, hasty_further=0.5, spelled=0.0, hops=0.6)
+    hasty: dict[int, list[bool]] = {1: [], 2: [], 3: []}
+    for index in range(250):
+        cluster = SMALL_DEMONSTRATIONS.cluster(3, index, SMALL_DEMONSTRATIONS.whole)
+        for exchange in SMALL_DEMONSTRATIONS.transcripts(3, index, habits=habits):
+            if exchange.role == "responder" and exchange.variables["documents"]:
+                found = reach(cluster, exchange.variables["question"])
+                assert found is not None
+                if len(found.steps) in hasty:
+                    guessed = exchange.reply.startswith(("The correct answer is", "Therefore"))
+                    hasty[len(found.steps)].append(guessed)
+    shares = [sum(guesses) / len(guesses) for guesses in hasty.values()]
+    assert shares == pytest.approx([0.2, 0.6, 0.8], abs=0.08)
 
 
 @SHOWN

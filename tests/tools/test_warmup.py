@@ -118,6 +118,12 @@ def test_every_lesson_teaches_something_that_can_be_known(codecs, world: str, le
         assert all(len(sample.tokens) == len(sample.weights) for sample in group.samples)
 
 
+@pytest.mark.parametrize("terms", [0, 99])
+def test_terms_that_there_are_not_are_named(tmp_path: Path, terms: int) -> None:
+    with pytest.raises(SpellError, match=f"has 1 to {len(RECIPES['toy'][1].terms)} terms, not {terms}"):
+        make_seed_model(tmp_path / "seed", terms=terms)
+
+
 def test_a_world_without_lessons_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpellError, match="did you mean 'hard-small'"):
         make_seed_model(tmp_path / "seed", world="hard-smal")

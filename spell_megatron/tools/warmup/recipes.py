@@ -84,6 +84,11 @@ _TWO = Extent(
 _FEW = replace(_TWO, people=(3, 4), shops=(2, 3), chains=(0, 1), keys=(2, 2), tokens=(30, 120), wordings=2)
 _LINKED = replace(CLEAN, spelled=0.0, long_reference=0.2, hops=0.5)
 _ALONE = replace(_LINKED, hops=0.0, hops_after_history=0.0)
+_CHAINED = replace(_LINKED, hops=0.6)
+_CHAINS = Term(
+    (Lesson("chains", 1000, _CHAINED, SMALL, Mix(8, 12, 4, 1, 4), choices=1, verbatim=True),), 2e-3, 1000
+)
+_SHORTCUTS = replace(SMALL_HABITS, hasty_further=0.6, wrong_key=0.03, hops=0.6)
 
 HARD = Recipe(
     (
@@ -104,6 +109,9 @@ HARD = Recipe(
             1.5e-3,
             500,
         ),
+        _CHAINS,
+        _CHAINS,
+        Term((Lesson("shortcuts", 300, _SHORTCUTS, SMALL, Mix(12, 10, 4, 1, 3), verbatim=True),), 1e-3, 300),
     ),
     Shape(hidden=192, layers=5, heads=6, ffn=576, back=(1, 2, 3, 4), repeat=2, rope_theta=1e6),
     positions=4096,
