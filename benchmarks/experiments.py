@@ -33,17 +33,19 @@ from spell_megatron.selfplay import Episode
 from spell_megatron.selfplay.grading import rule_reward
 
 RECIPE = "hard"
+_QUOTED = ("selfplay.beyond.quoted=true", "selfplay.max_rounds=24")
+"""Of up to sixteen questions one is kept."""
 FURTHER: dict[str, tuple[str, ...]] = {
     "paper-memory": ("selfplay.memory_form=paper",),
     "single-vote": ("selfplay.verdict=first",),
     "evidence": ("selfplay.beyond.evidence=0.5",),
     "answerable": ("selfplay.beyond.answerability=2",),
     "noted": ("selfplay.beyond.noted=true",),
-    "quoted": ("selfplay.beyond.quoted=true",),
+    "quoted": _QUOTED,
     "outvoting": ("selfplay.beyond.outvoting=true",),
     "easier": ("selfplay.beyond.peak=0.8",),
     "easier-noted": ("selfplay.beyond.peak=0.8", "selfplay.beyond.noted=true"),
-    "easier-quoted": ("selfplay.beyond.peak=0.8", "selfplay.beyond.quoted=true"),
+    "easier-quoted": ("selfplay.beyond.peak=0.8", *_QUOTED),
 }
 ALL = {**VARIANTS, **FURTHER}
 ASKED_FOR = (SPELL, "static", "no-memory", "no-questioner-update", "no-verifier-update", "rule-only")
