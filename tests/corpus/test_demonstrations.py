@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from spell_megatron.corpus.demonstrations import CLEAN, Demonstrations, Habits
+from spell_megatron.corpus.demonstrations import CLEAN, Demonstrations, Habits, Transcript
 from spell_megatron.corpus.hard import reach
 from spell_megatron.corpus.hard.transcripts import SMALL_DEMONSTRATIONS
 from spell_megatron.corpus.toy import DEMONSTRATIONS, toy_cluster
@@ -18,6 +18,11 @@ from spell_megatron.types import Question
 pytestmark = pytest.mark.unit
 
 SHOWN = pytest.mark.parametrize("shown", [DEMONSTRATIONS, SMALL_DEMONSTRATIONS], ids=lambda shown: shown.name)
+
+
+def is_hasty(answer: Transcript) -> bool:
+    """Whether it begins with the answer's sentence: nothing was looked up."""
+    return answer.reply.startswith(("The correct answer is", "Therefore"))
 
 
 @SHOWN
@@ -56,7 +61,7 @@ def test_habits_have_their_shares(shown: Demonstrations) -> None:
     habits = Habits(hasty=0.5, slip=0.2, spelled=0.0, wrong_verdict=0.2)
     exchanges = [e for index in range(300) for e in shown.transcripts(3, index, habits=habits)]
     answers = [e for e in exchanges if e.role == "responder" and e.variables["documents"]]
-    hasty = [e for e in answers if e.reply.startswith(("The correct answer is", "Therefore"))]
+    hasty = [e for e in answers if is_hasty(e)]
     assert len(hasty) / len(answers) == pytest.approx(0.5, abs=0.03)
     careful = [e for e in answers if e not in hasty]
     right = sum(rule_reward(e.task, e.reply, e.variables["question"]) for e in careful)
@@ -81,8 +86,7 @@ def test_haste_grows_with_the_facts_that_an_answer_takes() -> None:
                 found = reach(cluster, exchange.variables["question"])
                 assert found is not None
                 if len(found.steps) in hasty:
-                    guessed = exchange.reply.startswith(("The correct answer is", "Therefore"))
-                    hasty[len(found.steps)].append(guessed)
+                    hasty[len(found.steps)].append(is_hasty(exchange))
     shares = [sum(guesses) / len(guesses) for guesses in hasty.values()]
     assert shares == pytest.approx([0.2, 0.6, 0.8], abs=0.08)
 
