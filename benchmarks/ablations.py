@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
+from subprocess import CalledProcessError
 from threading import Lock
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.toy import interval, run, score
@@ -69,11 +71,12 @@ def kept_results(
     variants: Variants,
     run: Callable[[int, Sequence[str]], dict[str, Any]],
     at_once: int = 1,
-) -> Iterator[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
     """What `run(seed, overrides)` says of every variant and seed, with its `variant`, `seed` and `overrides`.
 
     Every variant of a seed before the next seed, so that an interrupted table is still one of pairs; `at_once` runs
-    side by side. A run whose result stands in `kept` is not run again.
+    side by side. A run whose result stands in `kept` is not run again. One that fails leaves the others alone; the
+    second list says which did and why.
     """
     known = {_key(row["variant"], row["seed"], row["overrides"]): row for row in read_lines(kept)}
     lines, writing = JsonLines(kept), Lock()
@@ -90,14 +93,28 @@ def kept_results(
 
     if at_once > 1:  # small models hardly gain by a second thread
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     pool = ThreadPoolExecutor(at_once)
-    asked = [pool.submit(result, seed, name) for seed in range(seeds) for name in names]
+    asked = {(name, seed): pool.submit(result, seed, name) for seed in range(seeds) for name in names}
     try:
-        for future in asked:
-            yield future.result()
+        for (name, seed), future in asked.items():
+            try:
+                rows.append(future.result())
+            except (SpellError, CalledProcessError) as error:
+                failed.append(f"{name}, seed {seed}: {error}")
     finally:
         pool.shutdown(cancel_futures=True)
         lines.close()
+    return rows, failed
+
+
+def tell(failed: Sequence[str]) -> None:
+    """Name the runs that failed; the exit code is 1 where there are any."""
+    for fault in failed:
+        Console(stderr=True).print(f"[red]failed:[/] {escape(fault)}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def _run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -158,11 +175,12 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Run the toy recipe with parts left out and print the table."""
-    rows = kept_results(chosen(variants), seeds, overrides or [], kept, VARIANTS, _run, at_once)
-    summary = summarise(list(rows))
+    rows, failed = kept_results(chosen(variants), seeds, overrides or [], kept, VARIANTS, _run, at_once)
+    summary = summarise(rows)
     Console(width=None if sys.stdout.isatty() else 160).print(table(summary))
     if as_json:
         sys.stdout.write(json.dumps({"seeds": seeds, "variants": summary}) + "\n")
+    tell(failed)
 
 
 def _key(variant: str, seed: int, overrides: Sequence[str]) -> str:

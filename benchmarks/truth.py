@@ -19,7 +19,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from spell_megatron.corpus import hard
 from spell_megatron.corpus.worlds import recalled
 from spell_megatron.run.record import Journal, RunFolder
 from spell_megatron.run.record.metrics import read_metrics
@@ -56,7 +55,7 @@ def posed(folder: RunFolder) -> Iterator[Posed]:
             truth = world.truth(cluster, episode.question)
             true = truth == world.plain(episode.question.answer)
             read = tuple(cluster.documents[index] for index in episode.documents)
-            reach = hard.reach(cluster, episode.question) if world.name.startswith("hard") else None
+            reach = world.reach(cluster, episode.question)
             links = reach.links if reach else 0
             yield Posed(episode, read, truth is not None, true, links, 2 * place >= len(steps))
 

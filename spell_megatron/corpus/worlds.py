@@ -27,6 +27,8 @@ class GeneratedWorld:
     """The right answer in its plain form, a letter where there are options; None where there is none."""
     plain: Callable[[str], str]
     """The bare value in an answer."""
+    reach: Callable[[Cluster, Question], hard.Solution | None] = lambda cluster, question: None
+    """What a question needs of its cluster; None where that is not known."""
 
 
 def _question(found: Derived | hard.Asked | None) -> Question | None:
@@ -53,7 +55,7 @@ def _hard(name: str, scale: hard.Extent) -> GeneratedWorld:
     def cluster(seed: int, index: int) -> Cluster:
         return drawn(hard.TRAIN, seed, index)
 
-    return GeneratedWorld(name, cluster, ask, heldout, hard.truth, hard.plain)
+    return GeneratedWorld(name, cluster, ask, heldout, hard.truth, hard.plain, hard.reach)
 
 
 WORLDS = {world.name: world for world in (_toy(), _hard("hard", hard.FULL), _hard("hard-small", hard.SMALL))}

@@ -9,6 +9,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+import typer
 
 from benchmarks import ablations
 from spell_megatron.config import load_config
@@ -38,8 +39,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
 
 
 def results(names: list[str], seeds: int, overrides: list[str], kept: Path) -> list[dict[str, Any]]:
-    rows = ablations.kept_results(names, seeds, overrides, kept, ablations.VARIANTS, ablations._run)
-    return list(rows)
+    rows, failed = ablations.kept_results(names, seeds, overrides, kept, ablations.VARIANTS, ablations._run)
+    assert not failed
+    return rows
 
 
 def test_every_variant_is_a_configuration() -> None:
@@ -63,23 +65,29 @@ def test_what_is_over_is_not_run_again(asked: list[object], tmp_path: Path) -> N
     assert asked[4:] == [(0, ("steps=2",))]
 
 
-def test_runs_side_by_side_share_the_cores_and_are_kept_as_they_end(tmp_path: Path) -> None:
+def test_runs_side_by_side_share_the_cores_and_leave_a_failed_one_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     meeting, threads = Barrier(2), set[str]()
 
     def run(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
         threads.add(os.environ["OMP_NUM_THREADS"])
-        if seed == 2:
-            raise SpellError("no third run")
+        if seed == 1:
+            raise SpellError("no [second] run")
         meeting.wait(20)  # both are under way
         return {"after": seed}
 
     kept = tmp_path / "kept.jsonl"
-    rows = ablations.kept_results(["spell"], 3, [], kept, ablations.VARIANTS, run, at_once=2)
-    assert [next(rows)["after"], next(rows)["after"]] == [0, 1]
-    with pytest.raises(SpellError, match="no third run"):
-        next(rows)
-    assert sorted(row["seed"] for row in read_lines(kept)) == [0, 1]
+    rows, failed = ablations.kept_results(["spell"], 3, [], kept, ablations.VARIANTS, run, at_once=2)
+    assert [row["after"] for row in rows] == [0, 2]
+    assert failed == ["spell, seed 1: no [second] run"]
+    assert sorted(row["seed"] for row in read_lines(kept)) == [0, 2]
     assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+    ablations.tell([])
+    with pytest.raises(typer.Exit) as ended:
+        ablations.tell(failed)
+    assert ended.value.exit_code == 1
+    assert "no [second] run" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("asked")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_roles_are_measured_against_the_truth() -> None:
     }
 
 
-def row(variant: str, seed: int, after: float) -> dict[str, object]:
+def row(variant: str, seed: int, after: float) -> dict[str, Any]:
     names = (
         "mean",
         "links/1",
@@ -83,6 +84,7 @@ def row(variant: str, seed: int, after: float) -> dict[str, object]:
         "length/2x",
         "length/4x",
         "best/mean",
+        *(f"best/links/{links}" for links in range(1, 5)),
     )
     role = {"valid": 0.5, "true": after}
     return {
@@ -109,3 +111,13 @@ def test_variants_are_compared_with_spell_seed_by_seed() -> None:
     assert (pair["mean"], pair["half_width"]) == (pytest.approx(-0.1), pytest.approx(0.0, abs=1e-9))
     assert summary["spell"]["roles"]["last"]["true"] == pytest.approx(0.7)
     assert len(experiments.tables(summary)) == 3
+
+
+def test_two_links_and_more_are_the_mean_of_their_kinds() -> None:
+    rows = [row("spell", seed, 0.2) for seed in range(3)]
+    for made in rows:
+        made["heldout"]["20"] |= {"links/1": 1.0, "links/2": 0.5, "links/3": 0.4, "links/4": 0.3}
+        made["heldout"]["20"] |= {"best/links/2": 0.9, "best/links/3": 0.5, "best/links/4": 0.4}
+    change = experiments.summarise(rows)["spell"]["difference"]
+    assert change["links/2+"]["mean"] == pytest.approx(0.4 - 0.2)
+    assert change["best/links/2+"]["mean"] == pytest.approx(0.6 - 0.2)
