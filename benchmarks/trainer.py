@@ -2,16 +2,19 @@
 
     python -m benchmarks.trainer [--json]
 
-The same model, sequences, threads and optimizer, in turns, in one process, the whole batch at once. Sequences are of
-equal length and the head runs on every token on both sides, so that neither padding, packing nor shared prompts
-make the difference.
+The same model, sequences, threads and optimizer, in one process, the whole batch at once. Sequences are of equal length
+and the head runs on every token on both sides, so that neither padding, packing nor shared prompts make the difference.
+Steps go in pairs, either side first in turns; the ratio is the median over the pairs, so that neither a machine that
+slows down nor one slow step counts, and beside it stand its quartiles.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Annotated, Any
 
 import torch
@@ -27,7 +30,7 @@ from spell_megatron.types import Group, Sample, TrainBatch
 SEQUENCES, LENGTH, LR = 4, 1024, 1e-4
 
 
-def measure(name: str, shape: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
+def measure(name: str, shape: dict[str, Any], folder: Path, pairs_wanted: int) -> dict[str, Any]:
     save_model(folder, **shape)
     whole = SEQUENCES * LENGTH
     policy = PolicyConfig(
@@ -50,26 +53,38 @@ def measure(name: str, shape: dict[str, Any], folder: Path, rounds: int) -> dict
     def ours() -> None:
         learner.update(batch)
 
-    seconds: dict[str, list[float]] = {"hf": [], "ours": []}
-    for _ in range(rounds):
-        for who, step in (("hf", hugging_face), ("ours", ours)):
-            began = time.perf_counter()
-            step()
-            seconds[who].append(time.perf_counter() - began)
+    steps = [("hf", hugging_face), ("ours", ours)]
+    pairs: list[dict[str, float]] = []
+    for _ in range(1 + pairs_wanted):
+        pairs.append({who: _seconds(step) for who, step in steps})
+        steps.reverse()
     stop_world()
-    speed = {who: whole / min(times) for who, times in seconds.items()}
-    rates = {f"{who}_tokens_per_second": value for who, value in speed.items()}
-    return {"model": name, "ratio": speed["ours"] / speed["hf"], **rates}
+    del pairs[0]  # the first steps allocate
+    speed = {f"{who}_tokens_per_second": whole / median(pair[who] for pair in pairs) for who, _ in steps}
+    ratios = [pair["hf"] / pair["ours"] for pair in pairs]
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
+    return {
+        "model": name,
+        "ratio": middle,
+        "quartiles": f"{low:.2f}–{high:.2f}",
+        **dict(sorted(speed.items())),
+    }
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="The best of so many is taken, of both.")] = 6,
+    pairs: Annotated[int, typer.Option(help="Pairs of steps, after one that does not count.", min=2)] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Measure both kinds of model and print the table."""
     with tempfile.TemporaryDirectory() as scratch:
         cases = [
-            measure(name, shape, Path(scratch) / name, rounds)
+            measure(name, shape, Path(scratch) / name, pairs)
             for name, shape in (("dense", {}), ("moe", EXPERTS))
         ]
     show("training step: ours over Hugging Face", cases, as_json)
