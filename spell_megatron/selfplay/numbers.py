@@ -23,7 +23,8 @@ _DEEPEST = 32
 
 _PRECISION = re.compile(r"[ -](?:decimal|significant|digit)")
 _OTHER = re.compile(
-    r"\s*(?:[;,|]+(?=(?:[\d\W]|and|or)*$)|(?:[;,]\s*)?(?:[a-z]+\s+)?(?:or|and/or)|and|to)(?=[\s(+-]*\.?\d)",
+    r"\s*(?:[;,|]+(?=(?:[\d\W]|and|or)*$)|(?:[;,]\s*)?(?:[a-z]+\s+)?(?:or|and/or)|(?:[a-z]+\s+)?and|to)"
+    r"(?=[\s(+-]*\.?\d)",
     re.IGNORECASE,
 )
 """Between a number and one more."""
@@ -45,7 +46,7 @@ def parse_number(text: str) -> float | None:
     text = tidy(text)
     value = _equation(text)
     if value is None and len(runs := list(_runs(text))) == 1:
-        value = _value(runs[0].rpartition("=")[2])
+        value = _value(_last_side(runs[0]))
     return value
 
 
@@ -62,7 +63,7 @@ def first(statement: str) -> str | None:
         begins = run is not None and text.lstrip(" (=").startswith(run.lstrip(" (="))
         behind = text.partition(run)[2] if run is not None else ""
         if run is not None and begins and not _PRECISION.match(behind):
-            number = run.rpartition("=")[2].strip()
+            number = _last_side(run)
             value = _value(number)
             if value is not None and not _is_doubted(value, behind):
                 return number
@@ -73,15 +74,20 @@ def _is_doubted(value: float, behind: str) -> bool:
     """Whether another number follows a number: whoever gives two of them, gives none."""
     if (between := _OTHER.match(behind)) is None:
         return False
-    other = _value(next(_runs(behind[between.end() :]), "").rpartition("=")[2])
+    other = _value(_last_side(next(_runs(behind[between.end() :]), "")))
     return other is None or not math.isclose(value, other)
 
 
 def only(statement: str) -> str | None:
     """The number written in a statement, where there is but one."""
     runs = _runs(tidy(statement[: 2 * _LONGEST]))
-    found = [number for run in runs if _value(number := run.rpartition("=")[2].strip()) is not None]
+    found = [number for run in runs if _value(number := _last_side(run)) is not None]
     return found[0] if len(set(map(_value, found))) == 1 else None
+
+
+def _last_side(run: str) -> str:
+    """What a stretch comes to, where it is an equation."""
+    return run.rpartition("=")[2].strip()
 
 
 def _last_sides(statement: str) -> Iterator[str]:

@@ -197,6 +197,8 @@ def test_choices(response: str, letter: str | None) -> None:
         ("The answer is 2018-2019.", None),
         ("The answer is Q3.", None),
         ("The answer is (ten).", None),
+        ("The answer is (5 apples and 3 pears).", None),
+        ("The answer is (12 apples and some pears).", "12"),
     ],
 )
 def test_numbers_in_sentences(response: str, number: str | None) -> None:
