@@ -79,15 +79,15 @@ class Real:
 
     def agrees(self, folder: Path) -> Figures:
         """`spell-megatron parity`, which fails beyond 1e-4 nats."""
-        found = _command("parity", str(folder), "--tokens", "64", "--json")
+        found = command("parity", str(folder), "--tokens", "64", "--json")
         return {f"max {pair}": gap for pair, gap in found["max"].items()} | {"tokens": found["tokens"]}
 
     def returned(self) -> Figures:
         """To a Megatron checkpoint and back, bit by bit, tokenizer and template included."""
         for out in (self._imported, self._exported):
             shutil.rmtree(out, ignore_errors=True)
-        _command("import-hf", str(self._model), str(self._imported))
-        _command("export-hf", str(self._imported), str(self._exported))
+        command("import-hf", str(self._model), str(self._imported))
+        command("export-hf", str(self._imported), str(self._exported))
         for name in ("tokenizer.json", "chat_template.jinja"):
             if (self._model / name).read_bytes() != (self._exported / name).read_bytes():
                 raise SpellError(f"{name} is not the same in the exported folder")
@@ -95,7 +95,7 @@ class Real:
 
     def trained(self) -> Figures:
         """`spell-megatron train`: the toy world's questions, and the shipped passages before and after."""
-        found = _command(
+        found = command(
             "train",
             str(_HERE / "smollm2.yaml"),
             f"model.path={self._model.resolve()}",
@@ -129,7 +129,7 @@ class Real:
     def exported(self) -> Figures:
         """What `export-hf` makes of the last checkpoint is what the run has exported."""
         shutil.rmtree(self._exported, ignore_errors=True)
-        _command("export-hf", str(self._trained.path), str(self._exported))
+        command("export-hf", str(self._trained.path), str(self._exported))
         return {"tensors, bit for bit": _equal(self._trained.hf, self._exported)}
 
     @property
@@ -139,7 +139,7 @@ class Real:
         return self._run
 
 
-def _command(*arguments: str) -> dict[str, Any]:
+def command(*arguments: str) -> dict[str, Any]:
     """A command of the house, its progress on the terminal; with `--json` its answer. SpellError where it fails."""
     done = subprocess.run(python("spell_megatron.tools.cli", *arguments), stdout=subprocess.PIPE, text=True)
     if done.returncode:

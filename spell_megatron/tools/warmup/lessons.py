@@ -48,9 +48,17 @@ class Lesson:
 class Lessons:
     """Turns lessons into batches of a world's demonstrations, in an order that `seed` settles."""
 
-    def __init__(self, codec: ChatTokenizer, shown: Demonstrations, seed: int) -> None:
+    def __init__(
+        self,
+        codec: ChatTokenizer,
+        shown: Demonstrations,
+        seed: int,
+        prompts: str = "short",
+        answer_weight: float = ANSWER_WEIGHT,
+    ) -> None:
+        """`answer_weight` suits a tokenizer that makes one token of an answer, and is 1 for others."""
         self._codec, self._shown, self._seed, self._next = codec, shown, seed, 0
-        self._prompts = Prompts("short")
+        self._prompts, self._answer_weight = Prompts(prompts), answer_weight
         self._fence = codec.encode("</text>")[-1]
 
     def batches(self, lesson: Lesson, tokens: int) -> Iterator[TrainBatch]:
@@ -88,7 +96,7 @@ class Lessons:
         """Prompt, and the reply with its weights: the answer counts more wherever the reply says it."""
         reply = [*self._codec.encode(exchange.reply), self._codec.eos_ids[0]]
         answer = reply[-2 if exchange.role == "verifier" else -3]
-        weights = [ANSWER_WEIGHT if token == answer else 1.0 for token in reply]
+        weights = [self._answer_weight if token == answer else 1.0 for token in reply]
         return self._codec.prompt(message(self._prompts, exchange)), Sample(reply, weights)
 
     def _restated(self, documents: Sequence[Document], facts: Sequence[tuple[str, str]]) -> Group:

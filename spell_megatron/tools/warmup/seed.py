@@ -55,30 +55,46 @@ def make_seed_model(
         if not 0 < terms <= len(recipe.terms):
             raise SpellError(f"the seed model of {world} has 1 to {len(recipe.terms)} terms, not {terms}")
         recipe = replace(recipe, terms=recipe.terms[:terms])
-    digest = hashlib.sha256()
     with new_folder(folder, "model") as made, TemporaryDirectory() as scratch:
         model = Path(scratch) / "untaught"
         _begin(model, seed, shown, recipe)
-        lessons = Lessons(ChatTokenizer.load(model), shown, seed)
-        ranks = start_world(LayoutConfig(), seed=seed, timeout_seconds=600)
-        try:
-            for number, term in enumerate(recipe.terms, start=1):
-                learner = Learner(_policy(term, recipe), model, ranks)
-                _teach(learner, lessons, term, recipe, digest, report)
-                last = number == len(recipe.terms)
-                model = made if last else Path(scratch) / f"term-{number}"
-                learner.save_hf(model)
-        finally:
-            stop_world()
+        taught = teach(model, made, Lessons(ChatTokenizer.load(model), shown, seed), recipe, seed, report)
         provenance = {
             "command": f"spell-megatron seed-model OUT --world {world} --seed {seed}"
             + (f" --terms {terms}" if terms else ""),
             "seed": seed,
-            "lessons_sha256": digest.hexdigest(),
+            "lessons_sha256": taught,
             "recipe": asdict(recipe),
         }
         (made / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def teach(
+    model: Path,
+    out: Path,
+    lessons: Lessons,
+    recipe: Recipe,
+    seed: int = 0,
+    report: Callable[[str], None] = _log.info,
+) -> str:
+    """Give `model` the recipe's lessons, term by term, and write it into the folder `out`.
+
+    Returns the SHA-256 of what was taught.
+    """
+    digest = hashlib.sha256()
+    ranks = start_world(LayoutConfig(), seed=seed, timeout_seconds=600)
+    try:
+        with TemporaryDirectory() as scratch:
+            for number, term in enumerate(recipe.terms, start=1):
+                learner = Learner(_policy(term, recipe), model, ranks)
+                _teach(learner, lessons, term, recipe, digest, report)
+                last = number == len(recipe.terms)
+                model = out if last else Path(scratch) / f"term-{number}"
+                learner.save_hf(model)
+    finally:
+        stop_world()
+    return digest.hexdigest()
 
 
 def _policy(term: Term, recipe: Recipe) -> PolicyConfig:
