@@ -30,7 +30,7 @@ from spell_megatron.types import Group, Sample, TrainBatch
 SEQUENCES, LENGTH, LR = 4, 1024, 1e-4
 
 
-def measure(name: str, shape: dict[str, Any], folder: Path, pairs_wanted: int) -> dict[str, Any]:
+def measure(name: str, shape: dict[str, Any], folder: Path, pairs: int) -> dict[str, Any]:
     save_model(folder, **shape)
     whole = SEQUENCES * LENGTH
     policy = PolicyConfig(
@@ -54,14 +54,14 @@ def measure(name: str, shape: dict[str, Any], folder: Path, pairs_wanted: int) -
         learner.update(batch)
 
     steps = [("hf", hugging_face), ("ours", ours)]
-    pairs: list[dict[str, float]] = []
-    for _ in range(1 + pairs_wanted):
-        pairs.append({who: _seconds(step) for who, step in steps})
+    taken: list[dict[str, float]] = []
+    for _ in range(1 + pairs):
+        taken.append({who: _seconds(step) for who, step in steps})
         steps.reverse()
     stop_world()
-    del pairs[0]  # the first steps allocate
-    speed = {f"{who}_tokens_per_second": whole / median(pair[who] for pair in pairs) for who, _ in steps}
-    ratios = [pair["hf"] / pair["ours"] for pair in pairs]
+    del taken[0]  # the first steps allocate
+    speed = {f"{who}_tokens_per_second": whole / median(pair[who] for pair in taken) for who, _ in steps}
+    ratios = [pair["hf"] / pair["ours"] for pair in taken]
     low, middle, high = quantiles(ratios, n=4, method="inclusive")
     return {
         "model": name,
