@@ -13,6 +13,7 @@ Two cores and 12 GiB of memory: a quarter of an hour for the form, four to seven
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -103,8 +104,9 @@ def _keys(model: Path, prose: Path, runs: Path) -> list[str]:
 
 
 def examined(name: str, model: Path, other: Path, work: Path) -> dict[str, Any]:
-    """What a model asks and reads; nothing is trained. Its questions stay in the run's folder."""
-    result = work / f"{name}.json"
+    """What these weights ask and read; nothing is trained. Their questions stay in the run's folder."""
+    with (model / "model.safetensors").open("rb") as weights:
+        result = work / f"{name}-{hashlib.file_digest(weights, 'sha256').hexdigest()[:12]}.json"
     if not result.exists():
         keys = (*_keys(model, other, work / "exams"), *_EXAM, f"name={name}")
         config = load_config(_RECIPE, keys)
