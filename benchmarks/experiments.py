@@ -50,9 +50,9 @@ ALL = {**VARIANTS, **FURTHER}
 ASKED_FOR = (SPELL, "static", "no-memory", "no-questioner-update", "no-verifier-update", "rule-only")
 _ENDS = 2
 """Steps at either end of a run in which the roles are measured."""
-_LABELS = ("mean", "links/1", "links/2", "links/3", "links/4", "links/2+")
 _FURTHER_LINKS = ("links/2", "links/3", "links/4")
 """As many held-out questions of each: their mean is the accuracy where something has to be found by way of another."""
+_LABELS = ("mean", "links/1", *_FURTHER_LINKS, "links/2+")
 _LENGTHS = ("length/1x", "length/2x", "length/4x")
 
 
@@ -128,16 +128,14 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     base = {row["seed"]: row for row in rows if row["variant"] == SPELL}
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = {row["seed"]: row for row in rows if row["variant"] == variant}
-        names = list(_ends(next(iter(own.values())))[0])
+        ends = [_ends(row) for row in own.values()]
+        names = list(ends[0][0])
         pairs = [(_ends(own[seed])[1], _ends(base[seed])[1]) for seed in own if seed in base]
         made[variant] = {
             "seeds": len(own),
-            "before": {name: fmean(_ends(row)[0][name] for row in own.values()) for name in names},
-            "after": {name: fmean(_ends(row)[1][name] for row in own.values()) for name in names},
-            "difference": {
-                name: spread([_ends(row)[1][name] - _ends(row)[0][name] for row in own.values()])
-                for name in names
-            },
+            "before": {name: fmean(before[name] for before, _ in ends) for name in names},
+            "after": {name: fmean(after[name] for _, after in ends) for name in names},
+            "difference": {name: spread([b[name] - a[name] for a, b in ends]) for name in names},
             "against_spell": {name: spread([a[name] - b[name] for a, b in pairs]) for name in names},
             "roles": {
                 end: {

