@@ -14,7 +14,7 @@ from eval.prompting import ChatCodec
 from eval.runner import Settings
 from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import Config
-from spell_megatron.rollout.engine import Engine, EngineError
+from spell_megatron.rollout.engine import Engine, EngineError, WeightsWanted
 
 
 class LiveSource:
@@ -33,6 +33,8 @@ class LiveSource:
             [rollout] = await self._engine.generate(
                 prompt, seeds=[seed], max_tokens=max_tokens, temperature=temperature, top_p=top_p
             )
+        except WeightsWanted:  # the run sends them again, and measures again
+            raise
         except EngineError as error:
             raise Unanswered(str(error)) from None
         return Completion(self._codec.decode(rollout.tokens), rollout.finish, len(rollout.tokens))

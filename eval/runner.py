@@ -104,7 +104,8 @@ class Runner:
         return key_of("skip", self._item_key(plan, item)) in self.journal
 
     async def ask(self, plans: list[BenchmarkPlan]) -> None:
-        """Fill the journal. Raises EndpointDied; samples that fail are counted in their plan."""
+        """Fill the journal. Raises EndpointDied, and what the source or the journal cannot go on after; samples that
+        fail are counted in their plan."""
         total = sum(len(plan.items) * self.samples(plan) for plan in plans)
         with progress_bar(self.console) as bar:
             task = bar.add_task("asking", total=total, failed="")
@@ -114,8 +115,8 @@ class Runner:
                     for _ in range(self.settings.concurrency):
                         group.create_task(self._work(queue, bar, task))
                     await self._feed(plans, queue, bar, task)
-            except* EndpointDied as died:
-                raise died.exceptions[0] from None
+            except ExceptionGroup as faults:  # what ends one of them ends all
+                raise faults.exceptions[0] from None
 
     async def _feed(
         self, plans: list[BenchmarkPlan], queue: asyncio.Queue[_Job | None], bar: Progress, task: TaskID

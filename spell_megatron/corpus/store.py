@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
+from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,11 @@ create table facts (name text primary key, value text);
 
 
 class ClusterStore:
-    """A source's clusters, by number. `facts` says what the source held and what was left out."""
+    """A source's clusters, by number. `facts` says what the source held and what was left out.
+
+    Clusters are called `<domain>-<digest of all of them>/<number>`: what is remembered of one is never taken for a
+    memory of another, which stands at the same place of a corpus that was prepared otherwise.
+    """
 
     def __init__(self, path: Path, domain: str) -> None:
         self.domain = domain
@@ -62,6 +67,8 @@ class ClusterStore:
             self._db = sqlite3.connect(_uri(path, "immutable"), uri=True, check_same_thread=False)
             self.facts = {name: json.loads(value) for name, value in self._db.execute("select * from facts")}
             self._size = int(self.facts["clusters"])
+            digest = self.facts.get("digest")  # optional in a prepared corpus
+            self._name = f"{domain}-{digest}" if digest else domain
         except (sqlite3.Error, KeyError, ValueError) as error:
             raise SpellError(
                 f"the prepared corpus {path} cannot be read ({error}): where its file system does not answer, resume"
@@ -80,7 +87,7 @@ class ClusterStore:
         documents = tuple(Document(name, zlib.decompress(text).decode(), title) for name, text, title in rows)
         if not documents:
             raise IndexError(number)
-        return Cluster(f"{self.domain}/{number}", self.domain, documents)
+        return Cluster(f"{self._name}/{number}", self.domain, documents)
 
 
 def build(
@@ -140,6 +147,8 @@ class _Build:
         self._passage = max(1, budget // min(SPLIT, limit))
         self._skipped = Skipped()
         self._duplicates = self._split = self._divided = 0
+        self._digest = blake2b(digest_size=4)
+        """Of every text and every cluster, as they are written."""
 
     def run(self) -> None:
         self._db.executescript(
@@ -154,6 +163,7 @@ class _Build:
         if documents == 0:
             raise SpellError(self._nothing())
         for number, cluster in enumerate(self._clusters()):
+            self._digest.update(repr(cluster).encode())
             rows = [(number, position, document) for position, document in enumerate(cluster)]
             self._db.executemany("insert into members values (?, ?, ?)", rows)
         self._db.execute("drop table seen")
@@ -161,6 +171,7 @@ class _Build:
             "documents": documents,
             "clusters": self._one("select count(distinct cluster) from members"),
             "tokens": self._one("select sum(tokens) from documents"),
+            "digest": self._digest.hexdigest(),
             "duplicates": self._duplicates,
             "split": self._split,
             "divided": self._divided,
@@ -213,6 +224,7 @@ class _Build:
         return self._db.total_changes - before < len(marks)
 
     def _insert(self, name: str, title: str, key: str, tokens: int, body: str) -> None:
+        self._digest.update(body.encode())
         row = (name, title, key, tokens, zlib.compress(body.encode(), 1))
         self._db.execute("insert into documents (name, title, key, tokens, text) values (?, ?, ?, ?, ?)", row)
 

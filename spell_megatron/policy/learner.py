@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.passes import Pass, Passes
 from spell_megatron.policy.replay import Replay, replayed
 from spell_megatron.policy.scores import PerSample, Scores, joined
-from spell_megatron.policy.soundness import unsound_batch
+from spell_megatron.policy.soundness import UnsoundError, unsound_batch
 from spell_megatron.policy.world import World, be_deterministic
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.contents import read_contents
@@ -127,31 +126,37 @@ class Learner:
             self._score(batch, self.models, everywhere=True).logprobs if self.policy.minibatches > 1 else None
         )
         reference = self._score(batch, self.reference, everywhere=True).logprobs if self.reference else None
-        parts = _minibatches(batch, self.policy.minibatches)
+        parts = _dealt(len(batch.groups), self.policy.minibatches)
         self.expert_load.clear()
         if self.replay:
             self.replay.clear()
         total, tokens, lengths, scores = 0.0, 0, list[float](), list[Scores]()
         said = np.zeros(len(self.surrogate.metrics))
-        for part, offset in parts:
-            objective = self._objective(part, _part(old, offset, part), _part(reference, offset, part))
+        for places in parts:
+            part = TrainBatch(tuple(batch.groups[place] for place in places))
+            objective = self._objective(part, _of(old, places), _of(reference, places))
             done = self._train(part, objective)
             scores.append(done.scores())
             loss, sums = objective.reduced()
-            self._inspection.before_step(scores[-1], loss, judge, touched=bool(lengths))
+            try:
+                self._inspection.before_step(scores[-1], loss, judge, touched=bool(lengths))
+            except UnsoundError as unsound:
+                unsound.group = None if unsound.group is None else places[unsound.group]
+                raise
             _, grad_norm, _ = self.optimizer.step()
-            self.schedule.step(1)
             lengths.append(float(grad_norm))
             total += loss / len(parts)
             said += sums
             tokens += done.tokens
         self.settle()
         self._inspection.after_steps(size)
-        seen = joined(scores)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.schedule.step(1)
+        seen = joined(parts, scores)
         return Update(
             loss=total,
             grad_norm=float(np.mean(lengths)),
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=rate,
             said=dict(
                 zip(self.surrogate.metrics, (said / max(batch.response_tokens, 1)).tolist(), strict=True)
             ),
@@ -229,12 +234,13 @@ class Learner:
         return self._passes.run(batch, models, self.sampled).scores(everywhere=everywhere)
 
 
-def _minibatches(batch: TrainBatch, count: int) -> list[tuple[TrainBatch, int]]:
-    """Consecutive parts of a batch, with the index of their first group."""
-    bounds = np.linspace(0, len(batch.groups), min(count, max(len(batch.groups), 1)) + 1).astype(int)
-    return [(TrainBatch(batch.groups[a:b]), int(a)) for a, b in pairwise(bounds)]
+def _dealt(groups: int, count: int) -> list[range]:
+    """The groups of each minibatch. They are dealt in turns: a batch comes sorted by whoever made its groups, and an
+    update should see all of them."""
+    parts = min(count, max(groups, 1))
+    return [range(first, groups, parts) for first in range(parts)]
 
 
-def _part(scores: PerSample | None, offset: int, part: TrainBatch) -> PerSample | None:
-    """The scores of a minibatch's groups."""
-    return None if scores is None else scores[offset : offset + len(part.groups)]
+def _of(scores: PerSample | None, places: Sequence[int]) -> PerSample | None:
+    """The scores of some groups."""
+    return None if scores is None else [scores[place] for place in places]

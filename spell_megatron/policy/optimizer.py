@@ -53,7 +53,7 @@ def build_optimizer(
     megatron = get_megatron_optimizer(config, list(chunks))
     schedule = OptimizerParamScheduler(
         megatron,
-        init_lr=0.0,
+        init_lr=optimizer.lr / (optimizer.warmup_steps + 1),  # the first step is one, too
         max_lr=optimizer.lr,
         min_lr=optimizer.min_lr,
         lr_warmup_steps=optimizer.warmup_steps,

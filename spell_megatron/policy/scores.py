@@ -46,12 +46,18 @@ def gather(batch: TrainBatch, rows: Iterable[Row], world: World, *, everywhere: 
     return scores if everywhere or world.is_main else Scores()
 
 
-def joined(parts: Iterable[Scores]) -> Scores:
-    """Scores of consecutive parts of a batch as one."""
+def joined(places: Iterable[Sequence[int]], parts: Iterable[Scores]) -> Scores:
+    """Scores of the parts of a batch as one; `places` are the groups that each part had."""
+    every = [place for part in places for place in part]
     parts = list(parts)
+
+    def ordered(groups: Iterable[Sequence[np.ndarray]]) -> PerSample:
+        """Nothing where this rank has none."""
+        return [group for _, group in sorted(zip(every, groups, strict=False), key=lambda pair: pair[0])]
+
     return Scores(
-        [group for scores in parts for group in scores.logprobs],
-        [group for scores in parts for group in scores.entropy],
+        ordered(group for scores in parts for group in scores.logprobs),
+        ordered(group for scores in parts for group in scores.entropy),
     )
 
 

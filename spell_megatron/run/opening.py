@@ -13,7 +13,7 @@ from spell_megatron.config import Config, dump_config, load_config
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.experts import check_replay
-from spell_megatron.run.record import RunFolder, RunLock, forget_episodes, locked, private, same_episodes
+from spell_megatron.run.record import RunFolder, RunLock, forget_stale, locked, private
 from spell_megatron.run.run import Benchmarks, Judges, Run
 from spell_megatron.selfplay import prompts_of
 from spell_megatron.types import SpellError
@@ -60,8 +60,7 @@ def open_run(
             folder.save_config(dump_config(before))
         opened = Run(config, folder, world, main, stack, benchmarks, judges, origin=origin, lock=lock)
         if world.is_main:
-            if origin is not None or not same_episodes(before, config):
-                forget_episodes(folder, after=opened.step)
+            forget_stale(folder, opened.step, before, config, anew=origin is not None)
             folder.save_config(
                 dump_config(config)
             )  # now that no episode of the one before is left to go on with

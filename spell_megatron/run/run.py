@@ -52,6 +52,8 @@ class BadStepError(SpellError):
 class MismatchError(SpellError):
     """Engine and learner have drifted apart beyond `record.mismatch_bound`."""
 
+    exit_code = 2  # the state is saved: another attempt would train past the gap, not mend it
+
 
 @dataclass(frozen=True, slots=True)
 class _Turn:

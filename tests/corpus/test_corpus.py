@@ -10,6 +10,7 @@ import re
 import sqlite3
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -488,11 +489,36 @@ def two_sources(tmp_path: Path) -> CorpusConfig:
 def test_an_epoch_brings_every_cluster_with_every_task_once(two_sources: CorpusConfig) -> None:
     sampler = ClusterSampler(two_sources, words, 0)
     assert sampler.domains == {"news": 7, "reports": 3}
-    draws = [(cluster.id, task) for cluster, task in sampler.draw(400) if cluster.domain == "news"]
+    drawn = [(cluster, task) for cluster, task in sampler.draw(400) if cluster.domain == "news"]
+    assert all(cluster.id.startswith("news-") for cluster, _ in drawn)
+    draws = [(int(cluster.id.partition("/")[2]), task) for cluster, task in drawn]
     for start in (0, 14, 28):
         epoch = draws[start : start + 14]
-        assert set(epoch) == {(f"news/{i}", task) for i in range(7) for task in ("doc_general_qa", "doc_mc")}
+        assert set(epoch) == {(i, task) for i in range(7) for task in ("doc_general_qa", "doc_mc")}
     assert draws[:14] != draws[14:28]
+
+
+def test_a_cluster_has_a_name_of_its_own_however_its_corpus_is_prepared(tmp_path: Path) -> None:
+    """Memory and journals know clusters by name: the third of ten is another one where others are grouped."""
+    write_lines(tmp_path / "docs.jsonl", [{"text": prose(i, 9), "cluster": i // 3} for i in range(30)])
+    source = SourceConfig(path=str(tmp_path / "docs.jsonl"))
+
+    def clusters(folder: str, source: SourceConfig = source, **limits: int) -> dict[str, tuple[str, ...]]:
+        corpus = CorpusConfig(sources=(source,), **limits)  # type: ignore[arg-type]
+        sampler = ClusterSampler(corpus, words, 0, tmp_path / folder)
+        drawn = (cluster for cluster, _ in sampler.draw(3 * sampler.domains["docs"]))
+        return {cluster.id: tuple(document.text for document in cluster.documents) for cluster in drawn}
+
+    first = clusters("a")
+    assert clusters("b") == first, "prepared again of the same texts it is the same"
+    others = [
+        clusters("a", max_documents=2),
+        clusters("a", cluster_tokens=20),
+        clusters("a", replace(source, group_by="random")),
+    ]
+    write_lines(tmp_path / "docs.jsonl", [{"text": prose(i + 1, 9), "cluster": i // 3} for i in range(30)])
+    for other in (*others, clusters("c")):
+        assert not first.keys() & other.keys()
 
 
 def test_a_source_that_is_capped_comes_again_and_again(tmp_path: Path) -> None:

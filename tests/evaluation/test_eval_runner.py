@@ -33,7 +33,7 @@ from eval.prompting import build, prefills_thinking
 from eval.report import Report, read_report
 from eval.runner import Settings
 from spell_megatron.base.terminal import Terminal, line
-from spell_megatron.rollout.engine import EngineError
+from spell_megatron.rollout.engine import EngineError, WeightsWanted
 from spell_megatron.types import Rollout, SpellError
 
 pytestmark = pytest.mark.unit
@@ -536,6 +536,28 @@ def test_live_engines_are_a_source_too(tmp_path):
     engine.dead = True
     with pytest.raises(EndpointDied, match="gone"):
         asyncio.run(go(engine))
+
+
+def test_weights_that_an_engine_wants_again_are_for_the_run_to_send(tmp_path):
+    """All engines died and came back: no death of an endpoint, and no sample that failed."""
+
+    class Back:
+        version = 3
+
+        async def generate(self, prompt, **_):
+            raise WeightsWanted("send them again")
+
+        def healthy(self):
+            return False
+
+    async def go() -> Report:
+        source = LiveSource(Back(), WordCodec(), "run")
+        plans = plan([(Unjudged(), Unjudged().load(Data(None)), {})], [1000], WordCodec(), SETTINGS)
+        console = Terminal(file=io.StringIO())
+        return await measure(source, WordCodec(), plans, SETTINGS, tmp_path, "live", console=console)
+
+    with pytest.raises(WeightsWanted, match="send them again"):
+        asyncio.run(go())
 
 
 def test_a_rate_bounds_requests_a_second(tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Container, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,28 @@ def test_a_resumed_learner_goes_on_bit_by_bit(
     assert [(u.loss, u.grad_norm, u.lr) for u in resumed] == [(u.loss, u.grad_norm, u.lr) for u in expected]
     pairs = zip(learner.weights(), other.weights(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_resumed_learner_has_its_own_settings_of_adam(
+    world: World, folder: Path, tmp_path: Path, name: str
+) -> None:
+    """Not those of the checkpoint: the next update is that of a learner which had them all along, given its state."""
+    batch, checkpoints = random_batch(256), Checkpoints(tmp_path)
+    learner = Learner(POLICIES[name], folder, world)
+    learner.update(batch)
+    checkpoints.save(1, learner, {})
+    changed = replace(POLICIES[name].optimizer, lr=2e-3, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3)
+    other = Learner(replace(POLICIES[name], optimizer=changed), folder, world)
+    assert checkpoints.restore(other)
+    for group in learner.optimizer.param_groups:  # what a restored one should be, set by hand
+        group.update(betas=changed.betas, eps=changed.eps, max_lr=changed.lr)
+    learner.schedule.max_lr, learner.schedule.init_lr = changed.lr, other.schedule.init_lr
+    learner.schedule.start_wd = learner.schedule.end_wd = changed.weight_decay
+    learner.schedule.step(0)
+    assert learner.update(batch).lr == other.update(batch).lr
+    pairs = zip(learner.weights(), other.weights(), strict=True)
+    assert all(torch.equal(x, y) for (_, x), (_, y) in pairs)
 
 
 @pytest.mark.parametrize("before", ["bfloat16, sharded", "bfloat16, offloaded"])

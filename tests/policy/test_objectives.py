@@ -22,7 +22,8 @@ from spell_megatron.types import Group
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCE = 2e-5
+TOLERANCE = 1e-4
+"""Of float32, after two steps of Adam: weights that are off by 1e-7 at first are off by 2e-5 of the change then."""
 PROGRAM = SUPPORT / "objectives.py"
 
 
@@ -55,7 +56,7 @@ def truth(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]
             for g in groups
             for s in g.samples
         }
-    for half in (groups[:4], groups[4:]):
+    for half in (groups[::2], groups[1::2]):
         total, denominator = torch.zeros((), dtype=torch.float64), 0
         for group in half:
             of_group, tokens = torch.zeros((), dtype=torch.float64), 0

@@ -40,9 +40,13 @@ def learner(folder: Path, world: World) -> Learner:
     return made(folder, world)
 
 
-def made(folder: Path, world: World, **optimizer: Any) -> Learner:
+def made(folder: Path, world: World, *, minibatches: int = 1, **optimizer: Any) -> Learner:
     policy = PolicyConfig(
-        dtype="float32", stream_tokens=192, head_chunk=16, optimizer=OptimizerConfig(**optimizer)
+        dtype="float32",
+        stream_tokens=192,
+        head_chunk=16,
+        minibatches=minibatches,
+        optimizer=OptimizerConfig(**optimizer),
     )
     return Learner(policy, folder, world)
 
@@ -143,6 +147,21 @@ def test_a_judge_is_asked_before_the_optimizer_steps(learner: Learner) -> None:
     with pytest.raises(UnsoundError, match="entropy_min=7"):
         learner.update(BATCH, lambda scores: entropy_beyond(scores.entropy, 7.0, None))
     assert all(torch.equal(before[name], now) for name, now in weights(learner).items())
+
+
+def test_a_fault_in_a_minibatch_names_the_group_of_the_batch(folder: Path, world: World) -> None:
+    """Minibatches are dealt in turns; the place is of the whole batch, whose role and task are looked up by it."""
+    learner = made(folder, world, minibatches=3, lr=1e-9)
+    seen = list[int]()
+
+    def second(scores: Any) -> UnsoundError | None:
+        seen.append(len(scores.entropy))
+        return UnsoundError("odd", group=1) if len(seen) == 2 else None
+
+    with pytest.raises(UnsoundError, match="odd") as error:
+        learner.update(BATCH, second)
+    assert error.value.group == 4  # the second minibatch has groups 1, 4, 7, …
+    assert error.value.touched
 
 
 def test_where_a_judge_fails_on_rank_0_no_other_rank_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,9 @@ from spell_megatron.run.record import (
     Journal,
     Metrics,
     RunFolder,
-    forget_episodes,
+    forget_stale,
     logging_to,
     read_metrics,
-    same_episodes,
     step_line,
     write_report,
 )
@@ -332,29 +331,56 @@ def test_a_journal_cut_by_a_crash_goes_on(run: RunFolder, caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize(
-    ("override", "same"),
+    ("override", "stays"),
     [
-        ("selfplay.max_rounds=20", True),
-        ("selfplay.questions=7", True),
-        ("steps=3", True),
-        ("policy.layout.tensor=2", True),
-        ("selfplay.sampling.temperature=1.0", False),
-        ("selfplay.grounding=false", False),
-        ("model.prompts=full", False),
-        ("corpus.cluster_tokens=99", False),
+        # neither what is sampled nor what is learnt of it
+        ("steps=3", [1, 2, 3, 4]),
+        ("policy.layout.tensor=2", [1, 2, 3, 4]),
+        ("policy.stream_tokens=9000", [1, 2, 3, 4]),
+        ("policy.optimizer.distributed=true", [1, 2, 3, 4]),
+        ("selfplay.concurrency=3", [1, 2, 3, 4]),
+        ("record.keep_last=7", [1, 2, 3, 4]),
+        # what is learnt: episodes of step 2 were sampled by the weights of step 1, those after it by others
+        ("selfplay.max_rounds=20", [1, 2]),
+        ("selfplay.questions=7", [1, 2]),
+        ("selfplay.train_verifier=false", [1, 2]),
+        ("policy.optimizer.lr=1e-7", [1, 2]),
+        ("policy.loss.kl=0.1", [1, 2]),
+        ("policy.minibatches=2", [1, 2]),
+        ("record.bad_step=skip", [1, 2]),
+        # what is sampled
+        ("selfplay.sampling.temperature=1.0", [1]),
+        ("selfplay.grounding=false", [1]),
+        ("model.prompts=full", [1]),
+        ("corpus.cluster_tokens=99", [1]),
     ],
 )
-def test_episodes_of_another_configuration_are_asked_for_again(
-    run: RunFolder, override: str, same: bool
+def test_a_resumed_run_goes_on_with_what_its_own_weights_made(
+    run: RunFolder, override: str, stays: list[int]
 ) -> None:
-    before, after = load_config("toy"), load_config("toy", [override])
-    assert same_episodes(before, after) == same
-    for step in (1, 2, 3):
+    """Of a run with checkpoint 1, whose steps 2 to 4 were made and are lost."""
+    before, now = load_config("toy"), load_config("toy", [override])
+    for step in (1, 2, 3, 4):
         journal = Journal(run, step)
         journal.append(episode(step))
         journal.close()
-    forget_episodes(run, after=1)
-    assert run.recorded_steps == [1]
+        (run.path / "eval" / f"step-{step:05d}").mkdir(parents=True)
+    forget_stale(run, 1, before, now)
+    assert run.recorded_steps == stays
+    answered = sorted(int(path.name[-5:]) for path in run.path.glob("eval/*"))
+    assert answered == ([1, 2, 3, 4] if stays == [1, 2, 3, 4] else [1])
+
+
+def test_a_run_that_goes_on_from_a_step_of_choice_keeps_nothing_later(run: RunFolder) -> None:
+    config = load_config("toy")
+    for step in (0, 1, 2):
+        Journal(run, step).append(episode(step))
+        (run.path / "eval" / f"step-{step:05d}").mkdir(parents=True)
+    forget_stale(run, 1, config, config, anew=True)
+    assert run.recorded_steps == [0, 1]
+    assert sorted(path.name for path in run.path.glob("eval/*")) == ["step-00000", "step-00001"]
+    forget_stale(run, 0, config, config, anew=True)
+    assert not list(run.path.glob("eval/*")), "before the first step it is measured anew"
 
 
 # ---- console

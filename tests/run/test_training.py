@@ -164,11 +164,12 @@ def test_groups_on_which_engine_and_learner_differ_are_left_out_of_the_update(ru
     with open_run(config, None, live_benchmarks) as opened:
         collected = opened.collect(1)
         first, *rest = collected.batch.groups
-        with pytest.raises(MismatchError, match="in every group"):
+        with pytest.raises(MismatchError, match="in every group") as gap:
             opened.update(replace(collected, batch=TrainBatch(tuple(map(elsewhere, (first, *rest))))))
         updated = opened.update(replace(collected, batch=TrainBatch((elsewhere(first), *rest))))
         opened.record(collected, updated, {})
         run, update = opened.folder, updated.update
+    assert gap.value.exit_code == 2, "a launched job would be started again, and train past the gap"
     assert update
     assert [len(group) for group in update.scores.logprobs] == [len(group.samples) for group in rest]
     weights = [weight for group in rest for sample in group.samples for weight in sample.weights]

@@ -147,6 +147,18 @@ def test_the_judge_takes_the_rules_place():
         assert tuple(again) == play.episodes
 
 
+@pytest.mark.parametrize(
+    ("combine", "together"), [("mean", lambda votes: sum(votes) / len(votes)), ("sum", sum)]
+)
+def test_in_the_rules_place_it_is_one_opinion_and_not_two(combine, together):
+    with StandIn(strict) as server:
+        _, play = played(server, place="rule", combine=combine)
+        responses = [r for e in play.episodes for r in e.responses if r.verdict is not None]
+        assert {r.rule + r.verdict for r in responses} > {1.0}, "nowhere do the two differ"
+        for response in responses:
+            assert response.reward == together([response.rule, response.verdict])
+
+
 def test_beside_the_verifier_it_is_asked_where_it_could_count():
     with StandIn(strict) as server:
         _, play = played(server, place="beside", judge=False)

@@ -250,8 +250,8 @@ def test_remedies_mend_what_does_not_fit() -> None:
 
 
 def test_faults_name_the_keys() -> None:
-    short = planned("qwen3-8b-16k", "policy.stream_tokens=8192")
-    assert any("policy.stream_tokens=8192" in fault for fault in short.faults)
+    short = planned("qwen3-8b-16k", "corpus.cluster_tokens=22000")
+    assert any("rollout.max_model_len=22528" in fault for fault in short.faults)
     starved = planned("qwen3-8b-16k", "rollout.kv_cache_mib=1024")
     assert any("rollout.kv_cache_mib" in fault for fault in starved.faults)
     assert not short.fits

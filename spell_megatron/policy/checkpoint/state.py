@@ -60,8 +60,10 @@ def load_learner(learner: Learner, checkpoint: Checkpoint) -> int:
             model.start_param_sync(force_sync=True)
     if fresh:
         learner.optimizer.reload_model_params()
+    adam = learner.policy.optimizer
     for group in learner.optimizer.param_groups:  # they are restored with the rates of the checkpoint
-        group["max_lr"], group["min_lr"] = learner.schedule.max_lr, learner.schedule.min_lr
+        group.update(max_lr=learner.schedule.max_lr, min_lr=learner.schedule.min_lr)
+        group.update(betas=adam.betas, eps=adam.eps)
     learner.schedule.load_state_dict(values["schedule"])
     torch.set_rng_state(values["rng"])
     return read

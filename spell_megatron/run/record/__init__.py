@@ -3,11 +3,12 @@
 from spell_megatron.run.record.archive import Archive
 from spell_megatron.run.record.console import Console, Live, step_line
 from spell_megatron.run.record.folder import RunFolder, private
-from spell_megatron.run.record.journal import Journal, forget_episodes, same_episodes
+from spell_megatron.run.record.journal import Journal
 from spell_megatron.run.record.lock import RunLock, locked
 from spell_megatron.run.record.logs import logging_to
 from spell_megatron.run.record.metrics import Metrics, read_metrics
 from spell_megatron.run.record.report import write_report
+from spell_megatron.run.record.stale import forget_stale
 
 __all__ = [
     "Archive",
@@ -17,12 +18,11 @@ __all__ = [
     "Metrics",
     "RunFolder",
     "RunLock",
-    "forget_episodes",
+    "forget_stale",
     "locked",
     "logging_to",
     "private",
     "read_metrics",
-    "same_episodes",
     "step_line",
     "write_report",
 ]

@@ -62,6 +62,7 @@ class Responder(Role):
     ) -> Response:
         """One response, its verdicts, and what all make of it."""
         settings = writer.settings
+        beside = settings.external_judge.place == "beside"
         response = await answer(writer, episode, prompt, writer.name(job, self.name, number))
         if response.answer is not None:
             both: list[Coroutine[Any, Any, Any]] = [
@@ -69,11 +70,9 @@ class Responder(Role):
                 _opinion(writer, episode, response),
             ]
             response, opinion = await together(both)
-            rule = response.rule
-            if opinion.score is not None and settings.external_judge.place == "rule":
-                rule = opinion.score
+            rule = response.rule if beside or opinion.score is None else opinion.score
             response = replace(response, rule=rule, judged=opinion.score, unjudged=opinion.fault)
-        opinions = (response.rule, response.verdict, response.judged)
+        opinions = (response.rule, response.verdict, response.judged if beside else None)
         return replace(response, reward=rewards.responder_reward(opinions, settings.combine))
 
     def choose(self, step: Step) -> Chosen:

@@ -95,11 +95,6 @@ def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: Cl
         faults.append(
             f"rollout.max_model_len={rollout.max_model_len} is below cluster and response: {longest}"
         )
-    if rollout.max_model_len > config.policy.stream_tokens:
-        faults.append(
-            f"policy.stream_tokens={config.policy.stream_tokens} cannot hold a sequence of"
-            f" rollout.max_model_len={rollout.max_model_len}"
-        )
     if engine.fault:
         faults.append(engine.fault)
     if shape.heads % engine.tensor:
