@@ -11,9 +11,10 @@ ARG TORCH=2.13.0
 ARG VLLM=0.32.0
 # Fused layers and FP8; the learner runs on plain torch without it. Empty leaves it out.
 ARG TRANSFORMER_ENGINE=2.20.2
-# FlashAttention 3 with its backward pass, which PyPI does not have: a tag of its repository. Built for Hopper alone, in
-# about an hour; empty leaves it out, and attention to torch's version 2.
-ARG FLASH_ATTENTION_3=v2.8.3
+# FlashAttention 3 with its backward pass, which PyPI does not have: the commit of its repository that calls itself 3.0.0
+# (the tags of version 2 that hold it do not build with CUDA 13). Built for Hopper alone, in about an hour; empty leaves
+# it out, and attention to torch's version 2.
+ARG FLASH_ATTENTION_3=e2743ab5b3803bb672b16437ba98a3b1d4576c50
 # The exchange of experts within a node: a tag of DeepEP's repository, which PyPI does not have either. Empty leaves it
 # out, and the exchange to NCCL.
 ARG DEEPEP=v1.2.1
@@ -29,8 +30,9 @@ ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /opt/spell-megatron
 COPY requirements requirements
 
-# vLLM brings the CUDA builds of torch's family. Everything that the lock names gets the lock's version.
-RUN grep --invert-match --extended-regexp '^(torch|vllm)' requirements/cpu.lock > /tmp/constraints.txt \
+# vLLM brings the CUDA builds of torch's family, and asks for a tvm-ffi of its own. Everything else that the lock names
+# gets the lock's version.
+RUN grep --invert-match --extended-regexp '^(torch|vllm|apache-tvm-ffi)' requirements/cpu.lock > /tmp/constraints.txt \
  && pip install --no-cache-dir --constraint /tmp/constraints.txt "torch==${TORCH}" "vllm==${VLLM}" \
       megatron-core transformers setuptools wheel
 

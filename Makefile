@@ -63,7 +63,7 @@ test-contract: setup
 	rm -rf $(CONTRACT) && mkdir -p $(CONTRACT)
 	$(BIN)/pip download --quiet --no-deps --dest $(CONTRACT) "$(GPU_VLLM)"
 	$(BIN)/python -c "import sys, zipfile as z; w = z.ZipFile(sys.argv[1]); \
-	  w.extractall(sys.argv[2], [n for n in w.namelist() if n.endswith('.py')])" $(CONTRACT)/vllm-*.whl $(CONTRACT)
+	  w.extractall(sys.argv[2], [n for n in w.namelist() if n.endswith(('.py', '/METADATA'))])" $(CONTRACT)/vllm-*.whl $(CONTRACT)
 	VLLM_SOURCE=$(CURDIR)/$(CONTRACT)/vllm $(PYTEST) tests/rollout/test_contract.py
 
 # A real model of 135 million parameters, out of a package (93 MB to download), through every command: apart from CI.

@@ -170,7 +170,9 @@ def group_attention(
         parts = []
         for first in range(prompt, prompt + G * reply, reply):
             a, b = (torch.cat((x[:prompt], x[first : first + reply])).transpose(0, -2) for x in (q, kv))
-            part = scaled_dot_product_attention(a, b[:, 0], b[:, 1], is_causal=True, enable_gqa=True)
+            # As a batch of one: of three dimensions every score would be written down.
+            a, k, v = a[None], b[None, :, 0], b[None, :, 1]
+            part = scaled_dot_product_attention(a, k, v, is_causal=True, enable_gqa=True)[0]
             parts.append(part[:, prompt:])
         out["sdpa"] = torch.cat(parts, 1).transpose(0, 1)
         out["sdpa"].sum().backward()

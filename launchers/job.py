@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launchers.machines import Machines, recorded
 from launchers.profile import Profile
+from spell_megatron.base.files import home_of_links
 from spell_megatron.base.secret import write_secret
 from spell_megatron.config import Config, dump_config
 from spell_megatron.corpus.worlds import WORLDS
@@ -73,28 +74,35 @@ def absolute(config: Config) -> Config:
     What names no file here (a hub id, `toy`) stays as it is.
     """
     prompts = config.model.prompts if config.model.prompts in STYLES else _absolute(config.model.prompts)
-    sources = tuple(replace(source, path=_absolute(source.path)) for source in config.corpus.sources)
+    corpus, heldout, servers = config.corpus, config.heldout, config.rollout.servers
+    sources = tuple(replace(source, path=_absolute(source.path)) for source in corpus.sources)
+    benchmarks = tuple(map(_absolute, corpus.benchmarks))
+    secret = _absolute(servers.secret_file)
     return replace(
         config,
         runs=str(Path(config.runs).expanduser().resolve()),
         model=replace(config.model, path=_absolute(config.model.path), prompts=prompts),
-        corpus=replace(config.corpus, sources=sources),
-        heldout=replace(config.heldout, path=_absolute(config.heldout.path)),
+        corpus=replace(corpus, sources=sources, benchmarks=benchmarks),
+        heldout=replace(heldout, path=_absolute(heldout.path), data=_absolute(heldout.data)),
+        rollout=replace(config.rollout, servers=replace(servers, secret_file=secret)),
     )
 
 
 def read_by(config: Config) -> list[Path]:
-    """Folders that a run of an absolute configuration reads."""
+    """Folders that a run of an absolute configuration reads; of a snapshot of the hub's, all that it links to."""
     named = (
         config.model.path,
         config.model.prompts,
         config.heldout.path,
+        config.heldout.data,
+        config.rollout.servers.secret_file,
+        *config.corpus.benchmarks,
         *(source.path for source in config.corpus.sources),
     )
     paths = [Path(name) for name in named if Path(name).is_absolute()]
-    return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
+    return list(dict.fromkeys(home_of_links(path if path.is_dir() else path.parent) for path in paths))
 
 
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
-    return str(path.resolve()) if name not in WORLDS and path.exists() else name
+    return str(path.resolve()) if name and name not in WORLDS and path.exists() else name

@@ -97,7 +97,7 @@ class Profile:
     venv: Location = ""
     """A virtual environment on the shared file system; the launching Python's own where neither is given."""
     container: Location = ""
-    """An image for pyxis, instead of a virtual environment."""
+    """An image for pyxis, instead of a virtual environment: the path of a squashfs file, or REGISTRY#IMAGE:TAG."""
     mounts: tuple[Location, ...] = ()
     """Folders of the host that a container sees, `source:target`. Run, model and corpus come by themselves."""
     env: dict[str, str] = Field(default_factory=dict)
@@ -173,6 +173,15 @@ def _contradictions(profile: Profile) -> Iterable[str]:
         yield f"time: {profile.time!r} is no time limit; write HH:MM:SS or D-HH:MM:SS"
     if profile.venv and profile.container:
         yield "venv and container exclude each other: keep one"
+    if (
+        (image := profile.container)
+        and not image.startswith("/")
+        and (image.endswith(".sqsh") or not any(mark in image for mark in "/#"))
+    ):
+        yield (
+            f"container: pyxis would fetch {image!r} from the public registry; write the image's whole path,"
+            " /shared/images/NAME.sqsh, or REGISTRY#IMAGE:TAG"
+        )
     for name in profile.env:
         if not _NAME.fullmatch(name):
             yield f"env: {name!r} is no name of an environment variable; write env: {{NAME: value}}"

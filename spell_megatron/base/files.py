@@ -39,6 +39,16 @@ def weights_dtype(config: Mapping[str, Any]) -> str | None:
     return config.get("dtype") or config.get("torch_dtype")
 
 
+def home_of_links(folder: Path) -> Path:
+    """What the links of a folder may not leave: itself, or the cache of its hub repository, where a snapshot's files
+    are links to blobs."""
+    folder = folder.resolve()
+    for above in folder.parents:
+        if above.name == "snapshots" and (above.parent / "blobs").is_dir():
+            return above.parent
+    return folder
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; what stood there stands until the new text is on the disk. Raises OSError."""
     part = path.with_name(path.name + ".part")

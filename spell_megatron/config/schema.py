@@ -419,7 +419,8 @@ class PolicyConfig:
     dtype: Dtype = "bfloat16"
     """Precision of the weights in computation; gradients and master weights are float32."""
     spec: Literal["auto", "torch", "te"] = "auto"
-    """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed."""
+    """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed, but not for float32,
+    whose products it makes in TF32."""
     fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
     """Products of the layers' matrices in FP8, scaled by this recipe of Transformer Engine."""
     attention: Literal["auto", "fa2", "fa3"] = "auto"

@@ -244,17 +244,21 @@ def block_spec(policy: PolicyConfig, config: TransformerConfig, vp_stage: int | 
 
 
 def uses_transformer_engine(policy: PolicyConfig) -> bool:
-    """Whether layers are Transformer Engine's. Raises SpellError where they are asked for and cannot be."""
+    """Whether layers are Transformer Engine's. Raises SpellError where they are asked for and cannot be.
+
+    `auto` leaves float32 to torch: Transformer Engine rounds the factors of its products to TF32.
+    """
     there = bool(HAVE_TE) and torch.cuda.is_available()
     if there and policy.fp8 == "mxfp8" and torch.cuda.get_device_capability() < (10, 0):
         raise SpellError(
             f"policy.fp8=mxfp8 is for Blackwell, and this is {torch.cuda.get_device_name()}: set policy.fp8=blockwise"
         )
     if there or (policy.spec != "te" and policy.fp8 == "off"):
-        return there and policy.spec != "torch"
+        return there and (policy.spec == "te" or (policy.spec == "auto" and policy.dtype == "bfloat16"))
     key = "policy.spec=te" if policy.spec == "te" else f"policy.fp8={policy.fp8}"
     raise SpellError(
         f"{key} needs Transformer Engine and a GPU, and here is {'no GPU' if HAVE_TE else 'no Transformer Engine'}:"
-        " pip install 'transformer-engine[pytorch]' on a machine with a GPU, or leave policy.spec=auto and"
+        " pip install --no-build-isolation 'transformer-engine[pytorch]' on a machine with a GPU, or leave"
+        " policy.spec=auto and"
         " policy.fp8=off, which need neither"
     )

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -56,13 +57,24 @@ class Findings:
 
 
 def examine() -> Findings:
-    return Findings((_python(), *_packages(), *_cuda(), *_accelerators(), *_cluster(), _patches()))
+    parts = (_python, _packages, _cuda, _attention, _exchange, _transformer_engine, _cluster, _patches)
+    return Findings(tuple(finding for part in parts for finding in _examined(part)))
 
 
-def _python() -> Finding:
+def _examined(part: Callable[[], Iterable[Finding]]) -> Iterable[Finding]:
+    """What a part finds; where it cannot even look, since something that it imports is broken, that."""
+    try:
+        return list(part())
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0][:200]
+        name = part.__name__.strip("_").replace("_", " ")
+        return [Finding(name, "wrong", type(error).__name__, True, f"cannot be examined: {said}")]
+
+
+def _python() -> Iterable[Finding]:
     version = sys.version.split()[0]
     fits = (3, 11) <= sys.version_info[:2] <= (3, 12)
-    return Finding(
+    yield Finding(
         "python", "ok" if fits else "wrong", version, True, "" if fits else "use Python 3.11 or 3.12"
     )
 
@@ -137,21 +149,21 @@ def _cuda() -> list[Finding]:
     return [Finding("CUDA", "ok", found, False), Finding("NCCL", "ok", nccl, False)]
 
 
-def _accelerators() -> list[Finding]:
-    te = _version("transformer-engine")
-    return [
-        *_attention(),
-        *_exchange(),
-        Finding(
-            "transformer-engine",
-            "ok" if te else "missing",
-            te or "-",
-            False,
-            ""
-            if te
-            else "plain torch layers: no FP8, no grouped expert kernels; pip install transformer-engine",
-        ),
-    ]
+def _transformer_engine() -> Iterable[Finding]:
+    """It is imported where it is installed: PyPI's package without its extra `pytorch` is empty, and raises."""
+    name, install = "transformer-engine", "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+    if (found := _version(name)) is None:
+        remedy = f"plain torch layers: no FP8, no grouped expert kernels; {install}"
+        yield Finding(name, "missing", "-", False, remedy)
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+        yield Finding(name, "ok", found, False)
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        fatal = not isinstance(error, ImportError)  # which alone megatron-core expects
+        cost = "megatron-core cannot be imported beside it" if fatal else "it is not used"
+        yield Finding(name, "wrong", found, fatal, f"{cost} ({said}): {install}, or pip uninstall {name}")
 
 
 def _attention() -> list[Finding]:
@@ -202,7 +214,7 @@ def _cluster() -> list[Finding]:
     ]
 
 
-def _patches() -> Finding:
+def _patches() -> Iterable[Finding]:
     import megatron_patches
 
-    return Finding("megatron patches", "ok", ", ".join(megatron_patches.apply()), False)
+    yield Finding("megatron patches", "ok", ", ".join(megatron_patches.apply()), False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spell_megatron.base.files import home_of_links
 from spell_megatron.base.outputs import new_folder
 from spell_megatron.types import SpellError
 from spell_megatron.weights.contents import INDEX, Contents
 
 _SHARD_BYTES = 4 << 30
+_log = logging.getLogger(__name__)
 
 
 class ModelFolder:
@@ -75,12 +78,27 @@ def write_model(
 
 
 def _copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
-    """Config and tokenizer files; no weights, no half-written ones."""
+    """Config and tokenizer files; no weights, no half-written ones, and nothing of this machine that a link of a
+    stranger's folder names."""
+    home = home_of_links(source)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != INDEX:
-            shutil.copyfile(path, target / path.name)
+        if (
+            not path.is_file()
+            or path.suffix not in {".json", ".jinja", ".txt", ".model"}
+            or path.name == INDEX
+        ):
+            continue
+        if (to := path.resolve()).is_relative_to(home) or _is_blob(to):
+            shutil.copyfile(to, target / path.name)
+        else:
+            _log.warning("%s is a link to %s, outside of the model's folder: it is not copied", path, to)
     said = {key: value for key, value in config.items() if key != "torch_dtype"}
     (target / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether a file is of the hub's cache, which folders of older downloads link to."""
+    return path.parent.name == "blobs" and (path.parent.parent / "snapshots").is_dir()
 
 
 def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:

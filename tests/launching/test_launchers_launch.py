@@ -24,7 +24,7 @@ from places import ROOT
 import launchers
 from launchers import check, engines, local, script, slurm
 from launchers import job as jobs
-from launchers.job import PreparedRun, prepare, read_by
+from launchers.job import PreparedRun, absolute, prepare, read_by
 from launchers.launch import _slurm, _split, launch
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
@@ -108,7 +108,9 @@ def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
         ({"nodes": "many"}, "nodes"),
         ({"time": "soon"}, "HH:MM:SS"),
         ({"time": 14400}, "HH:MM:SS"),
-        ({"venv": "/v", "container": "i"}, "exclude each other"),
+        ({"venv": "/v", "container": "/i.sqsh"}, "exclude each other"),
+        ({"container": "spell-megatron:latest"}, "whole path"),
+        ({"container": "images/spell-megatron.sqsh"}, "whole path"),
         ({"env": {"A-B": "x"}}, "no name of an environment variable"),
         ({"mounts": ["data:/data"]}, "absolute"),
         ({"sbatch": {"--constraint": "h100"}}, "without dashes"),
@@ -205,6 +207,40 @@ def test_a_prepared_run_holds_its_whole_configuration_with_absolute_paths(
     assert (saved.cluster.nodes, saved.steps) == (1, config.steps)
     assert read_by(saved) == [Path(saved.model.path), tmp_path / "texts"]
     assert job.logs.is_dir()
+
+
+def test_all_that_a_run_reads_is_made_absolute_and_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every key that names a place; of a snapshot of the hub's the blobs, too, which its files are links to."""
+    repository = tmp_path / "hub" / "models--a--b"
+    snapshot = repository / "snapshots" / "1f"
+    for folder in (
+        snapshot,
+        repository / "blobs",
+        *(tmp_path / name for name in ("texts", "asked", "bench")),
+    ):
+        folder.mkdir(parents=True)
+    (repository / "blobs" / "9c").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/9c")
+    for name in ("secret/key", "held.jsonl", "prompts/answer.j2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    config = absolute(
+        load_config(
+            "toy",
+            [
+                "runs=runs", f"model.path={snapshot}", "model.prompts=prompts",
+                "corpus.sources=[{path: texts}, {path: an/id}]", "corpus.benchmarks=[bench, THUDM/LongBench]",
+                "heldout.path=held.jsonl", "heldout.data=asked", "rollout.servers.secret_file=secret/key",
+            ],
+        )
+    )  # fmt: skip
+    assert config.corpus.benchmarks == (str(tmp_path / "bench"), "THUDM/LongBench")
+    assert config.heldout.data == str(tmp_path / "asked")
+    places = ("hub/models--a--b", "prompts", "", "asked", "secret", "bench", "texts")
+    assert set(read_by(config)) == {tmp_path / place for place in places}
 
 
 def test_containers_see_what_the_run_reads_once(tmp_path: Path) -> None:

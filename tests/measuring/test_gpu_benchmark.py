@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import make_model
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 from benchmarks import gpu
@@ -30,6 +33,19 @@ def test_bfloat16_is_as_far_from_float32_as_that_of_transformers(world: World, t
         else:  # not the loss: errors of either sign cancel in it as they like
             assert ours["log-probs, mean"] <= 1.5 * theirs["log-probs, mean"], by
             assert ours["gradients"] <= 1.5 * theirs["gradients"], by
+
+
+def test_attention_is_compared_with_a_flash_kernel(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's fused kernels take batches alone, and without one a long sequence's scores fill any memory."""
+    theirs = gpu.scaled_dot_product_attention
+
+    def alone(*args: Tensor, **options: Any) -> Tensor:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # any other is an error
+            return theirs(*args, **options)
+
+    monkeypatch.setattr(gpu, "scaled_dot_product_attention", alone)
+    found = gpu.group_attention(64, 4, (4, 2, 32), world, 1)
+    assert found["largest difference"] < 1e-5
 
 
 def test_every_command_runs_without_a_gpu(tmp_path: Path) -> None:

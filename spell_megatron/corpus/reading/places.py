@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from spell_megatron.base.files import home_of_links
 from spell_megatron.corpus.reading.text import Skipped
 from spell_megatron.types import SpellError
 
@@ -40,7 +41,7 @@ def places(path: str, skipped: Skipped) -> Iterator[Place]:
 
 
 def _below(root: Path, skipped: Skipped) -> Iterator[Place]:
-    home = _home(root)
+    home = home_of_links(root)
 
     def unreadable(error: OSError) -> None:
         skipped.add("unreadable", _name(root, error.filename, ""), error.strerror or str(error))
@@ -59,15 +60,6 @@ def _below(root: Path, skipped: Skipped) -> Iterator[Place]:
                 skipped.add("links that leave the folder", shown, f"to {to}")
             else:
                 yield Place(path, shown)
-
-
-def _home(root: Path) -> Path:
-    """What links may not leave: the folder, or the cache of a hub repository, where snapshots link to blobs."""
-    root = root.resolve()
-    for above in root.parents:
-        if above.name == "snapshots" and (above.parent / "blobs").is_dir():
-            return above.parent
-    return root
 
 
 def _unwanted(name: str) -> str:

@@ -129,6 +129,7 @@ _TOKENS = 320 + 4 * 32
 
 def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> None:
     from benchmarks.common import random_group
+    from benchmarks.layers import layer_classes
     from spell_megatron.policy.colocation import LearnerOffload, _optimizer
     from spell_megatron.policy.learner import Learner
     from spell_megatron.types import TrainBatch
@@ -162,6 +163,10 @@ def _use(policy: Any, folder: Path, world: Any, watch: Any, report: Report) -> N
     offload, parts = LearnerOffload(learner), frozenset({"parameters", "optimizer"})
     offload.offload(parts, frozenset())
     offload.onload(parts)
+    if policy.layout == type(policy.layout)():
+        watch.phase = "classes of layers"
+        for _, measured in layer_classes(policy, folder, group, world, 1, 1e15):
+            measured()
 
 
 def head_bytes(top_p: float, watch: Any) -> int:
