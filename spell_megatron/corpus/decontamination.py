@@ -1,22 +1,26 @@
 """Documents of a corpus that a benchmark asks about are left out, or its figures would measure memory.
 
 As in the paper (arXiv 2509.23863): a document that repeats one of a benchmark is found by MinHash, 128 permutations,
-at a Jaccard similarity of 0.8 of five-word sequences (Broder 1997). A question is too short for that: a document is
-left out that holds it word by word. Of a benchmark's files every text of every row counts, whatever it is called.
+at a Jaccard similarity of 0.8 of five-word sequences (Broder 1997). A question is too short for that, or a part of a
+page that holds more: a document is left out that holds it word by word. Of a benchmark's files every text of every row
+counts, whatever it is called.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import pairwise
+from pathlib import Path
 
 from rensa import RMinHash, RMinHashLSH
 
 from spell_megatron.config import EVERY_TEXT, SourceConfig
-from spell_megatron.corpus.cleaning import MIN_SHINGLES, SHINGLE
+from spell_megatron.corpus.cleaning import MIN_SHINGLES, SHINGLE, words
 from spell_megatron.corpus.reading import Skipped, read
 from spell_megatron.types import SpellError
 
@@ -24,13 +28,15 @@ SIMILARITY, PERMUTATIONS = 0.8, 128
 BANDS = 32
 """Bands of four: a pair at the threshold is compared with probability 1 - (1 - 0.8^4)^32, above 0.9999."""
 SHORTEST = MIN_SHINGLES + SHINGLE - 1
-"""Words of the shortest text that is a document; shorter ones are questions."""
-QUESTION = 8
-"""Words of the shortest question: fewer stand in texts that have nothing to do with it."""
-_WORD = re.compile(r"\w+")
+"""Words of the shortest text that is compared as a document."""
+QUESTION, LONGEST_QUESTION = 8, 400
+"""Words of the shortest and the longest question: fewer stand in texts that have nothing to do with it."""
+_SIGN = re.compile(r"[^\w\s]|_")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _PASSAGE = re.compile(r"^\s*(?:Passage|Document) \d+:?\s*$", re.MULTILINE)
 """What stands between the passages of one text in LongBench."""
 
+_log = logging.getLogger(__name__)
 Words = tuple[str, ...]
 
 
@@ -58,8 +64,13 @@ class Benchmarks:
         self._documents: list[tuple[str, RMinHash]] = []
         self._similar = RMinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS, num_bands=BANDS)
         self._starts: set[Words] = set()
-        self._questions: defaultdict[Words, dict[Words, str]] = defaultdict(dict)
+        self._questions: defaultdict[Words, dict[tuple[int, bytes], str]] = defaultdict(dict)
+        """By its first words: a question's length and digest, and its place."""
         for path in paths:
+            if packed := _packed(path):
+                raise SpellError(
+                    f"corpus.benchmarks: {packed} is an archive, of which nothing would be compared: unpack it"
+                )
             skipped, empty = Skipped(), True
             for text in read(SourceConfig(path=path, text_field=EVERY_TEXT), skipped):
                 empty = False
@@ -68,6 +79,10 @@ class Benchmarks:
             if empty:
                 why = str(skipped) if skipped.counts else "it has no files"
                 raise SpellError(f"corpus.benchmarks: {path} holds no text to compare with ({why})")
+            if skipped.counts:
+                _log.warning(
+                    "of the benchmarks in %s nothing is compared that is left out: %s", path, skipped
+                )
 
     def match(self, text: str) -> Match | None:
         """The benchmark's text that this one repeats or holds."""
@@ -76,8 +91,10 @@ class Benchmarks:
             return found
         for start, pair in enumerate(pairwise(words)):
             if pair in self._starts:
-                for question, place in self._questions.get(words[start : start + QUESTION], {}).items():
-                    if words[start : start + len(question)] == question:
+                for (length, digest), place in self._questions.get(
+                    words[start : start + QUESTION], {}
+                ).items():
+                    if _digest(words[start : start + length]) == digest:
                         return Match("question", place)
         return None
 
@@ -95,9 +112,16 @@ class Benchmarks:
             sketch = _sketch(words)
             self._similar.insert(len(self._documents), sketch)
             self._documents.append((place, sketch))
-        elif len(words) >= QUESTION:
+        if QUESTION <= len(words) <= LONGEST_QUESTION and _says_enough(words):
             self._starts.add(words[:2])
-            self._questions[words[:QUESTION]].setdefault(words, place)
+            self._questions[words[:QUESTION]].setdefault((len(words), _digest(words)), place)
+
+
+def _packed(path: str) -> Path | None:
+    """An archive among a benchmark's files, which readers of a corpus leave alone."""
+    place = Path(path).expanduser()
+    files = place.rglob("*") if place.is_dir() else [place]
+    return next((file for file in files if file.suffix.lower() in _ARCHIVES and file.is_file()), None)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -109,7 +133,16 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _words(text: str) -> Words:
-    return tuple(_WORD.findall(text.casefold()))
+    return tuple(words(_SIGN.sub(" ", text.casefold())))
+
+
+def _says_enough(words: Words) -> bool:
+    """Characters of a script without blanks count for half a word."""
+    return sum(1.0 if word.isascii() or len(word) > 1 else 0.5 for word in words) >= QUESTION
+
+
+def _digest(words: Words) -> bytes:
+    return blake2b("\0".join(words).encode(), digest_size=12).digest()
 
 
 def _sketch(words: Words) -> RMinHash:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from spell_megatron.config import HeldOutConfig
 from spell_megatron.corpus.worlds import WORLDS
@@ -18,22 +20,63 @@ def load_heldout(settings: HeldOutConfig) -> list[tuple[Cluster, Question]]:
         return WORLDS[settings.path].heldout(settings.questions, settings.seed)
     path = Path(settings.path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            return list(_read(path, file, settings.questions))
     except (OSError, UnicodeDecodeError) as error:
         raise SpellError(f"cannot read the held-out questions {path} (heldout.path): {error}") from None
-    return [_parse(path, number, line) for number, line in enumerate(lines[: settings.questions], start=1)]
+
+
+def _read(path: Path, lines: Iterator[str], count: int) -> Iterator[tuple[Cluster, Question]]:
+    """The first questions. Lines are those of JSON: other breaks may stand within a text."""
+    for number, line in enumerate(lines, start=1):
+        if count == 0:
+            return
+        if line.strip():
+            count -= 1
+            yield _parse(path, number, line)
 
 
 def _parse(path: Path, number: int, line: str) -> tuple[Cluster, Question]:
     try:
         row = json.loads(line)
-        documents = tuple(Document(f"{number}/{i}", str(text)) for i, text in enumerate(row["documents"]))
-        options = dict(row.get("options") or {})
-        labels = {str(name): str(value) for name, value in dict(row.get("labels") or {}).items()}
-        question = Question(row["task"], row["question"], str(row["answer"]), options, labels)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        texts = [_text(text, "a document") for text in _kind(row["documents"], list, "documents")]
+        documents = tuple(Document(f"{number}/{i}", text) for i, text in enumerate(texts))
+        options = _texts(row.get("options"), "options")
+        labels = _texts(row.get("labels"), "labels")
+        question = Question(
+            *(_text(row["task"], "task"), _text(row["question"], "question"), _text(row["answer"], "answer")),
+            *(options, labels),
+        )
+        if not documents:
+            raise ValueError("documents is empty")
+        if (question.task == "doc_mc") != bool(options) or (options and question.answer not in options):
+            raise ValueError("options are for doc_mc, and answer is the letter of one of them")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SpellError(
             f"{path} line {number} is no held-out question ({error}); it needs the fields task, question, answer,"
             " documents (a list of texts), options for doc_mc, and labels (an object of texts) where there are some"
         ) from None
     return Cluster(f"{path.stem}/{number}", "heldout", documents), question
+
+
+def _kind(value: Any, kind: type, what: str) -> Any:
+    """Raises TypeError for anything but `kind`: a text is also a list of characters, to Python."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} is {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    """A text that is not empty, or a number as one."""
+    text = (
+        str(value)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else _kind(value, str, what)
+    )
+    if not text.strip():
+        raise ValueError(f"{what} is empty")
+    return text
+
+
+def _texts(value: Any, what: str) -> dict[str, str]:
+    return {str(name): _text(text, f"{what}.{name}") for name, text in _kind(value or {}, dict, what).items()}

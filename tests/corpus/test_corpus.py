@@ -619,3 +619,40 @@ def test_held_out_questions_of_a_file_may_have_labels(tmp_path: Path) -> None:
     path.write_text("[" * 200_000)
     with pytest.raises(SpellError, match="line 1 is no held-out question"):
         load_heldout(HeldOutConfig(path=str(path), questions=3))
+
+
+def test_held_out_questions_are_read_as_json_lines_are_written(tmp_path: Path) -> None:
+    """A mark of the byte order, empty lines, and breaks within a text that end no line of JSON."""
+    path = tmp_path / "held.jsonl"
+    row = {
+        "task": "docmath_qa",
+        "question": "How\u2028many\u0085?",
+        "answer": 3,
+        "documents": ["Two\u2028and one."],
+    }
+    line = json.dumps(row, ensure_ascii=False)
+    path.write_text(f"\ufeff{line}\r\n\n{line}\n", encoding="utf-8", newline="")
+    read = load_heldout(HeldOutConfig(path=str(path), questions=9))
+    assert [(question.text, question.answer) for _, question in read] == [("How\u2028many\u0085?", "3")] * 2
+    assert [cluster.documents[0].text for cluster, _ in read] == ["Two\u2028and one."] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"documents": "Nora did it."}, "documents is str"),
+        ({"documents": [{"title": "A", "text": "Nora did it."}]}, "a document is dict"),
+        ({"documents": []}, "documents is empty"),
+        ({"answer": None}, "answer is NoneType"),
+        ({"answer": " "}, "answer is empty"),
+        ({"question": 5.5, "task": None}, "task is NoneType"),
+        ({"task": "doc_mc"}, "options are for doc_mc"),
+        ({"task": "doc_mc", "options": {"A": "x", "B": "y"}, "answer": "C"}, "letter of one"),
+    ],
+)
+def test_a_held_out_question_of_another_shape_is_refused(tmp_path: Path, values: dict, said: str) -> None:
+    path = tmp_path / "held.jsonl"
+    row = {"task": "doc_general_qa", "question": "Who?", "answer": "Nora", "documents": ["Nora did."]}
+    path.write_text("\n" + json.dumps(row | values))
+    with pytest.raises(SpellError, match=f"line 2 is no held-out question .*{said}"):
+        load_heldout(HeldOutConfig(path=str(path), questions=3))

@@ -8,9 +8,11 @@ import json
 import lzma
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +346,22 @@ def long_text() -> str:
     return " ".join(" ".join(draw.sample(words, 1000)) for _ in range(7_200))
 
 
+def measured(source: Path, prepared: Path, memory: int | None = None) -> tuple[int, int, int]:
+    """Memory in MiB that a corpus took, the longest text that was counted, and the clusters that were drawn; within
+    `memory` bytes of address space."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_AS, (memory, memory)) if memory else None
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(source), str(prepared)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    mib, longest, drawn = map(int, done.stdout.split())
+    return mib, longest, drawn
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["jsonl", "json.gz", "parquet"])
 def test_a_text_of_fifty_megabytes_takes_little_memory(tmp_path: Path, long_text: str, kind: str) -> None:
@@ -358,17 +376,88 @@ def test_a_text_of_fifty_megabytes_takes_little_memory(tmp_path: Path, long_text
             path.write_bytes(gzip.compress(b"[" + row + b"]", 1))
         case "parquet":
             parquet.write_table(pyarrow.table({"text": [long_text]}), path)
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path.parent), str(tmp_path / "out")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    mib, longest, drawn = map(int, done.stdout.split())
+    mib, longest, drawn = measured(path.parent, tmp_path / "out")
     assert drawn == 20
     assert longest <= 1 << 15, "a tokenizer takes a hundred times what it is given"
     assert mib <= 300
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth
+
+
+def objects(depth: int) -> bytes:
+    return b'[{"text": "sound"}, ' + b'{"a": ' * depth
+
+
+def page(cell: int, rows: int) -> bytes:
+    row = "<tr><td>short</td><td>cell</td></tr>"
+    return f"<html><body><table><tr><td>{'x' * cell}</td></tr>{row * rows}</table></body></html>".encode()
+
+
+def shared(rows: int, text: str) -> pyarrow.Table:
+    return pyarrow.table({"text": [text] * rows, "question": [f"{i}?" for i in range(rows)]})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["nested", "objects", "page", "parquet", "nested parquet", "arrow"])
+def test_a_small_file_takes_little_memory(tmp_path: Path, kind: str) -> None:
+    """What a few kilobytes can be made to unfold to: brackets, columns as wide as one cell, a value of all rows."""
+    folder, text = tmp_path / "in", "Nora lives in Ypres. " * 40_000
+    folder.mkdir()
+    (folder / "sound.txt").write_text("A text that is read whatever lies beside it. " * 20)
+    match kind:
+        case "nested":
+            (folder / "deep.json").write_bytes(nested(100_000))
+        case "objects":
+            (folder / "deep.jsonl").write_bytes(objects(100_000))
+        case "page":
+            (folder / "wide.html").write_bytes(page(100_000, 10_000))
+        case "parquet":
+            parquet.write_table(shared(600, text), folder / "shared.parquet")
+        case "nested parquet":
+            table = pyarrow.table({"text": [[text, text]] * 300})
+            parquet.write_table(table, folder / "shared.parquet")
+        case "arrow":
+            table = shared(600, text)
+            encoded = table.set_column(0, "text", table["text"].dictionary_encode())
+            with pyarrow.ipc.new_stream(folder / "shared.arrow", encoded.schema) as stream:
+                stream.write_table(encoded)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2 << 20
+    mib, _, drawn = measured(folder, tmp_path / "out", 6 << 30)
+    assert drawn == 20
+    assert mib <= 300
+
+
+def test_a_row_of_an_array_is_lost_alone_whatever_its_numbers(tmp_path: Path) -> None:
+    """An id of 64 bits without a sign, as hashes are; a number beyond any float."""
+    rows = '[{"text": "one", "id": 18446744073709551615}, {"text": "two", "x": 1e999}, {"text": "three"}]'
+    (tmp_path / "rows.json").write_text(rows)
+    found, skipped = texts_of(tmp_path)
+    assert [text.text for text in found] == ["one", "two", "three"]
+    assert not skipped.counts
+
+
+def test_what_follows_a_broken_array_is_said_to_be_lost(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"text": "one"}, {"x": NaN}, {"text": "three"}]')
+    (text,), skipped = texts_of(tmp_path)
+    assert text.text == "one"
+    assert "what follows it is not read" in skipped.first["not JSON"]
+
+
+@pytest.mark.parametrize("attribute", ["hidden", "role='banner'"])
+def test_a_page_that_is_furniture_as_a_whole_ends_nothing(tmp_path: Path, attribute: str) -> None:
+    (tmp_path / "a.html").write_text(f"<html {attribute}><body><p>Words of a page.</p></body></html>")
+    (tmp_path / "b.txt").write_text("Words of a text.")
+    found, _ = texts_of(tmp_path)
+    assert [text.text.strip() for text in found] == ["Words of a page.", "Words of a text."]
+
+
+def test_a_table_without_end_keeps_its_words(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_bytes(page(20_000, 2_000))
+    (text,), _ = texts_of(tmp_path)
+    assert text.text.count("short") == text.text.count("cell") == 2_000
+    assert len(text.text) < 200_000
 
 
 def test_a_cell_without_an_end_is_no_burden(tmp_path: Path) -> None:

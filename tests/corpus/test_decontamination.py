@@ -14,6 +14,7 @@ import pytest
 from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import ConfigError, CorpusConfig, SourceConfig, load_config
 from spell_megatron.corpus import ClusterSampler, survey
+from spell_megatron.corpus.cleaning import sketch
 from spell_megatron.corpus.decontamination import SHINGLE, Benchmarks
 from spell_megatron.corpus.survey import meant
 from spell_megatron.types import SpellError
@@ -81,6 +82,44 @@ def test_a_question_is_found_where_a_text_holds_it(index: Benchmarks):
     assert (asked.kind, asked.place) == ("question", "frames/test.jsonl#1.Prompt")
     assert index.match(f"{around} In which year did the older of the two bridges open? {around}") is None
     assert index.match("A short one") is None  # an answer of three words stands in texts of every kind
+
+
+@pytest.mark.parametrize("length", [20, 60, 150, 390])
+def test_a_long_question_is_found_within_a_longer_page(tmp_path: Path, length: int):
+    """A problem of a contest, word by word, and its solution behind it."""
+    problem = " ".join(prose(1, length))
+    (tmp_path / "contest.jsonl").write_text(json.dumps({"problem": problem, "answer": "204"}) + "\n")
+    index = Benchmarks([str(tmp_path)])
+    around = " ".join(prose(2, 300))
+    assert index.match(f"{around}\n{problem}\nSolution. {around}").place == "contest.jsonl#1.problem"
+    assert index.match(f"{around} {' '.join(prose(1, length)[:-3])} {around}") is None
+
+
+CHINESE = "根据文档中的年度报告计算这家公司去年的净利润总额与前年相比增长了多少百分点"
+
+
+def test_a_script_without_blanks_has_words_too(tmp_path: Path):
+    (tmp_path / "questions.jsonl").write_text(
+        json.dumps({"question": CHINESE, "hint": "根据文档中的年度报告"}) + "\n"
+    )
+    index = Benchmarks([str(tmp_path)])
+    around = "这是一篇关于别的事情的文章。" * 20
+    assert index.match(f"{around}{CHINESE}？{around}").place == "questions.jsonl#1.question"
+    assert index.match(f"{around}根据文档中的年度报告{around}") is None  # ten characters are about five words
+    page = [chr(0x4E00 + (7 * i * i + i) % 5000) for i in range(600)]
+    changed = [*page[:300], "一", *page[301:]]
+    assert set(sketch("".join(page))) & set(sketch("".join(changed)))
+    assert not set(sketch("".join(page))) & set(sketch("".join(page[::-1])))
+
+
+def test_an_archive_among_the_benchmarks_is_no_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "README.md").write_text("How to use it, in some words, with a script besides.")
+    (tmp_path / "load.py").write_text("pass")
+    Benchmarks([str(tmp_path)])
+    assert "nothing is compared that is left out" in caplog.text
+    (tmp_path / "data.zip").write_bytes(b"PK")
+    with pytest.raises(SpellError, match=r"data\.zip is an archive.*unpack"):
+        Benchmarks([str(tmp_path)])
 
 
 def test_a_corpus_without_what_the_benchmarks_ask_about(benchmarks: Path, tmp_path: Path):

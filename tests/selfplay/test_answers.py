@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 from hypothesis import given, settings
@@ -143,6 +143,18 @@ def test_what_is_no_choice_is_none_for_any_letter(ending: str) -> None:
     for letter in LETTERS:
         response = "The correct answer is " + ending.replace("{}", letter)
         assert extract_answer("doc_mc", response) is None, response
+
+
+@pytest.mark.parametrize("link", [", ", ",", "; ", " and ", " or ", ", or ", " / ", " & "])
+@pytest.mark.parametrize(
+    "dress", ["{}", "({})", "[{}]", "\\boxed{{{}}}", "**{}**", "one of {}", "among ({})", "in my view, {}"]
+)
+def test_several_letters_are_none_whichever_is_last(link: str, dress: str) -> None:
+    """A reader that took the last of a list would pay for listing all of them."""
+    for count in (2, 3, 4):
+        for letters in permutations(LETTERS, count):
+            response = f"The correct answer is {dress.format(link.join(letters))}."
+            assert extract_answer("doc_mc", response) is None, response
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,39 @@ def test_tags_of_thought_may_be_named(text: str, kind: str) -> None:
     assert outcome(text) == kind
 
 
+SAME = [
+    ("the  Rhine", "the Rhine"),
+    ("the\u00a0Rhine", "The\u2003Rhine."),
+    ("Rhine", "\uff32hine"),
+    ("Rh\u00adine", "Rhine"),
+    ("O\u2019Neil", "O'Neil"),
+    ("\u201cyes\u201d", '"Yes"'),
+    ("1.0", "1"),
+    ("1,000", "1000.00"),
+    ("3\u20135", "3-5"),
+    ("\u22125", "-5"),
+    ("the cat", "cat"),
+    ("[[x", "[ [x"),  # as the verifier is shown them
+]
+OTHER = [
+    ("-5", "5"),
+    ("C++", "C"),
+    ("A+", "A-"),
+    ("5 million", "5 billion"),
+    ("1.5", "15"),
+    ("1/2", "12"),
+    ("a", "an"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), [*SAME, *OTHER])
+def test_choices_that_read_alike_are_no_choices(one: str, other: str) -> None:
+    """A guess among them is right half the time, which pays the questioner most."""
+    options = {"A": "Meuse", "B": one, "C": other, "D": "Moselle"}
+    text = json.dumps({"question": "Which river?", "options": options, "answer": "B"})
+    assert outcome(text, "doc_mc") == ("bad_format" if (one, other) in SAME else "question")
+
+
 def variants(text: str) -> list[str]:
     return [text, text.upper(), f"{text}.", f"<{text}>", f"“{text}”", f"  {text.title()}?", f"[{text}]"]
 

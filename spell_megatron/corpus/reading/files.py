@@ -7,9 +7,11 @@ import logging
 import os
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.reading import rows
@@ -18,8 +20,13 @@ from spell_megatron.corpus.reading.places import Place
 from spell_megatron.corpus.reading.tables import arrow_rows, csv_rows, json_file, json_lines, parquet_rows
 from spell_megatron.corpus.reading.text import PART, Skipped, Text, cut
 
+if TYPE_CHECKING:
+    from lxml.html import HtmlElement
+
 HTML_BYTES = 32 << 20
 """A longer page is skipped."""
+TABLE_CHARACTERS = 16 << 20
+"""Of a page's tables, as they are laid out."""
 _VERSION = re.compile(r"\.\d+")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _FURNITURE = (
@@ -91,7 +98,6 @@ def _page(file: BufferedReader, name: str, source: SourceConfig, skipped: Skippe
     """The text of an HTML page as a browser would lay it out, without what surrounds it."""
     from inscriptis.html_engine import Inscriptis
     from inscriptis.model.config import ParserConfig
-    from lxml.etree import LxmlError
     from lxml.html import document_fromstring
 
     content = file.read(HTML_BYTES + 1)
@@ -101,14 +107,34 @@ def _page(file: BufferedReader, name: str, source: SourceConfig, skipped: Skippe
         page = document_fromstring(_decoded_page(content))
         title = page.findtext(".//title") or os.path.basename(name)
         for furniture in page.xpath(_FURNITURE):
-            furniture.drop_tree()
+            if furniture.getparent() is not None:
+                furniture.drop_tree()
         bodies = page.xpath(_BODY)
-        text = Inscriptis(bodies[0] if len(bodies) == 1 else page, ParserConfig()).get_text()
-    except (LxmlError, ValueError, RecursionError) as error:
-        return skipped.add("not HTML", name, str(error))
+        body = bodies[0] if len(bodies) == 1 else page
+        _narrow(body)
+        text = Inscriptis(body, ParserConfig()).get_text()
+    except Exception as error:  # the page is a stranger's, and two libraries read it
+        return skipped.add("not HTML", name, str(error) or type(error).__name__)
     if not text.strip():
         return skipped.add("empty", name)
     yield from Text(name, textwrap.dedent(text), os.path.dirname(name), title).parts()
+
+
+def _narrow(page: HtmlElement) -> None:
+    """Take apart the tables that come after the first `TABLE_CHARACTERS`: every row is filled up to the longest cells
+    of its columns, and one long cell would make a small page a huge text."""
+    total = 0
+    for table in list(page.iter("table")):
+        widths, rows = defaultdict[int, int](int), 0
+        for row in table.iter("tr"):
+            rows += 1
+            for place, cell in enumerate(row):
+                widths[place] = max(widths[place], len(cell.text_content()))
+        total += rows * sum(widths.values())
+        if total > TABLE_CHARACTERS:
+            total -= rows * sum(widths.values())
+            for part in list(table.iter("table", "thead", "tbody", "tfoot", "tr", "td", "th")):
+                part.tag = "div" if part.tag in ("table", "tr") else "span"
 
 
 def _decoded_page(content: bytes) -> str | bytes:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ijson
 import msgspec
+from ijson.common import ObjectBuilder
 
 from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.reading.rows import Row, missing_column, text_column, wanted_columns
@@ -27,6 +28,8 @@ _AT_ONCE = 16 << 20
 """Bytes of rows that are unpacked together, about."""
 _BOM = b"\xef\xbb\xbf"
 
+_DEEPEST = 100
+"""Lists and objects within each other, in a JSON value that is not read line by line."""
 _CELL_BYTES = 16 << 20
 """Bytes of CSV read at once: its parser takes four for each."""
 
@@ -36,7 +39,7 @@ csv.field_size_limit(_CELL_BYTES)
 def json_lines(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]:
     """One object a line; a file that begins with a bracket is one array, whatever it is called."""
     if _head(file)[:1] == b"[":
-        yield from _items(file, "item", name, skipped)
+        yield from _items(file, name, skipped, in_array=True)
         return
     number = 0
     while line := file.readline(ROW_BYTES):
@@ -66,7 +69,7 @@ def json_file(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row
         spread = bool(end) and line[:1] == b"{" and not _decoded(line)
     except (ValueError, RecursionError):
         spread = True
-    yield from _items(file, "", name, skipped) if spread else json_lines(file, name, skipped)
+    yield from _items(file, name, skipped, in_array=False) if spread else json_lines(file, name, skipped)
 
 
 def csv_rows(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]:
@@ -89,18 +92,26 @@ def csv_rows(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]
 
 
 def parquet_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Row]:
-    """Only the columns that are needed, so many rows at a time as their average size allows."""
-    from pyarrow import ArrowException, RecordBatch, parquet
+    """Only the columns that are needed, so many rows at a time as their average size allows.
 
+    A value that rows of a batch share is written once, and stays so (`read_dictionary`) until a row is used. Lists
+    cannot stay so: their rows come one at a time.
+    """
+    from pyarrow import ArrowException, parquet, types
+
+    frugal = {"buffer_size": 1 << 20, "pre_buffer": False}
     try:
-        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        with parquet.ParquetFile(path, **frugal) as file:
             columns = _columns(file.schema_arrow, name, source, skipped)
+            nested = any(types.is_nested(file.schema_arrow.field(column).type) for column in columns)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)] if columns else []
-            for number, group in enumerate(groups):
-                average = group.total_byte_size // max(group.num_rows, 1) + 1
-                rows = max(1, min(1024, _AT_ONCE // average))
-                batches = file.iter_batches(batch_size=rows, row_groups=[number], columns=columns)
-                for unpacked in map(RecordBatch.to_pylist, batches):  # no batch stays while its rows are used
+        averages = [group.total_byte_size // max(group.num_rows, 1) + 1 for group in groups]
+        rows = [1 if nested else max(1, min(1024, _AT_ONCE // average)) for average in averages]
+        shared = columns if max(rows, default=1) > 1 else []
+        with parquet.ParquetFile(path, read_dictionary=shared, **frugal) as file:
+            for number, size in enumerate(rows):
+                batches = file.iter_batches(batch_size=size, row_groups=[number], columns=columns)
+                for unpacked in map(_unpacked, batches):  # no batch stays while its rows are used
                     yield from unpacked
     except ArrowException as error:
         skipped.add("damaged", name, str(error).splitlines()[0])
@@ -134,8 +145,11 @@ def _columns(schema: Schema, name: str, source: SourceConfig, skipped: Skipped) 
 
 
 def _unpacked(batch: RecordBatch) -> Iterator[Row]:
-    """Rows of a batch as Python has them, a slice at a time."""
-    rows = max(1, _AT_ONCE // (batch.nbytes // max(batch.num_rows, 1) + 1))
+    """Rows of a batch as Python has them, a slice at a time; one row where their values may be shared."""
+    from pyarrow import types
+
+    shared = any(types.is_dictionary(field.type) or types.is_nested(field.type) for field in batch.schema)
+    rows = 1 if shared else max(1, _AT_ONCE // (batch.nbytes // max(batch.num_rows, 1) + 1))
     for start in range(0, batch.num_rows, rows):
         yield from batch.slice(start, rows).to_pylist()
 
@@ -155,20 +169,41 @@ def _objects(values: Iterable[Any], where: str, skipped: Skipped) -> Iterator[Ro
             skipped.add("not a JSON object", where, f"found {type(value).__name__}")
 
 
-def _items(file: BufferedReader, prefix: str, name: str, skipped: Skipped) -> Iterator[Row]:
-    """Values below `prefix`, one at a time."""
+def _items(file: BufferedReader, name: str, skipped: Skipped, *, in_array: bool) -> Iterator[Row]:
+    """Values of one array, or those that follow each other, one at a time."""
     bounded = _PerItem(file)
     try:
-        for value in ijson.items(bounded, prefix, multiple_values=not prefix, use_float=True):
+        for value in _values(bounded, outside=int(in_array)):
             bounded.begin()
             yield from _objects([value], name, skipped)
     except _TooLong:
         skipped.add(f"longer than {ROW_BYTES >> 20} MiB", name, "a value; what follows it is not read")
-    except (ijson.JSONError, RecursionError) as error:
-        skipped.add("not JSON", name, str(error).splitlines()[0])
+    except (ijson.JSONError, _TooDeep) as error:
+        reason = (str(error).splitlines() or ["nested too deeply"])[0]
+        skipped.add("not JSON", name, f"{reason}; what follows it is not read")
+
+
+def _values(file: _PerItem, outside: int) -> Iterator[Any]:
+    """The values that stand below so many brackets. ijson's own `items` names the whole way to every bracket, which
+    takes the square of their depth."""
+    depth, value = 0, ObjectBuilder()
+    for event, said in ijson.basic_parse(file, multiple_values=not outside):
+        opens = event in ("start_map", "start_array")
+        depth += opens - (event in ("end_map", "end_array"))
+        if depth > _DEEPEST:
+            raise _TooDeep
+        if depth + (not opens) > outside:
+            value.event(event, said)
+            if depth == outside:
+                yield value.value
+                value = ObjectBuilder()
 
 
 class _TooLong(Exception):
+    pass
+
+
+class _TooDeep(Exception):
     pass
 
 

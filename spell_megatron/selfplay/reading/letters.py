@@ -42,6 +42,8 @@ _OTHER = re.compile(
     rf"|[,;.|)\]\s]{_ANOTHER}(?=\W{{0,8}}(?:$|(?:[A-H]|and|or|are)\b)))"
 )
 """One more letter behind a letter. In "B. A is wrong" and "B: A new one" it begins something else."""
+_SEVERAL = re.compile(rf"\b[A-H]{_OTHER.pattern}")
+"""A list of letters, which marks none of them."""
 _ENDED = re.compile(rf"(?:{_CLOSE}|\s*$|\s*[\u2013\u2014(\[:\n<-])")
 _EQUATION = re.compile(r"\s*[=+^\u2264\u2265]|[*/<>]\w")
 _WORD = re.compile(r"\s+([^\W\d_]+)")
@@ -68,8 +70,10 @@ def stated(statement: Statement) -> str | None:
 def mentioned(statement: Statement) -> str | None:
     """The only letter that a statement marks as one, where it denies nothing."""
     text = _tidy(statement.text)
-    found = {next(filter(None, match.groups())) for match in _MARKED.finditer(text)}
-    return found.pop() if len(found) == 1 and found < set("ABCD") and not denies(text) else None
+    found: set[str] = {next(filter(None, match.groups())) for match in _MARKED.finditer(text)}
+    if len(found) != 1 or not found < set("ABCD") or denies(text) or _SEVERAL.search(text):
+        return None
+    return found.pop()
 
 
 def _first(text: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
+from decimal import Decimal
 
 from spell_megatron.selfplay.reading.latex import plain
 from spell_megatron.selfplay.reading.statements import Statement, opened
@@ -58,6 +59,20 @@ class _Dropped(dict[int, int | None]):
         return self.setdefault(code, None if drop else code)
 
 
+class _Styles(dict[int, str]):
+    """For `str.translate`: any quote as an apostrophe, any dash as a hyphen, nothing for the invisible."""
+
+    def __missing__(self, code: int) -> str:
+        character, category = chr(code), unicodedata.category(chr(code))
+        if character in _QUOTES or character in _Dropped._APOSTROPHES or category in ("Pi", "Pf"):
+            return self.setdefault(code, "'")
+        if category == "Pd" or character == "\u2212":
+            return self.setdefault(code, "-")
+        return self.setdefault(code, "" if category == "Cf" else character)
+
+
+_STYLES = _Styles()
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,12})(?:\.\d{1,40})?", re.ASCII)
 _DROPPED = _Dropped()
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -88,6 +103,16 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_ACCENTS)).casefold()
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).translate(_DROPPED))
     return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def seen(text: str) -> str:
+    """What a reader sees in a text: case, width, blanks, an article before it, quotes' and dashes' styles, and a full
+    stop make no difference; other signs do, since -5 is not 5, and C++ not C. Of a number its value."""
+    text = unicodedata.normalize("NFKC", text.translate(_ACCENTS)).casefold().translate(_STYLES)
+    text = (
+        " ".join(text.split()).strip(" .,;:!?'").removeprefix("the ").removeprefix("an ").removeprefix("a ")
+    )
+    return f"{Decimal(text.replace(',', '')).normalize():f}" if _PLAIN_NUMBER.fullmatch(text) else text
 
 
 def _answer(text: str) -> str | None:

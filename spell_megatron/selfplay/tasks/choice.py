@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from spell_megatron.selfplay.reading import letters
+from spell_megatron.selfplay.quoting import quoted
+from spell_megatron.selfplay.reading import letters, texts
 from spell_megatron.selfplay.tasks.task import (
     BAD_FORMAT,
     Draft,
@@ -36,7 +37,7 @@ class Choice(Task):
         if len(options) != len(LETTERS) or set(choices) != set(LETTERS):
             return BAD_FORMAT
         ordered = {name: text for name in LETTERS if (text := choices[name])}
-        if len({text.casefold().rstrip(" .") for text in ordered.values()}) != len(LETTERS):
+        if len({texts.seen(quoted(text)) for text in ordered.values()}) != len(LETTERS):
             return BAD_FORMAT
         if any(map(is_unfilled, ordered.values())):
             return BAD_FORMAT
