@@ -33,7 +33,7 @@ def layer_classes(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
         # Where products add to it themselves (policy.fusions.weight_gradients); data parallelism makes it otherwise.
-        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
     plan = plan_spans([(group.prompt, [sample.tokens for sample in group.samples])], device=world.device)
     tokens = plan.ids.shape[1]
     like: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Evaluation: the paper's benchmarks against any OpenAI-compatible endpoint.
 
-evaluate(["docmath"], models=["out/step-200/hf"], data=Path("data"), max_input=[16_384, 100_000])
+evaluate(["docmath"], models=["runs/mine/hf"], data=Path("data"), max_input=[16_384, 100_000])
 """
 
 from eval.benchmarks import list_benchmarks

@@ -1,4 +1,4 @@
-"""One call from a recipe to its end on other machines."""
+"""One call from a recipe to its end, on this machine or a cluster."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _FAILED = "failed-"
 """Begins the name of a file in `logs` with the exit code of the rank that failed first. srun would return the highest:
 that of a rank which it killed itself."""
 
-# Codes below the first are a finished run and a fault of the user's: another attempt would end alike.
+# 0 is a finished run, and 2 what another attempt would end alike in: 1 and all from here on are crashes.
 _CRASH = 3
 
 _ENDING = Template(

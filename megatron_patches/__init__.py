@@ -1,7 +1,7 @@
 """Corrections of megatron-core, one file each.
 
-`apply()` is called once, before anything of megatron-core is built. Nothing is patched on a machine
-with CUDA but what is wrong there too.
+`apply()` is called once, before anything of megatron-core is built. On a machine with CUDA, only
+what is wrong there too is patched.
 """
 
 from __future__ import annotations

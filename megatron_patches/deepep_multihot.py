@@ -1,8 +1,8 @@
-"""What DeepEP brings, as experts' numbers, becomes a table of tokens and experts: for that upstream waits thrice.
+"""The table of tokens and experts, made of the numbers that DeepEP brings; upstream waits for the device three times.
 
-It looks which numbers are none, and the host cannot go on before it knows how many (token_dispatcher.py:1219). Its
-kernel that does not wait wants experimental functions switched on. Here what is no expert goes into a column of its
-own, which is cut off.
+It counts the entries that name no expert, and the host waits for that count (token_dispatcher.py:1219). Its kernel
+that does not wait wants experimental functions switched on. Here these entries go into a column of their own, which is
+cut off.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every key, with its type, its range and its meaning. No torch.
 
-Every field has the value of the paper (arXiv 2509.23863, section 4.1) as its default where the
-paper gives one.
+Defaults are the values of the paper's section 4.1 (arXiv 2509.23863). Where the paper and its authors' code differ,
+docs/recipes.md says which one is the default.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class CorpusConfig:
     max_documents: int = Field(default=20, gt=0)
     """At most this many documents in one cluster."""
     toy_clusters: int = Field(default=20_000, gt=0)
-    """Clusters of a generated world before it repeats."""
+    """Clusters of a generated world (`toy`, `hard`, `hard-small`) before it repeats."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -347,7 +347,7 @@ class OptimizerConfig:
     lr: float = Field(default=2e-6, gt=0)
     """Learning rate."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the rate rises to `lr`."""
+    """Steps over which the rate rises to `lr`; the first one trains, too."""
     decay_steps: int = Field(default=0, ge=0)
     """Cosine decay to `min_lr` that ends at this step; 0 keeps the rate constant."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -448,7 +448,7 @@ class PolicyConfig:
     head_chunk: int = Field(default=1024, gt=0)
     """Response tokens whose logits exist at the same time."""
     minibatches: int = Field(default=1, gt=0)
-    """Optimizer updates per batch; 1 is strictly on-policy."""
+    """Optimizer updates per batch, whose groups are dealt to them in turns; 1 is strictly on-policy."""
     freeze_router: bool = False
     """Leave the routers of experts as they are."""
     router_dtype: Literal["model", "float32"] = "model"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -161,12 +160,6 @@ def serve(model: Path, settings: RolloutConfig, scratch: Path, *, log: Path) -> 
         yield server.address
     finally:
         server.stop()
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(client: httpx.Client) -> bool:

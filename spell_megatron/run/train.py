@@ -9,7 +9,7 @@ thread behind it: the loop is the same.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,6 @@ class Summary:
     report: str
     heldout_before: dict[str, Any] | None
     heldout_after: dict[str, Any] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def train(config: Config, benchmarks: Benchmarks | None = None, judges: Judges | None = None) -> Summary:

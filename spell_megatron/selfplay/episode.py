@@ -62,7 +62,8 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One question. `outcome` is `kept`, `zero_variance`, `bad_format`, `bad_ground` or `dropped:<why>`.
+    """One question. `outcome` is one of `rewards` (`kept`, `zero_variance`, `bad_format`, `bad_ground`, `unnoted`,
+    `unquoted`, `outvoted`) or `dropped:<why>`.
 
     `documents` are the indices in the cluster of what the questioner read, of `cluster_documents` in
     all; `asked` is its rollout (None for a static question), `reward` what it earned (None where it

@@ -105,7 +105,7 @@ class Memory:
                         ring["cluster"],
                         entry["documents"],
                         Question(**entry["question"]),
-                        ring.get("step", newest),  # states of before had none
+                        ring.get("step", newest),  # optional in a saved state
                     )
         except (KeyError, TypeError) as error:
             raise SpellError(

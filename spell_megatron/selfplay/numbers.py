@@ -5,7 +5,7 @@ the four operations, powers, roots and brackets, and the result is a finite floa
 ranges, quarters and ordinals are no numbers.
 
 Signs of currency, percent and words of scale are read and carry no factor: numeric equality holds
-up to the factors that they stand for (see `grading.math_equal`).
+up to the factors that they stand for (see `tasks.number.math_equal`).
 """
 
 from __future__ import annotations

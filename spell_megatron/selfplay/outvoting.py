@@ -3,9 +3,9 @@
 A question is worth most where half of its responses meet the reference (equation 7), and a reference that is wrong is
 met by some as well: by chance, or by those who err as the questioner did. So false references are paid like hard
 questions. What tells them apart is what the others say. Where a reference is right, those who miss it err in many ways;
-where most responses agree on one answer that the reference is not, it is the reference that is wrong as a rule
-(docs/evidence.md has the figures). Such a question earns nothing, and its responses, which would learn the error,
-are not trained on.
+where most responses agree on one answer that the reference is not, it is the reference that is wrong as a rule. Such
+a question earns nothing, and its responses, which would learn the error, are not trained on (docs/evidence.md shows
+what that changes).
 
 Majorities of one's own answers stand for labels in R-Zero (arXiv 2508.05004) and TTRL (arXiv 2504.16084); here they
 only take references away.

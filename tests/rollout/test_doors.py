@@ -26,13 +26,14 @@ import pytest
 import traps
 import uvicorn
 from models import make_model
+from places import free_port
 
 from spell_megatron.base.secret import read_secret, write_secret
 from spell_megatron.config import RolloutConfig, ServersConfig
 from spell_megatron.rollout import door, private_folder
 from spell_megatron.rollout.address import Address, Unproven
 from spell_megatron.rollout.client import Client, TurnedAway, Unavailable
-from spell_megatron.rollout.server import Launch, Server, free_port
+from spell_megatron.rollout.server import Launch, Server
 from spell_megatron.types import SpellError
 
 UNLISTED = (

@@ -16,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from places import free_port
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spell_megatron.config import ServersConfig
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.address import Address
-from spell_megatron.rollout.server import free_port
 from spell_megatron.rollout.transfer.manifest import Manifest
 
 pytestmark = pytest.mark.engine

@@ -37,8 +37,8 @@ LONG_REFERENCE = Failure("dropped:long_reference")
 class Draft:
     """What a questioner wrote: a JSON object of anything, of which `text` is the question.
 
-    `key` is what it was told to make the answer (`Task.key`), `examples` the normalised texts of its prompt's example.
-    `tokens` measures a text, and a free reference has at most `max_tokens`.
+    `key` is what it was told to make the answer (`Task.key`). `tokens` measures a text, and a free reference has at
+    most `max_tokens`. `is_echo` tells whether a text is one of its prompt's example.
     """
 
     text: str

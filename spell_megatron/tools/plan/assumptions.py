@@ -57,7 +57,7 @@ class Assumptions:
     """Share of what a link reaches otherwise that NCCL's all-to-all of uneven parts reaches; an estimate. DeepEP's
     kernels are taken to reach it whole (its README has 153 of 160 GB/s on an H800), but to hide behind nothing."""
     prefill_efficiency: float = 0.40
-    """The same for an engine that reads prompts."""
+    """Share of peak operations that an engine reaches in reading prompts; an estimate."""
     link_efficiency: float = 0.7
     """Share of a link's rate, and of memory's rate in decoding, that is reached."""
     decode_seconds: float = 0.008

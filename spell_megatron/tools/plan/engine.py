@@ -45,6 +45,7 @@ class EngineMemory:
 def engine_memory(
     config: Config, shape: ModelShape, lengths: Lengths, nodes: int, memory_gib: float, assumed: Assumptions
 ) -> EngineMemory:
+    """Bytes of an engine on one GPU of `memory_gib`; its `fault` says why there cannot be one."""
     servers, rollout = config.rollout.servers, config.rollout
     cluster = replace(config.cluster, nodes=nodes)
     colocated, engines, fault = not cluster.engine_nodes, servers.count * nodes, ""

@@ -54,6 +54,7 @@ class Resync:
 
 
 def resync(config: Config, shape: ModelShape, engine: EngineMemory) -> Resync:
+    """Bytes that one GPU moves in a resync, and in how many tensors and buckets."""
     layout, cluster = config.policy.layout, config.cluster
     whole = total_parameters(shape) * width(config.policy)
     inside = max(layout.tensor, layout.expert * layout.expert_tensor)

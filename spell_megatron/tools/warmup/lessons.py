@@ -38,7 +38,7 @@ class Lesson:
     restate: bool = True
     """Also say every cluster's facts again in other words, and find the letters of `choices`."""
     verbatim: bool = False
-    """Also copy every document: a questioner has to note what is there, not what could be."""
+    """With `restate`, also copy every document: a questioner has to note what is there, not what could be."""
     patterns: int = 0
     """Repeated random sequences per cluster: what grows the heads that look up."""
     choices: int = 0
