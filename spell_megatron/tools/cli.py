@@ -296,7 +296,7 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 @command
 def seed_model(
     out: Path,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the weights and the lessons.")] = 0,
     world: Annotated[str, typer.Option(help="toy or hard-small.")] = "toy",
     terms: Annotated[
         int | None, typer.Option(help="Leave school after so many terms: a less able model.")
@@ -385,9 +385,9 @@ def evaluate(
     out: Annotated[Path, Option(help="Answers and reports; resumed where it exists.")] = Path("eval-runs"),
     max_input: Annotated[list[int] | None, Option(help="Input limits in tokens; 16384 if not given.")] = None,
     samples: Annotated[int, Option(help="Answers to each question.")] = 8,
-    temperature: float = 0.7,
+    temperature: Annotated[float, Option(help="Of sampling; greedy benchmarks have none.")] = 0.7,
     max_tokens: Annotated[int | None, Option(help="Output limit; each benchmark's own if not given.")] = None,
-    seed: int = 0,
+    seed: Annotated[int, Option(help="Of the answers' draws.")] = 0,
     mode: Annotated[Mode, Option(help="The paper's scorers, or stricter ones.")] = "spell",
     protocol: Annotated[
         Protocol, Option(help="Ask as the paper does, or as each set's authors do.")
@@ -397,7 +397,7 @@ def evaluate(
     limit: Annotated[int | None, Option(help="Only the first questions of each benchmark.")] = None,
     concurrency: Annotated[int, Option(help="Requests in flight.")] = 64,
     judge: Annotated[str, Option(help="An OpenAI-compatible judge's URL; its key in $SPELL_JUDGE_KEY.")] = "",
-    judge_model: str = "",
+    judge_model: Annotated[str, Option(help="The judge's name of its model.")] = "",
     judge_key: Annotated[str, _key("SPELL_JUDGE_KEY")] = "",
     list_: Annotated[bool, Option("--list", help="Name the benchmarks.")] = False,
     json: Json = False,
