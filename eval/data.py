@@ -87,7 +87,7 @@ class Data:
         for folder in folders:
             for pattern in source.patterns:
                 if found := _match(folder, pattern):
-                    _verify(folder, [path for path, _ in found])
+                    _verify(folder, self.root, [path for path, _ in found])
                     return found
         looked = ", ".join(str(folder) for folder in folders)
         raise SpellError(
@@ -180,15 +180,19 @@ def pin(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _verify(folder: Path, paths: list[Path]) -> None:
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return
-    hashes = json.loads(manifest.read_text(encoding="utf-8"))
-    for path in paths:
-        name = str(path.relative_to(folder))
-        if name in hashes and hashes[name] != _sha256(path):
-            raise SpellError(f"{path} is not the file that {manifest} names: download it again or pin anew")
+def _verify(folder: Path, root: Path | None, paths: list[Path]) -> None:
+    """Compare files with the manifests of a data set's folder and of those above it, up to `root`."""
+    above = [place for place in folder.parents if root and place.is_relative_to(root)]
+    for place in (folder, *above):
+        if not (manifest := place / MANIFEST).is_file():
+            continue
+        hashes = json.loads(manifest.read_text(encoding="utf-8"))
+        for path in paths:
+            name = str(path.relative_to(place))
+            if name in hashes and hashes[name] != _sha256(path):
+                raise SpellError(
+                    f"{path} is not the file that {manifest} names: download it again or pin anew"
+                )
 
 
 def _sha256(path: Path) -> str:
@@ -201,7 +205,8 @@ def _match(folder: Path, pattern: str) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         return []
     kinds = ARCHIVES if member else KINDS
-    paths = sorted(path for path in folder.glob(name) if path.is_file() and path.suffix in kinds)
+    files = (path for path in folder.glob(name) if path.is_file() and path.name != MANIFEST)
+    paths = sorted(path for path in files if path.suffix in kinds)
     if not member:
         return [(path, "") for path in paths]
     return [(path, inner) for path in paths for inner in _members(path) if fnmatch(inner, member)]

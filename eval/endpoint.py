@@ -8,10 +8,12 @@ with the endpoint's words), it does not answer in spite of retries (the sample f
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -60,6 +62,16 @@ class RequestLimits:
     tries: int = 6
     wait: float = 30.0
     rate: float = math.inf
+
+
+def fingerprint(folder: Path) -> tuple[str, ...]:
+    """Names the weights of a model folder of this machine: others at the same path must not share a journal. Nothing
+    where there is no such folder."""
+    if not (folder / "config.json").is_file():
+        return ()
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return (folder.name, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16])
 
 
 class CompletionSource(Protocol):
@@ -194,7 +206,8 @@ class Endpoint:
         self.max_model_len = (
             entry.get("max_model_len") if isinstance(entry.get("max_model_len"), int) else None
         )
-        self.identity = self.identity or (self.model, self.root)
+        known = fingerprint(Path(self.root)) if self.root else ()
+        self.identity = self.identity or (self.model, self.root, *known)
 
     async def _post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Read]) -> Read:
         retrying = AsyncRetrying(

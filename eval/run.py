@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -16,7 +14,7 @@ from eval.benchmark import Benchmark
 from eval.benchmarks import find
 from eval.beside import Beside, beside
 from eval.comparison import Comparison, compare
-from eval.endpoint import Endpoint, RequestLimits
+from eval.endpoint import Endpoint, RequestLimits, fingerprint
 from eval.journal import KeyedJournal
 from eval.judge import JudgeModel
 from eval.measure import Loaded, load, measure, plan, say
@@ -127,7 +125,7 @@ def evaluate(
         with ExitStack() as stack:
             with working("starting the server", console):
                 served = stack.enter_context(server)
-            source = Endpoint(served, model=SERVED_NAME, limits=limits, identity=_fingerprint(folder))
+            source = Endpoint(served, model=SERVED_NAME, limits=limits, identity=fingerprint(folder))
             reports.append(asyncio.run(work.report(source, tokenizer or folder, str(folder))))
     return _finished(reports, paper, out)
 
@@ -216,13 +214,6 @@ def _served_folder(endpoint: Endpoint) -> Path:
         f"{endpoint.url} serves {endpoint.model!r}, whose tokenizer is not on this machine: give its folder"
         " with --tokenizer"
     )
-
-
-def _fingerprint(folder: Path) -> tuple[str, ...]:
-    """Names the weights of a folder: other weights at the same path must not share a journal."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return (folder.name, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16])
 
 
 def _safe(name: str) -> str:

@@ -7,6 +7,7 @@ ranks agree on the folder; and a recipe that is edited meanwhile changes nothing
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,10 +100,20 @@ def read_by(config: Config) -> list[Path]:
         *config.corpus.benchmarks,
         *(source.path for source in config.corpus.sources),
     )
-    paths = [Path(name) for name in named if Path(name).is_absolute()]
-    return list(dict.fromkeys(home_of_links(path if path.is_dir() else path.parent) for path in paths))
+    found = [folder for name in named if Path(name).is_absolute() for folder in _holding(Path(name))]
+    return list(dict.fromkeys(found))
+
+
+def _holding(path: Path) -> Iterator[Path]:
+    """The folders that a path needs: a file may be a link to one of another folder."""
+    yield (home := home_of_links(path if path.is_dir() else path.parent))
+    if not (there := path.resolve()).is_relative_to(home):
+        yield there.parent
 
 
 def _absolute(name: str) -> str:
+    """A file keeps its own name, whose ending says what it holds; a link's target may have none."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name and name not in WORLDS and path.exists() else name
+    if not name or name in WORLDS or not path.exists():
+        return name
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)

@@ -16,7 +16,7 @@ from launchers.machines import machines
 from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.base.pulse import Pulse, lasting
 from spell_megatron.base.terminal import Terminal
-from spell_megatron.config import ClusterConfig, ConfigError, load_config, written
+from spell_megatron.config import ClusterConfig, ConfigError, load_config, untrainable, written
 from spell_megatron.config.yamltext import Plain, load_yaml
 from spell_megatron.selfplay import prompts_of
 from spell_megatron.types import SpellError
@@ -48,6 +48,8 @@ def launch(
         raise ProfileError(
             f"{on.allocated} nodes, and this machine is one: --executor slurm, or cluster.nodes=1"
         )
+    if fault := untrainable(config):
+        raise ConfigError(fault)
     prompts_of(config)
     config = check.check_model(config, on, fetch=not dryrun)
     check.check_runs(config.runs)

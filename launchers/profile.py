@@ -168,16 +168,25 @@ def _check_secrets(file: Path, held: set[str], all_of_them: set[str]) -> None:
         )
 
 
+def _seconds(time: str) -> int:
+    """Of a time limit as sbatch reads it: D-HH[:MM[:SS]], HH:MM:SS or MM:SS."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    parts = [*parts, 0, 0][:3] if dash else [0, 0, *parts][-3:]
+    return ((int(days or 0) * 24 + parts[0]) * 60 + parts[1]) * 60 + parts[2]
+
+
 def _contradictions(profile: Profile) -> Iterable[str]:
     if not _TIME.fullmatch(profile.time):
         yield f"time: {profile.time!r} is no time limit; write HH:MM:SS or D-HH:MM:SS"
+    elif profile.warn_seconds >= (seconds := _seconds(profile.time)):
+        yield (
+            f"warn_seconds: an attempt of {seconds} s (time) would be told to save itself {profile.warn_seconds} s"
+            " before its end, and never make a step: lower it, or raise time"
+        )
     if profile.venv and profile.container:
         yield "venv and container exclude each other: keep one"
-    if (
-        (image := profile.container)
-        and not image.startswith("/")
-        and (image.endswith(".sqsh") or not any(mark in image for mark in "/#"))
-    ):
+    if (image := profile.container) and not image.startswith("/") and "#" not in image:
         yield (
             f"container: pyxis would fetch {image!r} from the public registry; write the image's whole path,"
             " /shared/images/NAME.sqsh, or REGISTRY#IMAGE:TAG"

@@ -140,7 +140,7 @@ class Helmet(Benchmark):
         kind = "of a novel" if item.labels["task"] == "books" else "of a lawsuit"
         values = {"summary": grade.shown, "kind": kind, "expert": item.facts["expert"]}
         values["points"] = "\n".join(f"{number}. {point}" for number, point in enumerate(points, 1))
-        (fluency,) = await ask(fill(FLUENCY, **values), _reader("fluency"))
+        (fluency,) = await ask(fill(FLUENCY, **values), _reader("fluency", most=1))
         (found,) = await ask(fill(RECALL, **values), _reader("recall"))
         supported, sentences = await ask(fill(PRECISION, **values), _reader("precision", "sentence_count"))
         return Verdict(judge_f1(fluency, found, len(points), supported, sentences))
@@ -235,11 +235,11 @@ def last_json(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _reader(*names: str) -> Callable[[str], tuple[float, ...] | None]:
+def _reader(*names: str, most: float = 9_999) -> Callable[[str], tuple[float, ...] | None]:
     def read(reply: str) -> tuple[float, ...] | None:
         value = last_json(strip_thinking(reply) or "") or {}
         numbers = [value.get(name) for name in names]
-        if any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n < 10_000 for n in numbers):
+        if any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n <= most for n in numbers):
             return None
         return tuple(float(n) for n in numbers if n is not None)
 

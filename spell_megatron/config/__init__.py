@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.config.contradictions import check_contradictions, names_secret
+from spell_megatron.config.contradictions import check_contradictions, names_secret, untrainable
 from spell_megatron.config.explaining import nearest
 from spell_megatron.config.reading import Location, adapter, at_home, build, merge, override
 from spell_megatron.config.schema import (
@@ -69,6 +69,7 @@ __all__ = [
     "model_recipes",
     "names_secret",
     "parse_config",
+    "untrainable",
     "written",
 ]
 

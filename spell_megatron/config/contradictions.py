@@ -25,6 +25,17 @@ def check_contradictions(config: Config, where: str) -> None:
         raise ConfigError(f"{where} contradicts itself:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
+def untrainable(config: Config) -> str:
+    """Why no run should begin with a configuration, though what it has made can be looked at; empty where it may."""
+    stream, sequence = config.policy.stream_tokens, config.rollout.max_model_len
+    return (
+        f"policy.stream_tokens={stream} cannot hold a sequence of rollout.max_model_len={sequence}: raise the first to"
+        " the second at least"
+        if sequence > stream
+        else ""
+    )
+
+
 def _corpus(config: Config) -> Iterator[str]:
     if not config.corpus.sources:
         yield "corpus.sources is empty: name one at least, as corpus.sources=[{path: toy}]"
@@ -91,11 +102,6 @@ def _rollout(config: Config) -> Iterator[str]:
         yield (
             "rollout.placement=colocated leaves no memory for rollouts during an update: set it to disaggregated,"
             " or selfplay.max_staleness=0"
-        )
-    if rollout.max_model_len > config.policy.stream_tokens:
-        yield (
-            f"policy.stream_tokens={config.policy.stream_tokens} cannot hold a sequence of"
-            f" rollout.max_model_len={rollout.max_model_len}: raise the first to the second at least"
         )
     if rollout.kind != "vllm" and (rollout.servers.count or config.cluster.engine_nodes):
         yield (

@@ -419,8 +419,8 @@ class PolicyConfig:
     dtype: Dtype = "bfloat16"
     """Precision of the weights in computation; gradients and master weights are float32."""
     spec: Literal["auto", "torch", "te"] = "auto"
-    """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed, but not for float32,
-    whose products it makes in TF32."""
+    """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed, except for
+    float32, which it multiplies in TF32."""
     fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
     """Products of the layers' matrices in FP8, scaled by this recipe of Transformer Engine."""
     attention: Literal["auto", "fa2", "fa3"] = "auto"
@@ -457,6 +457,11 @@ class PolicyConfig:
     """Send tokens to the experts that the engine chose. It must tell them, which vLLM does on CUDA alone."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """A collective that takes longer fails."""
+
+    @property
+    def prefers_te(self) -> bool:
+        """Layers are Transformer Engine's where it is there."""
+        return self.spec == "te" or (self.spec == "auto" and self.dtype == "bfloat16")
 
     @property
     def master_weights(self) -> bool:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 from rensa import RMinHash, RMinHashLSH
 
 from spell_megatron.config import EVERY_TEXT, SourceConfig
-from spell_megatron.corpus.cleaning import MIN_SHINGLES, SHINGLE, words
+from spell_megatron.corpus.cleaning import MIN_SHINGLES, SHINGLE
+from spell_megatron.corpus.cleaning import words as words_of
 from spell_megatron.corpus.reading import Skipped, read
 from spell_megatron.types import SpellError
 
@@ -64,12 +65,12 @@ class Benchmarks:
         self._documents: list[tuple[str, RMinHash]] = []
         self._similar = RMinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS, num_bands=BANDS)
         self._starts: set[Words] = set()
-        self._questions: defaultdict[Words, dict[tuple[int, bytes], str]] = defaultdict(dict)
-        """By its first words: a question's length and digest, and its place."""
+        self._questions: dict[Words, dict[int, dict[bytes, str]]] = {}
+        """A question's place, by its first words, its length and its digest."""
         for path in paths:
             if packed := _packed(path):
                 raise SpellError(
-                    f"corpus.benchmarks: {packed} is an archive, of which nothing would be compared: unpack it"
+                    f"corpus.benchmarks: {packed} is an archive, of which nothing would be compared: unpack it beside"
                 )
             skipped, empty = Skipped(), True
             for text in read(SourceConfig(path=path, text_field=EVERY_TEXT), skipped):
@@ -80,9 +81,7 @@ class Benchmarks:
                 why = str(skipped) if skipped.counts else "it has no files"
                 raise SpellError(f"corpus.benchmarks: {path} holds no text to compare with ({why})")
             if skipped.counts:
-                _log.warning(
-                    "of the benchmarks in %s nothing is compared that is left out: %s", path, skipped
-                )
+                _log.warning("parts of the benchmarks in %s are left out and not compared: %s", path, skipped)
 
     def match(self, text: str) -> Match | None:
         """The benchmark's text that this one repeats or holds."""
@@ -91,10 +90,8 @@ class Benchmarks:
             return found
         for start, pair in enumerate(pairwise(words)):
             if pair in self._starts:
-                for (length, digest), place in self._questions.get(
-                    words[start : start + QUESTION], {}
-                ).items():
-                    if _digest(words[start : start + length]) == digest:
+                for length, places in self._questions.get(words[start : start + QUESTION], {}).items():
+                    if (place := places.get(_digest(words[start : start + length]))) is not None:
                         return Match("question", place)
         return None
 
@@ -114,14 +111,27 @@ class Benchmarks:
             self._documents.append((place, sketch))
         if QUESTION <= len(words) <= LONGEST_QUESTION and _says_enough(words):
             self._starts.add(words[:2])
-            self._questions[words[:QUESTION]].setdefault((len(words), _digest(words)), place)
+            by_length = self._questions.setdefault(words[:QUESTION], {})
+            by_length.setdefault(len(words), {}).setdefault(_digest(words), place)
 
 
 def _packed(path: str) -> Path | None:
-    """An archive among a benchmark's files, which readers of a corpus leave alone."""
+    """An archive among a benchmark's files, which readers of a corpus leave alone, and whose files are not there."""
     place = Path(path).expanduser()
-    files = place.rglob("*") if place.is_dir() else [place]
-    return next((file for file in files if file.suffix.lower() in _ARCHIVES and file.is_file()), None)
+    files = [file for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file()]
+    there = {file.name for file in files}
+    archives = (file for file in files if any(suffix.lower() in _ARCHIVES for suffix in file.suffixes[-2:]))
+    return next((file for file in archives if not _members(file) <= there), None)
+
+
+def _members(archive: Path) -> set[str]:
+    """Names of a ZIP file's files, without their folders; its own where it is of another kind, or damaged."""
+    try:
+        with ZipFile(archive) as file:
+            names = [entry.filename for entry in file.infolist() if not entry.is_dir()]
+    except (BadZipFile, OSError):
+        return {f"{archive.name}, unpacked"}
+    return {Path(name).name for name in names if not name.startswith("__MACOSX/")}
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -133,7 +143,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _words(text: str) -> Words:
-    return tuple(words(_SIGN.sub(" ", text.casefold())))
+    return tuple(words_of(_SIGN.sub(" ", text.casefold())))
 
 
 def _says_enough(words: Words) -> bool:

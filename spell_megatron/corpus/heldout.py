@@ -41,21 +41,18 @@ def _parse(path: Path, number: int, line: str) -> tuple[Cluster, Question]:
         row = json.loads(line)
         texts = [_text(text, "a document") for text in _kind(row["documents"], list, "documents")]
         documents = tuple(Document(f"{number}/{i}", text) for i, text in enumerate(texts))
-        options = _texts(row.get("options"), "options")
-        labels = _texts(row.get("labels"), "labels")
-        question = Question(
-            *(_text(row["task"], "task"), _text(row["question"], "question"), _text(row["answer"], "answer")),
-            *(options, labels),
-        )
+        task, text, answer = (_text(row[name], name) for name in ("task", "question", "answer"))
+        options, labels = (_texts(row.get(name), name) for name in ("options", "labels"))
         if not documents:
             raise ValueError("documents is empty")
-        if (question.task == "doc_mc") != bool(options) or (options and question.answer not in options):
-            raise ValueError("options are for doc_mc, and answer is the letter of one of them")
+        if (task == "doc_mc" or options) and answer not in options:
+            raise ValueError("answer is no letter of options")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SpellError(
             f"{path} line {number} is no held-out question ({error}); it needs the fields task, question, answer,"
             " documents (a list of texts), options for doc_mc, and labels (an object of texts) where there are some"
         ) from None
+    question = Question(task, text, answer, options, labels)
     return Cluster(f"{path.stem}/{number}", "heldout", documents), question
 
 

@@ -254,7 +254,7 @@ def uses_transformer_engine(policy: PolicyConfig) -> bool:
             f"policy.fp8=mxfp8 is for Blackwell, and this is {torch.cuda.get_device_name()}: set policy.fp8=blockwise"
         )
     if there or (policy.spec != "te" and policy.fp8 == "off"):
-        return there and (policy.spec == "te" or (policy.spec == "auto" and policy.dtype == "bfloat16"))
+        return there and policy.prefers_te
     key = "policy.spec=te" if policy.spec == "te" else f"policy.fp8={policy.fp8}"
     raise SpellError(
         f"{key} needs Transformer Engine and a GPU, and here is {'no GPU' if HAVE_TE else 'no Transformer Engine'}:"

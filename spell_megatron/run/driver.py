@@ -34,6 +34,7 @@ from spell_megatron.run.record import (
     Metrics,
     RunFolder,
     logging_to,
+    read_metrics,
     write_report,
 )
 from spell_megatron.run.record.folder import replace_text, writing
@@ -43,6 +44,7 @@ from spell_megatron.selfplay.ports import Judge
 from tokenizer.chat import ChatTokenizer
 
 _log = logging.getLogger(__name__)
+_OWED = "measure/owed"
 Measurement = Callable[[Engine, ChatTokenizer, Path], Coroutine[Any, Any, dict[str, float]]]
 """Scores of what an engine holds; answers and tables go to the folder."""
 
@@ -112,6 +114,7 @@ class Driver:
             judge=judge,
             on_episode=self._on_episode,
         )
+        self._stop = stop
         self._plays = Prefetcher(
             lambda step: stop.race(self._play(step)),
             ahead=settings.selfplay.max_staleness,
@@ -128,6 +131,7 @@ class Driver:
         self._archive = Archive(self.run, self.settings.record)
         self._stack.callback(self._archive.close)
         self._archive.begin(step)
+        self.owes = any(row["step"] == step and row.get(_OWED) for row in read_metrics(self.run))
         if step:
             self.live.note(f"resumed after step {step}")
 
@@ -160,9 +164,15 @@ class Driver:
         return Played(play, self.selfplay.state(), metrics)
 
     def measure(self, step: int) -> dict[str, float]:
-        """Scores of the present weights, those after `step`: on held-out questions, and on benchmarks."""
+        """Scores of the present weights, those after `step`: on held-out questions, and on benchmarks.
+
+        Where the run is asked to stop first it says that it owes them: what was answered is journaled, and a resumed
+        run begins with the rest.
+        """
         with self.phase("measure"):
-            return self._plays.run(self._measure(step))
+            scores = self._plays.run(self._stop.race(self._measure(step)))
+        self.owes = scores is None
+        return {_OWED: 1.0} if scores is None else scores
 
     async def _measure(self, step: int) -> dict[str, float]:
         scores = await self._accuracy() if self._questions else {}
@@ -187,11 +197,16 @@ class Driver:
         best = {f"heldout_best/{name}": value for name, value in score.best.items()}
         return {"heldout/mean": score.mean, **by_task, **by_label, **best}
 
-    def record_start(self, scores: Mapping[str, float]) -> None:
-        """The row of step 0: what was measured before training."""
-        self.metrics.log(0, scores)
+    def record_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """What was measured of the weights that the run goes on from: the row of step 0, or the rest of another one."""
+        [row] = [row for row in read_metrics(self.run) if row["step"] == step] or [{}]
+        known = {name: value for name, value in row.items() if value is not None}
+        kept = {name: value for name, value in known.items() if name not in ("step", "time", _OWED)}
+        self.metrics.log(step, {**kept, **scores})
+        self.owes = _OWED in scores
         if "heldout/mean" in scores:
-            self.live.note(f"held-out before training: {scores['heldout/mean']:.3f}")
+            when = f"after step {step}" if step else "before training"
+            self.live.note(f"held-out {when}: {scores['heldout/mean']:.3f}")
 
     def record(
         self,
@@ -290,6 +305,8 @@ class Driver:
         )
 
     metrics: Metrics
+    owes: bool
+    """Whether the present weights have yet to be measured, which a stop has broken off."""
     _archive: Archive
     _before: EngineStats
     _journal: Journal

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spell_megatron.base.pulse import working
 from spell_megatron.base.secret import read_secret
-from spell_megatron.config import Config, dump_config, load_config
+from spell_megatron.config import Config, ConfigError, dump_config, load_config, untrainable
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.experts import check_replay
@@ -38,6 +38,8 @@ def open_run(
         raise SpellError("selfplay.external_judge: pass eval.reward_judge, or train by the command line")
     if config.heldout.benchmarks and benchmarks is None:
         raise SpellError("heldout.benchmarks: pass eval.live_benchmarks, or train by the command line")
+    if fault := untrainable(config):
+        raise ConfigError(fault)
     check_replay(config)
     prompts_of(config)  # a template that cannot be used is named before anything is loaded
     policy = config.policy

@@ -4,7 +4,7 @@ SLURM sends USR1 some minutes before the time limit, and TERM where another job 
 kill a run: USR1 is blocked and waited for by a thread of its own, so that it interrupts nothing, is never
 missed in a long call into C++, and leaves child processes (which inherit the mask) alone. TERM is caught
 instead: children have to obey it. So is HUP, by which a terminal that is closed ends what runs in it. The loop
-asks where it can leave a step; `race` leaves self-play at once.
+asks where it can leave a step; `race` leaves self-play at once, and what is measured.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Stop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._signal = ""
-        self._wake: Callable[[], object] = _nothing
+        self._wakes: dict[object, Callable[[], object]] = {}
+        """Of everything that races with a stop: a play, and what is measured beside it."""
 
     @property
     def asked(self) -> str:
@@ -54,14 +55,15 @@ class Stop:
         """Ask to stop, as a signal does. From any thread."""
         with self._lock:
             self._signal = self._signal or name
-            wake = self._wake
-        wake()
+            wakes = list(self._wakes.values())
+        for wake in wakes:
+            wake()
 
     async def race(self, work: Coroutine[Any, Any, Result]) -> Result | None:
         """The result of `work`; None where a stop is asked before it is there, which cancels it."""
         loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
         with self._lock:
-            self._wake = lambda: loop.call_soon_threadsafe(task.cancel)
+            self._wakes[task] = lambda: loop.call_soon_threadsafe(task.cancel)
             asked = self._signal
         if asked:
             task.cancel()
@@ -73,11 +75,7 @@ class Stop:
             return None
         finally:
             with self._lock:
-                self._wake = _nothing
-
-
-def _nothing() -> None:
-    """Nobody waits."""
+                del self._wakes[task]
 
 
 _stop: Stop | None = None

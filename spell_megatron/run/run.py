@@ -161,17 +161,23 @@ class Run:
         )
         if turn.batch is not None:
             return Collected(step, turn.batch, *plays)
+        if turn.fault:
+            self._save()
+            self._report()
+            raise SpellError(turn.fault)
+        raise self._stopped()
+
+    def _stopped(self) -> Preempted:
+        """Save the run and mark it as one that goes on later; the reason to leave, on every rank."""
         self._save()
         self._report()
-        if turn.fault:
-            raise SpellError(turn.fault)
         leaving = (
             preempted(self.folder.path, self.step, self._stop)
             if self.world.is_main
             else Preempted("asked to stop")
         )
         dist.barrier()  # no rank leaves before the run is marked as saved
-        raise leaving
+        return leaving
 
     def _turn(self, driver: Driver, step: int, plays: list[Played]) -> _Turn:
         try:
@@ -298,9 +304,15 @@ class Run:
         doing = f"measures after step {step}"
         return self._with_engines(doing, lambda driver: driver.measure(step), step) if due else {}
 
-    def record_start(self, scores: Mapping[str, float]) -> None:
-        """Write what was measured before the first step."""
-        self.lead.record_start(scores)
+    def begin(self) -> None:
+        """Measure the weights that the run goes on from, where nobody has: before the first step, or where a stop broke
+        that off."""
+        if self.step == 0 or self._owes():
+            self.lead.record_scores(self.step, self.measure(self.step))
+
+    def _owes(self) -> bool:
+        """Whether the weights of the present step were to be measured and are not."""
+        return self._main.work("looks whether something was not measured", lambda: self._driver.owes)
 
     def record(self, collected: Collected, updated: Updated, scores: Mapping[str, float]) -> None:
         """Write the step's row, then its checkpoint if one is due: a resumed run forgets rows beyond its
@@ -344,6 +356,8 @@ class Run:
 
     def finish(self) -> None:
         """The last checkpoint, the exported model and the report."""
+        if self._owes():
+            raise self._stopped()
         self._save()
         self._placement.enter(Phase.SAVE)
         self.lead.say("exporting the model")

@@ -67,8 +67,7 @@ def _run(
 
 
 def _loop(run: Run) -> None:
-    if run.step == 0:
-        run.record_start(run.measure(0))
+    run.begin()
     for step in range(run.step + 1, run.config.steps + 1):
         collected = run.collect(step)
         updated = run.update(collected)

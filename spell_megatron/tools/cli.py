@@ -397,7 +397,7 @@ def evaluate(
     limit: Annotated[int | None, Option(help="Only the first questions of each benchmark.")] = None,
     concurrency: Annotated[int, Option(help="Requests in flight.")] = 64,
     judge: Annotated[str, Option(help="An OpenAI-compatible judge's URL; its key in $SPELL_JUDGE_KEY.")] = "",
-    judge_model: Annotated[str, Option(help="The judge's name of its model.")] = "",
+    judge_model: Annotated[str, Option(help="Name of the judge's model.")] = "",
     judge_key: Annotated[str, _key("SPELL_JUDGE_KEY")] = "",
     list_: Annotated[bool, Option("--list", help="Name the benchmarks.")] = False,
     json: Json = False,

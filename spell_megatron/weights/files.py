@@ -88,12 +88,25 @@ def _copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> N
             or path.name == INDEX
         ):
             continue
-        if (to := path.resolve()).is_relative_to(home) or _is_blob(to):
+        if (to := path.resolve()).is_relative_to(home) or _is_blob(to) or path.name == to.name in _TOKENIZER:
             shutil.copyfile(to, target / path.name)
         else:
             _log.warning("%s is a link to %s, outside of the model's folder: it is not copied", path, to)
     said = {key: value for key, value in config.items() if key != "torch_dtype"}
     (target / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
+_TOKENIZER = (
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+"""What folders often link to those of their base model."""
 
 
 def _is_blob(path: Path) -> bool:

@@ -277,7 +277,6 @@ def test_every_refusal_shows_how_to_write_the_key() -> None:
         ("policy.loss.importance_cap=None", "1.0 or null"),
         ("selfplay.temperature=1", "did you mean 'selfplay.sampling.temperature'"),
         ("model.path=~nobody-here/x", "write it out"),
-        ("policy.stream_tokens=511", "raise the first to the second at least"),
     ],
 )
 def test_a_refusal_shows_how(override: str, hint: str) -> None:

@@ -646,8 +646,9 @@ def test_held_out_questions_are_read_as_json_lines_are_written(tmp_path: Path) -
         ({"answer": None}, "answer is NoneType"),
         ({"answer": " "}, "answer is empty"),
         ({"question": 5.5, "task": None}, "task is NoneType"),
-        ({"task": "doc_mc"}, "options are for doc_mc"),
-        ({"task": "doc_mc", "options": {"A": "x", "B": "y"}, "answer": "C"}, "letter of one"),
+        ({"task": "doc_mc"}, "no letter of options"),
+        ({"task": "doc_mc", "options": {"A": "x", "B": "y"}, "answer": "C"}, "no letter of options"),
+        ({"task": "my_tasks:SIX", "options": {"E": "x", "F": "y"}, "answer": "A"}, "no letter of options"),
     ],
 )
 def test_a_held_out_question_of_another_shape_is_refused(tmp_path: Path, values: dict, said: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -27,7 +28,7 @@ from typer.testing import CliRunner
 from spell_megatron.config import CorpusConfig, SourceConfig
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.corpus.cleaning import clean
-from spell_megatron.corpus.reading import Skipped, Text, opened, read
+from spell_megatron.corpus.reading import Skipped, Text, opened, read, tables
 from spell_megatron.corpus.reading.text import plain
 from spell_megatron.tools.cli import app
 
@@ -382,6 +383,17 @@ def test_a_text_of_fifty_megabytes_takes_little_memory(tmp_path: Path, long_text
     assert mib <= 300
 
 
+_OBJECTS = st.dictionaries(
+    st.text(max_size=5),
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=9) | st.sampled_from(['"', "\\", '\\"]}', "[{,"]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=6,
+    ),
+    max_size=3,
+)
+
+
 def nested(depth: int) -> bytes:
     return b"[" * depth
 
@@ -391,8 +403,16 @@ def objects(depth: int) -> bytes:
 
 
 def page(cell: int, rows: int) -> bytes:
-    row = "<tr><td>short</td><td>cell</td></tr>"
+    row = "<tr><!-- remark --><td>short</td><td>cell</td></tr>"
     return f"<html><body><table><tr><td>{'x' * cell}</td></tr>{row * rows}</table></body></html>".encode()
+
+
+def tall(lines: int) -> bytes:
+    return f"<html><body><table><tr><td>{'<br>' * lines}</td><td>{'x' * lines}</td></tr></table></body></html>".encode()
+
+
+def lists(depth: int, items: int) -> bytes:
+    return f"<html><body>{'<ul><li>' * depth}{'<p>item</p>' * items}</body></html>".encode()
 
 
 def shared(rows: int, text: str) -> pyarrow.Table:
@@ -400,7 +420,9 @@ def shared(rows: int, text: str) -> pyarrow.Table:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["nested", "objects", "page", "parquet", "nested parquet", "arrow"])
+@pytest.mark.parametrize(
+    "kind", ["nested", "objects", "page", "tall", "lists", "parquet", "nested parquet", "arrow"]
+)
 def test_a_small_file_takes_little_memory(tmp_path: Path, kind: str) -> None:
     """What a few kilobytes can be made to unfold to: brackets, columns as wide as one cell, a value of all rows."""
     folder, text = tmp_path / "in", "Nora lives in Ypres. " * 40_000
@@ -413,6 +435,10 @@ def test_a_small_file_takes_little_memory(tmp_path: Path, kind: str) -> None:
             (folder / "deep.jsonl").write_bytes(objects(100_000))
         case "page":
             (folder / "wide.html").write_bytes(page(100_000, 10_000))
+        case "tall":
+            (folder / "tall.html").write_bytes(tall(30_000))
+        case "lists":
+            (folder / "lists.html").write_bytes(lists(120, 60_000))
         case "parquet":
             parquet.write_table(shared(600, text), folder / "shared.parquet")
         case "nested parquet":
@@ -429,20 +455,61 @@ def test_a_small_file_takes_little_memory(tmp_path: Path, kind: str) -> None:
     assert mib <= 300
 
 
-def test_a_row_of_an_array_is_lost_alone_whatever_its_numbers(tmp_path: Path) -> None:
-    """An id of 64 bits without a sign, as hashes are; a number beyond any float."""
-    rows = '[{"text": "one", "id": 18446744073709551615}, {"text": "two", "x": 1e999}, {"text": "three"}]'
-    (tmp_path / "rows.json").write_text(rows)
+@pytest.mark.long
+def test_different_texts_of_one_row_group_take_little_memory(tmp_path: Path) -> None:
+    """Nothing is kept of the rows before."""
+    folder, draw = tmp_path / "in", random.Random(0)
+    folder.mkdir()
+    texts = [draw.randbytes(1_000).hex() for _ in range(50_000)]
+    parquet.write_table(pyarrow.table({"text": texts}), folder / "texts.parquet", row_group_size=len(texts))
+    assert measured(folder, tmp_path / "out")[0] <= 150
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_row_of_an_array_is_lost_alone(tmp_path: Path, name: str) -> None:
+    """An id of 64 bits without a sign, as hashes are; what Python writes and JSON has not; a number without end."""
+    rows = (
+        *('{"text": "one", "id": 18446744073709551615}', '{"text": "two", "x": 1e999, "y": NaN}', "{broken}"),
+        *(
+            '{"x": ' + "9" * 5_000 + "}",
+            '{"text": "three ]}, \\"[{"}',
+            '{"deep": ' + "[" * 5_000 + "]" * 5_000 + "}",
+        ),
+        *("17", '{"text": "four"}'),
+    )
+    (tmp_path / name).write_text(f"[{', '.join(rows)}]")
     found, skipped = texts_of(tmp_path)
-    assert [text.text for text in found] == ["one", "two", "three"]
+    assert [text.text for text in found] == ["one", "two", 'three ]}, "[{', "four"]
+    assert skipped.counts == {"not JSON": 3, "not a JSON object": 1}
+
+
+@settings(deadline=None)
+@given(st.lists(_OBJECTS, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 9))
+def test_values_are_told_apart_wherever_blocks_end(
+    values: list[Any], indent: int | None, in_array: bool, size: int
+) -> None:
+    texts = [json.dumps(value, indent=indent, ensure_ascii=False) for value in values]
+    written = f"[{','.join(texts)}]" if in_array else "\n".join(texts)
+
+    class Small(io.BytesIO):
+        """Gives a few bytes at a time, as a compressed file may."""
+
+        def peek(self, _: int) -> bytes:
+            return self.getvalue()[self.tell() :][:9]
+
+        def read(self, _: int | None = -1) -> bytes:
+            return super().read(size)
+
+    skipped = Skipped()
+    assert list(tables._items(Small(written.encode()), "x", skipped, in_array=in_array)) == values  # type: ignore[arg-type]
     assert not skipped.counts
 
 
-def test_what_follows_a_broken_array_is_said_to_be_lost(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text('[{"text": "one"}, {"x": NaN}, {"text": "three"}]')
+def test_a_file_that_ends_within_a_value_is_said_to(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"text": "one"}, {"text": "tw')
     (text,), skipped = texts_of(tmp_path)
     assert text.text == "one"
-    assert "what follows it is not read" in skipped.first["not JSON"]
+    assert "ends within a value" in skipped.first["not JSON"]
 
 
 @pytest.mark.parametrize("attribute", ["hidden", "role='banner'"])
@@ -451,6 +518,18 @@ def test_a_page_that_is_furniture_as_a_whole_ends_nothing(tmp_path: Path, attrib
     (tmp_path / "b.txt").write_text("Words of a text.")
     found, _ = texts_of(tmp_path)
     assert [text.text.strip() for text in found] == ["Words of a page.", "Words of a text."]
+
+
+def test_tables_of_an_ordinary_page_are_laid_out(tmp_path: Path) -> None:
+    """A remark in a row, a table within a cell, and a cell of many lines beside many rows."""
+    inner = "<table><tr><!-- a --><td>Oslo</td><td>12</td></tr><tr><td>Ypres</td><td>7</td></tr></table>"
+    long = "".join(f"<p>line {i}</p>" for i in range(4_000))
+    rows = "".join(f"<tr><td>name {i}</td><td>{i}</td></tr>" for i in range(200))
+    (tmp_path / "a.html").write_text(f"<table><tr><td>{inner}</td><td>{long}</td></tr>{rows}</table>")
+    (text,), _ = texts_of(tmp_path)
+    lines = text.text.splitlines()
+    assert any(line.split()[:2] == ["Oslo", "12"] for line in lines)
+    assert any(line.split() == ["name", "150", "150"] for line in lines)
 
 
 def test_a_table_without_end_keeps_its_words(tmp_path: Path) -> None:

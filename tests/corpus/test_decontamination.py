@@ -6,6 +6,7 @@ import io
 import json
 import random
 from pathlib import Path
+from zipfile import ZipFile
 
 import pyarrow
 import pyarrow.parquet
@@ -116,10 +117,20 @@ def test_an_archive_among_the_benchmarks_is_no_silence(tmp_path: Path, caplog: p
     (tmp_path / "README.md").write_text("How to use it, in some words, with a script besides.")
     (tmp_path / "load.py").write_text("pass")
     Benchmarks([str(tmp_path)])
-    assert "nothing is compared that is left out" in caplog.text
-    (tmp_path / "data.zip").write_bytes(b"PK")
+    assert "left out and not compared" in caplog.text
+    (tmp_path / "data.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(SpellError, match=r"data\.tar\.gz is an archive.*unpack"):
+        Benchmarks([str(tmp_path)])
+    (tmp_path / "data.tar.gz").unlink()
+    with ZipFile(tmp_path / "data.zip", "w") as packed:
+        packed.writestr("data/asked.jsonl", json.dumps({"question": QUESTION}))
     with pytest.raises(SpellError, match=r"data\.zip is an archive.*unpack"):
         Benchmarks([str(tmp_path)])
+    with ZipFile(tmp_path / "data.zip") as packed:
+        packed.extractall(tmp_path)
+    assert (
+        Benchmarks([str(tmp_path)]).match(f"{QUESTION} It was 1907.").place == "data/asked.jsonl#1.question"
+    )
 
 
 def test_a_corpus_without_what_the_benchmarks_ask_about(benchmarks: Path, tmp_path: Path):

@@ -214,6 +214,30 @@ def test_pinned_files_must_not_change(samples, tmp_path):
         load("aime25", tmp_path)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_files_that_are_pinned_with_the_whole_data_folder_must_not_change(samples, tmp_path, alone):
+    folder = tmp_path / "aime25"
+    folder.mkdir()
+    for path in (samples / "aime25").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert set(pin(tmp_path)) == {"aime25/aime2025-I.jsonl", "aime25/aime2025-II.jsonl"}
+    assert len(load("aime25", tmp_path)[1]) == 2
+    (folder / "aime2025-I.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(SpellError, match="manifest"):
+        find(["aime25"])[0].load(Data(tmp_path, alone=alone))
+
+
+def test_a_manifest_is_no_data(samples, tmp_path):
+    """Though the files of FRAMES are any that end in .json."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for path in (samples / "frames").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    before = len(load("frames", tmp_path)[1])
+    pin(folder)
+    assert len(load("frames", tmp_path)[1]) == before
+
+
 def test_examples_of_labels_are_balanced_and_numbered_anew(samples):
     rows = [(f"text {i}", label) for i, label in enumerate("aaaaaabbbc")]
     shown = balanced(rows, 6)

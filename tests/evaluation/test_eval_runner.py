@@ -509,6 +509,21 @@ def test_a_reports_words_may_be_any(tmp_path: Path) -> None:
     assert read_report(tmp_path).model == "m?"
 
 
+def test_an_endpoint_that_serves_other_weights_of_the_same_folder_is_asked_anew(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"one")
+    with StandIn(right, root=str(model)) as standin:
+        run(standin, tmp_path / "out")
+        asked = standin.asked.total()
+        run(standin, tmp_path / "out")
+        assert standin.asked.total() == asked > 0
+        (model / "model.safetensors").write_bytes(b"another")
+        run(standin, tmp_path / "out")
+        assert standin.asked.total() == 2 * asked
+
+
 def test_live_engines_are_a_source_too(tmp_path):
     class Engine:
         version = 3

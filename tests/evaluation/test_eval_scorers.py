@@ -10,6 +10,7 @@ from places import ROOT, VECTORS
 
 from eval import extract
 from eval.benchmark import Completion, Item, fill, final_answer
+from eval.benchmarks import helmet
 from eval.benchmarks.docmath import DocMath, official_equal
 from eval.benchmarks.helmet import answer_after, judge_f1, last_json, rouge_l_sum
 from eval.benchmarks.hotpotqa import HotpotQA
@@ -288,3 +289,9 @@ def test_paired_difference_is_sharper_than_two_intervals():
 def test_a_scorer_that_takes_too_much_is_ended_and_the_others_go_on():
     tasks = [(0, 1), (600, 1), (0, 8 << 30), (0, 3)]
     assert list(isolated("work_to_bound:take", tasks, seconds=0.5)) == [1, None, None, 3]
+
+
+@pytest.mark.parametrize(("said", "read"), [(0, (0.0,)), (1, (1.0,)), (5, None), (-1, None), (True, None)])
+def test_a_fluency_is_none_or_one(said, read):
+    """A judge that is used to five points would multiply a score by them."""
+    assert helmet._reader("fluency", most=1)(json.dumps({"fluency": said})) == read

@@ -108,9 +108,14 @@ def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
         ({"nodes": "many"}, "nodes"),
         ({"time": "soon"}, "HH:MM:SS"),
         ({"time": 14400}, "HH:MM:SS"),
+        ({"time": "00:10:00"}, "attempt of 600 s"),  # the default warning comes ten minutes before the end
+        ({"time": "10:00"}, "attempt of 600 s"),
+        ({"time": "1-00", "warn_seconds": 86_400}, "attempt of 86400 s"),
+        ({"time": "1-02:03:04", "warn_seconds": 93_784}, "attempt of 93784 s"),
         ({"venv": "/v", "container": "/i.sqsh"}, "exclude each other"),
         ({"container": "spell-megatron:latest"}, "whole path"),
         ({"container": "images/spell-megatron.sqsh"}, "whole path"),
+        ({"container": "nvcr.io/nvidia/pytorch:25.01"}, "whole path"),
         ({"env": {"A-B": "x"}}, "no name of an environment variable"),
         ({"mounts": ["data:/data"]}, "absolute"),
         ({"sbatch": {"--constraint": "h100"}}, "without dashes"),
@@ -223,6 +228,10 @@ def test_all_that_a_run_reads_is_made_absolute_and_seen(
         folder.mkdir(parents=True)
     (repository / "blobs" / "9c").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/9c")
+    (snapshot / "test.jsonl").symlink_to("../../blobs/9c")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0").touch()
+    (tmp_path / "texts" / "linked.txt").symlink_to(tmp_path / "elsewhere" / "0")
     for name in ("secret/key", "held.jsonl", "prompts/answer.j2"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -232,14 +241,19 @@ def test_all_that_a_run_reads_is_made_absolute_and_seen(
             "toy",
             [
                 "runs=runs", f"model.path={snapshot}", "model.prompts=prompts",
-                "corpus.sources=[{path: texts}, {path: an/id}]", "corpus.benchmarks=[bench, THUDM/LongBench]",
+                "corpus.sources=[{path: texts}, {path: an/id}]", "corpus.benchmarks=[bench, THUDM/LongBench,"
+                f"{snapshot}/test.jsonl, texts/linked.txt]",
                 "heldout.path=held.jsonl", "heldout.data=asked", "rollout.servers.secret_file=secret/key",
             ],
         )
     )  # fmt: skip
-    assert config.corpus.benchmarks == (str(tmp_path / "bench"), "THUDM/LongBench")
+    files = (
+        f"{snapshot}/test.jsonl",
+        f"{tmp_path}/texts/linked.txt",
+    )  # with the endings that say what they are
+    assert config.corpus.benchmarks == (str(tmp_path / "bench"), "THUDM/LongBench", *files)
     assert config.heldout.data == str(tmp_path / "asked")
-    places = ("hub/models--a--b", "prompts", "", "asked", "secret", "bench", "texts")
+    places = ("hub/models--a--b", "prompts", "", "asked", "secret", "bench", "texts", "elsewhere")
     assert set(read_by(config)) == {tmp_path / place for place in places}
 
 

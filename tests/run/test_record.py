@@ -371,6 +371,14 @@ def test_a_resumed_run_goes_on_with_what_its_own_weights_made(
     assert answered == ([1, 2, 3, 4] if stays == [1, 2, 3, 4] else [1])
 
 
+def test_the_first_weights_are_the_same_whatever_is_learnt(run: RunFolder) -> None:
+    (run.path / "eval" / "step-00000").mkdir(parents=True)
+    forget_stale(run, 0, load_config("toy"), load_config("toy", ["policy.optimizer.lr=1e-7"]))
+    assert (run.path / "eval" / "step-00000").is_dir()
+    forget_stale(run, 0, load_config("toy"), load_config("toy", ["model.prompts=full"]))
+    assert not (run.path / "eval" / "step-00000").exists()
+
+
 def test_a_run_that_goes_on_from_a_step_of_choice_keeps_nothing_later(run: RunFolder) -> None:
     config = load_config("toy")
     for step in (0, 1, 2):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from launchers.launch import launch
 from spell_megatron.base.placement import Phase
-from spell_megatron.config import load_config
+from spell_megatron.config import ConfigError, load_config
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.rollout.engine import EngineError, WeightsWanted
-from spell_megatron.run.driver import _warn_of_rare_visits
+from spell_megatron.run.driver import Driver, _warn_of_rare_visits
+from spell_megatron.run.preemption import Preempted, Stop
+from spell_megatron.run.prefetch import Prefetcher
+from spell_megatron.run.record import Metrics, RunFolder, read_metrics
 from spell_megatron.run.run import Run
+from spell_megatron.run.train import train
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -35,6 +44,8 @@ class Story:
             engine=SimpleNamespace(update_weights=self._update),
             play=self._play,
             measure=lambda step: self._use({"heldout/mean": 0.5}),
+            record_scores=lambda step, scores: self.told.append((step, scores)),
+            owes=False,
             rewind=lambda state: self.told.append(("rewind", state)),
             note=lambda text: None,
             phase=lambda name: nullcontext(),
@@ -66,6 +77,71 @@ def test_a_measurement_that_wants_weights_gets_those_that_it_measures() -> None:
     story = Story(WeightsWanted("none holds them"))
     assert story.run.measure(5) == {"heldout/mean": 0.5}
     assert story.told == [Phase.GENERATE, Phase.RESYNC, ("weights", 5), Phase.GENERATE]
+
+
+def test_a_sequence_that_no_stream_holds_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    config = load_config("toy", ["policy.stream_tokens=511", f"runs={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"policy\.stream_tokens=511 .*rollout\.max_model_len=512"):
+        train(config)
+    with pytest.raises(ConfigError, match=r"policy\.stream_tokens=511"):
+        launch("toy", ["policy.stream_tokens=511", f"runs={tmp_path}"], "slurm", "cpu", dryrun=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("step", "owes", "begins"), [(0, False, True), (4, True, True), (4, False, False)])
+def test_weights_that_nobody_has_measured_are_measured_first(step: int, owes: bool, begins: bool) -> None:
+    story = Story()
+    story.run.step, story.run.lead.owes = step, owes  # type: ignore[union-attr]
+    story.run.begin()
+    assert ((step, {"heldout/mean": 0.5}) in story.told) == begins
+
+
+def test_a_run_that_has_yet_to_measure_its_last_weights_is_not_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    story = Story()
+    story.run.lead.owes = True  # type: ignore[union-attr]
+    monkeypatch.setattr(story.run, "_stopped", lambda: Preempted("saved"))
+    with pytest.raises(Preempted, match="saved"):
+        story.run.finish()
+
+
+def test_a_stop_leaves_what_is_measured_and_a_resumed_run_makes_it_up(tmp_path: Path) -> None:
+    stop, ended = Stop(), list[str]()
+    plays = Prefetcher(lambda step: stop.race(asyncio.sleep(60)), ahead=1, last=9)
+
+    async def measuring(step: int) -> dict[str, float]:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("left")
+        return {"heldout/mean": 0.25}
+
+    driver = Driver.__new__(Driver)
+    driver._stop, driver._plays, driver._seconds = stop, plays, Counter()
+    driver._measure = measuring  # type: ignore[method-assign]
+    driver.live = SimpleNamespace(phase=lambda name: None, note=lambda text: None)  # type: ignore[assignment]
+    ahead = plays._submit(plays._after(None, 1))  # a play that runs ahead races beside it
+    Timer(0.2, stop.ask, ("SIGUSR1",)).start()
+    scores = driver.measure(4)
+    assert ended == ["left"]
+    assert ahead.result(5) is None, "one stop ends both"
+    plays.close()
+    assert driver.owes
+
+    driver.run = RunFolder(tmp_path)
+    driver.metrics = Metrics(driver.run)
+    driver.metrics.log(4, {"policy/loss": 0.5, **scores})
+    assert read_metrics(driver.run)[0]["measure/owed"] == 1
+    driver.record_scores(4, {"heldout/mean": 0.25})
+    driver.metrics.close()
+    [row] = read_metrics(driver.run)
+    assert {name: row[name] for name in row if name != "time"} == {
+        "step": 4,
+        "policy/loss": 0.5,
+        "heldout/mean": 0.25,
+    }
+    assert not driver.owes
 
 
 def test_any_other_fault_of_the_engines_ends_the_play(monkeypatch: pytest.MonkeyPatch) -> None:

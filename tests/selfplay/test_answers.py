@@ -162,6 +162,9 @@ def test_several_letters_are_none_whichever_is_last(link: str, dress: str) -> No
     [
         ("The correct answer is (A) or (B).", None),
         ("The correct answer is A and B.", None),
+        ("The correct answer is the one given as (D): hepatitis A and B.", "D"),
+        ("The correct answer is found in plan A/B tests, so (C).", "C"),
+        ("The correct answer is, between A and B, what the text supports (A).", "A"),
         ("The correct answer is not A but B.", None),
         ("The answer is (B). I hope the answer is clear.", "B"),
         ("The correct answer is Paris (C).", "C"),

@@ -28,7 +28,9 @@ def chat_reply(text: str) -> Reply:
 class StandIn:
     """`behave(kind, body, number)` answers; kind is "completions" or "chat", number counts from 1."""
 
-    def __init__(self, behave: Callable[[str, dict[str, Any], int], Reply], models: int = 1) -> None:
+    def __init__(
+        self, behave: Callable[[str, dict[str, Any], int], Reply], models: int = 1, root: str = ""
+    ) -> None:
         self.asked: Counter[tuple[tuple[int, ...], int]] = Counter()
         self.answered: Counter[tuple[tuple[int, ...], int]] = Counter()
         self.chats = 0
@@ -41,7 +43,7 @@ class StandIn:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                listed = [{"id": f"model-{i}", "root": "", "max_model_len": 4096} for i in range(models)]
+                listed = [{"id": f"model-{i}", "root": root, "max_model_len": 4096} for i in range(models)]
                 self._send(0 if standin.dead else 200, {"data": listed})
 
             def do_POST(self) -> None:

@@ -147,6 +147,15 @@ def test_thinking_reaches_the_template(folder: Path, tmp_path: Path) -> None:
     assert plain.decode(plain.prompt("Oslo")) == "Oslo Empty"
 
 
+def test_a_template_that_asks_for_the_date_gets_the_same_one_tomorrow(folder: Path, tmp_path: Path) -> None:
+    """Names of samples, and so what a run goes on with, hang on the prompt."""
+    shutil.copytree(folder, tmp_path / "dated")
+    template = "Today is {{ strftime_now('%d %B %Y') }}. {{ messages[0]['content'] }}"
+    (tmp_path / "dated" / "chat_template.jinja").write_text(template)
+    codec = ChatTokenizer.load(tmp_path / "dated")
+    assert codec.decode(codec.prompt("hello")) == "Today is 26 July 2024. hello"
+
+
 def test_end_tokens_of_the_generation_settings_count(folder: Path, tmp_path: Path, codec) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -97,6 +97,14 @@ def test_a_resync_on_the_trainers_gpus_moves_no_byte_over_host_or_network() -> N
     assert near.seconds.resync <= 4 < far.seconds.resync
 
 
+def test_engines_are_as_wide_as_the_run_makes_them() -> None:
+    """On nodes of their own, whose number of servers follows from their width."""
+    spread = ("cluster.engine_nodes=1", "rollout.servers.tensor=4")
+    asked, unasked = (planned("qwen3-4b-16k", *spread, f"rollout.servers.count={n}").engine for n in (2, 0))
+    assert unasked == asked
+    assert (asked.tensor, asked.engines) == (4, 2)
+
+
 def test_known_models_have_their_published_sizes() -> None:
     assert set(known()) == set(PUBLISHED)
     for name, parameters in PUBLISHED.items():
@@ -250,8 +258,8 @@ def test_remedies_mend_what_does_not_fit() -> None:
 
 
 def test_faults_name_the_keys() -> None:
-    short = planned("qwen3-8b-16k", "corpus.cluster_tokens=22000")
-    assert any("rollout.max_model_len=22528" in fault for fault in short.faults)
+    short = planned("qwen3-8b-16k", "policy.stream_tokens=8192")
+    assert any("policy.stream_tokens=8192" in fault for fault in short.faults)
     starved = planned("qwen3-8b-16k", "rollout.kv_cache_mib=1024")
     assert any("rollout.kv_cache_mib" in fault for fault in starved.faults)
     assert not short.fits

@@ -24,18 +24,25 @@ def test_a_link_of_a_folder_takes_nothing_of_this_machine_along(
     for folder in ("blobs", "snapshots/1f"):
         (cache / folder).mkdir(parents=True)
     (cache / "blobs" / "9c").write_text("words")
+    (tmp_path / "base").mkdir()
+    for name in ("merges.txt", "generation_config.json"):
+        (tmp_path / "base" / name).write_text("{}")
     snapshot, folder = cache / "snapshots" / "1f", tmp_path / "model"
     folder.mkdir()
     for source in (folder, snapshot):
         (source / "config.json").write_text("{}")
         (source / "vocab.txt").symlink_to(tmp_path / "credentials")
+        (source / "merges.txt").symlink_to(
+            tmp_path / "base" / "merges.txt"
+        )  # as one links those of a base model
+        (source / "generation_config.json").symlink_to(tmp_path / "base" / "generation_config.json")
         (source / "tokenizer.json").symlink_to(cache / "blobs" / "9c")
         (source / "chat_template.jinja").symlink_to("config.json")
         with caplog.at_level(logging.WARNING):
             write_model(tmp_path / "out", [], source=source, config={}, write=True)
         found = {path.name for path in (tmp_path / "out").iterdir()}
-        assert found >= {"chat_template.jinja", "config.json", "tokenizer.json"}
-        assert "vocab.txt" not in found
+        assert found >= {"chat_template.jinja", "config.json", "tokenizer.json", "merges.txt"}
+        assert not {"vocab.txt", "generation_config.json"} & found
         assert (tmp_path / "out" / "tokenizer.json").read_text() == "words"
         assert "vocab.txt" in caplog.text
         caplog.clear()

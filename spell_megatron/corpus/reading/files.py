@@ -27,6 +27,32 @@ HTML_BYTES = 32 << 20
 """A longer page is skipped."""
 TABLE_CHARACTERS = 16 << 20
 """Of a page's tables, as they are laid out."""
+_BREAKS = frozenset(
+    (
+        *(
+            "br",
+            "p",
+            "div",
+            "li",
+            "tr",
+            "pre",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+            "hr",
+            "ul",
+            "ol",
+            "dl",
+            "dt",
+            "dd",
+        ),
+        *("table", "blockquote", "section"),
+    )
+)
+_INDENTED, _DEEPEST = ("ul", "ol", "dl", "dd", "blockquote"), 12
 _VERSION = re.compile(r"\.\d+")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _FURNITURE = (
@@ -121,20 +147,43 @@ def _page(file: BufferedReader, name: str, source: SourceConfig, skipped: Skippe
 
 
 def _narrow(page: HtmlElement) -> None:
-    """Take apart the tables that come after the first `TABLE_CHARACTERS`: every row is filled up to the longest cells
-    of its columns, and one long cell would make a small page a huge text."""
-    total = 0
+    """Take apart what would make a small page a huge text: tables that come after the first `TABLE_CHARACTERS`, since
+    every row is filled up to the longest lines of its columns, and lists within many lists, which are indented."""
+    room = TABLE_CHARACTERS
     for table in list(page.iter("table")):
-        widths, rows = defaultdict[int, int](int), 0
-        for row in table.iter("tr"):
-            rows += 1
-            for place, cell in enumerate(row):
-                widths[place] = max(widths[place], len(cell.text_content()))
-        total += rows * sum(widths.values())
-        if total > TABLE_CHARACTERS:
-            total -= rows * sum(widths.values())
-            for part in list(table.iter("table", "thead", "tbody", "tfoot", "tr", "td", "th")):
-                part.tag = "div" if part.tag in ("table", "tr") else "span"
+        if (size := _size(table)) <= room:
+            room -= size
+            continue
+        for part in list(table.iter("table", "thead", "tbody", "tfoot", "tr", "td", "th")):
+            part.tag = "div" if part.tag in ("table", "tr") else "span"
+    for part in list(page.iter(*_INDENTED)):
+        if sum(1 for _ in part.iterancestors(*_INDENTED)) >= _DEEPEST:
+            part.tag = "div"
+
+
+def _size(table: HtmlElement) -> int:
+    """Characters of a table that is laid out: lines of its rows times the widths of its columns."""
+    widths, lines = defaultdict[int, int](int), 0
+    for row in table.iter("tr"):
+        if next(row.iterancestors("table"), None) is not table:
+            continue
+        cells = [_extent(cell) for cell in row.iterchildren("td", "th")]
+        lines += max((height for _, height in cells), default=0)
+        for place, (width, _) in enumerate(cells):
+            widths[place] = max(widths[place], width)
+    return lines * sum(widths.values())
+
+
+def _extent(cell: HtmlElement) -> tuple[int, int]:
+    """Width and height of a cell in characters, about: a line ends where a block or a break begins."""
+    widest, line, lines = 0, 0, 1
+    for part in cell.iter():
+        if part.tag in _BREAKS:
+            widest, line, lines = max(widest, line), 0, lines + 1
+        text = part.text if isinstance(part.tag, str) and part.text else ""
+        lines += text.count("\n") if part.tag == "pre" else 0
+        line += len(text) + len(part.tail or "")
+    return max(widest, line), lines
 
 
 def _decoded_page(content: bytes) -> str | bytes:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ijson
 import msgspec
-from ijson.common import ObjectBuilder
 
 from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.reading.rows import Row, missing_column, text_column, wanted_columns
@@ -28,8 +27,6 @@ _AT_ONCE = 16 << 20
 """Bytes of rows that are unpacked together, about."""
 _BOM = b"\xef\xbb\xbf"
 
-_DEEPEST = 100
-"""Lists and objects within each other, in a JSON value that is not read line by line."""
 _CELL_BYTES = 16 << 20
 """Bytes of CSV read at once: its parser takes four for each."""
 
@@ -92,26 +89,15 @@ def csv_rows(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]
 
 
 def parquet_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Row]:
-    """Only the columns that are needed, so many rows at a time as their average size allows.
+    """Only the columns that are needed, a row at a time: what a value takes that many rows share, and that is written
+    once, nothing in the file says."""
+    from pyarrow import ArrowException, RecordBatch, parquet
 
-    A value that rows of a batch share is written once, and stays so (`read_dictionary`) until a row is used. Lists
-    cannot stay so: their rows come one at a time.
-    """
-    from pyarrow import ArrowException, parquet, types
-
-    frugal = {"buffer_size": 1 << 20, "pre_buffer": False}
     try:
-        with parquet.ParquetFile(path, **frugal) as file:
-            columns = _columns(file.schema_arrow, name, source, skipped)
-            nested = any(types.is_nested(file.schema_arrow.field(column).type) for column in columns)
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)] if columns else []
-        averages = [group.total_byte_size // max(group.num_rows, 1) + 1 for group in groups]
-        rows = [1 if nested else max(1, min(1024, _AT_ONCE // average)) for average in averages]
-        shared = columns if max(rows, default=1) > 1 else []
-        with parquet.ParquetFile(path, read_dictionary=shared, **frugal) as file:
-            for number, size in enumerate(rows):
-                batches = file.iter_batches(batch_size=size, row_groups=[number], columns=columns)
-                for unpacked in map(_unpacked, batches):  # no batch stays while its rows are used
+        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            if columns := _columns(file.schema_arrow, name, source, skipped):
+                batches = file.iter_batches(batch_size=1, columns=columns, use_threads=False)
+                for unpacked in map(RecordBatch.to_pylist, batches):  # no batch stays while its row is used
                     yield from unpacked
     except ArrowException as error:
         skipped.add("damaged", name, str(error).splitlines()[0])
@@ -170,61 +156,61 @@ def _objects(values: Iterable[Any], where: str, skipped: Skipped) -> Iterator[Ro
 
 
 def _items(file: BufferedReader, name: str, skipped: Skipped, *, in_array: bool) -> Iterator[Row]:
-    """Values of one array, or those that follow each other, one at a time."""
-    bounded = _PerItem(file)
+    """The objects of one array, or those that follow each other. One that cannot be read is skipped alone."""
+    if file.peek(len(_BOM)).startswith(_BOM):
+        file.read(len(_BOM))
     try:
-        for value in _values(bounded, outside=int(in_array)):
-            bounded.begin()
-            yield from _objects([value], name, skipped)
+        for number, item in enumerate(_split(file, in_array), start=1):
+            where = f"{name} value {number}"
+            try:
+                yield from _objects([_decoded(item)], where, skipped)
+            except (ValueError, RecursionError) as error:
+                skipped.add("not JSON", where, str(error).splitlines()[0])
     except _TooLong:
         skipped.add(f"longer than {ROW_BYTES >> 20} MiB", name, "a value; what follows it is not read")
-    except (ijson.JSONError, _TooDeep) as error:
-        reason = (str(error).splitlines() or ["nested too deeply"])[0]
-        skipped.add("not JSON", name, f"{reason}; what follows it is not read")
+    except EOFError:
+        skipped.add("not JSON", name, "it ends within a value")
 
 
-def _values(file: _PerItem, outside: int) -> Iterator[Any]:
-    """The values that stand below so many brackets. ijson's own `items` names the whole way to every bracket, which
-    takes the square of their depth."""
-    depth, value = 0, ObjectBuilder()
-    for event, said in ijson.basic_parse(file, multiple_values=not outside):
-        opens = event in ("start_map", "start_array")
-        depth += opens - (event in ("end_map", "end_array"))
-        if depth > _DEEPEST:
-            raise _TooDeep
-        if depth + (not opens) > outside:
-            value.event(event, said)
-            if depth == outside:
-                yield value.value
-                value = ObjectBuilder()
+def _split(file: BufferedReader, in_array: bool) -> Iterator[bytes]:
+    """The bytes of each value, told apart by brackets and commas outside of strings. What stands in a value is not
+    looked at: neither its depth nor its numbers end the file. Raises _TooLong, or EOFError within a value."""
+    held, at, begin, depth, outside = b"", 0, 0, 0, int(in_array)
+    while block := file.read(max(1 << 20, len(held))):
+        held = held[begin:] + block
+        at, begin = at - begin, 0
+        for token in _STRUCTURE.finditer(held, at):
+            mark = token[0]
+            if mark == b'"':  # its end is still to come
+                break
+            at = token.end()
+            if mark in b"[{":
+                depth += 1
+                begin = at if depth == outside else begin
+            elif mark in b"]}":
+                depth = max(depth - 1, 0)
+                if depth == 0:
+                    if item := held[begin : at - outside].strip():
+                        yield item
+                    if in_array:
+                        return
+                    begin = at
+            elif mark == b"," and depth == outside == 1:
+                if item := held[begin : token.start()].strip():
+                    yield item
+                begin = at
+        if len(held) - begin > ROW_BYTES:
+            raise _TooLong
+    if held[begin:].strip():
+        raise EOFError
+
+
+_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},"]', re.DOTALL)
+"""A string, a bracket, a comma, or a quotation mark whose string goes on behind what is at hand."""
 
 
 class _TooLong(Exception):
     pass
-
-
-class _TooDeep(Exception):
-    pass
-
-
-class _PerItem:
-    """A file for ijson, which ends with an error where one value goes on and on."""
-
-    def __init__(self, file: BufferedReader) -> None:
-        self._file, self._left = file, ROW_BYTES
-        if file.peek(len(_BOM)).startswith(_BOM):
-            file.read(len(_BOM))
-
-    def begin(self) -> None:
-        """A value has ended."""
-        self._left = ROW_BYTES
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._file.read(size)
-        self._left -= len(block)
-        if self._left < 0:
-            raise _TooLong
-        return block
 
 
 def _head(file: BufferedReader) -> bytes:

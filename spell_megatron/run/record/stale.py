@@ -25,11 +25,10 @@ def forget_stale(folder: RunFolder, step: int, before: Config, now: Config, *, a
     not because it was its last. Raises SpellError where it cannot be removed."""
     if anew or not same_episodes(before, now):
         _forget_episodes(folder, step)
+        _forget_answers(folder, step or -1)  # before the first step it is measured anew
     elif not same_weights(before, now):
         _forget_episodes(folder, step + 1)
-    else:
-        return
-    _forget_answers(folder, step or -1)  # before the first step it is measured anew
+        _forget_answers(folder, step)
 
 
 def same_episodes(one: Config, other: Config) -> bool:

@@ -42,8 +42,8 @@ _OTHER = re.compile(
     rf"|[,;.|)\]\s]{_ANOTHER}(?=\W{{0,8}}(?:$|(?:[A-H]|and|or|are)\b)))"
 )
 """One more letter behind a letter. In "B. A is wrong" and "B: A new one" it begins something else."""
-_SEVERAL = re.compile(rf"\b[A-H]{_OTHER.pattern}")
-"""A list of letters, which marks none of them."""
+_SEVERAL = re.compile(rf"(?=\b([A-H]{_OTHER.pattern}))")
+"""Two letters of a list, which marks none of them."""
 _ENDED = re.compile(rf"(?:{_CLOSE}|\s*$|\s*[\u2013\u2014(\[:\n<-])")
 _EQUATION = re.compile(r"\s*[=+^\u2264\u2265]|[*/<>]\w")
 _WORD = re.compile(r"\s+([^\W\d_]+)")
@@ -70,10 +70,13 @@ def stated(statement: Statement) -> str | None:
 def mentioned(statement: Statement) -> str | None:
     """The only letter that a statement marks as one, where it denies nothing."""
     text = _tidy(statement.text)
-    found: set[str] = {next(filter(None, match.groups())) for match in _MARKED.finditer(text)}
-    if len(found) != 1 or not found < set("ABCD") or denies(text) or _SEVERAL.search(text):
+    marked = list(_MARKED.finditer(text))
+    found: set[str] = {match[match.lastindex or 0] for match in marked}
+    if len(found) != 1 or not found < set("ABCD") or denies(text):
         return None
-    return found.pop()
+    lists = [match.span(1) for match in _SEVERAL.finditer(text)]
+    places = [match.start(match.lastindex or 0) for match in marked]
+    return None if any(start <= place < end for place in places for start, end in lists) else found.pop()
 
 
 def _first(text: str) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from decimal import Decimal
 
 from spell_megatron.selfplay.reading.latex import plain
 from spell_megatron.selfplay.reading.statements import Statement, opened
@@ -72,6 +71,9 @@ class _Styles(dict[int, str]):
 
 
 _STYLES = _Styles()
+_RAISED = re.compile("(?=[\u00b2\u00b3\u00b9\u2070-\u207f])")
+"""Before a superscript, which is an ordinary character to NFKC."""
+_NO_DECIMALS = re.compile(r"\.0+$")
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,12})(?:\.\d{1,40})?", re.ASCII)
 _DROPPED = _Dropped()
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -106,13 +108,13 @@ def normalise(text: str) -> str:
 
 
 def seen(text: str) -> str:
-    """What a reader sees in a text: case, width, blanks, an article before it, quotes' and dashes' styles, and a full
-    stop make no difference; other signs do, since -5 is not 5, and C++ not C. Of a number its value."""
-    text = unicodedata.normalize("NFKC", text.translate(_ACCENTS)).casefold().translate(_STYLES)
-    text = (
-        " ".join(text.split()).strip(" .,;:!?'").removeprefix("the ").removeprefix("an ").removeprefix("a ")
-    )
-    return f"{Decimal(text.replace(',', '')).normalize():f}" if _PLAIN_NUMBER.fullmatch(text) else text
+    """What a reader sees in a text: case, width, blanks, an article before it, styles of quotes and dashes, and what
+    ends it make no difference; other signs do, since -5 is not 5, and C++ not C. A number may have zeros for decimals.
+    """
+    text = unicodedata.normalize("NFKC", _RAISED.sub("^", text.translate(_ACCENTS))).casefold()
+    text = " ".join(text.translate(_STYLES).split()).strip("'").rstrip(" .,;:'")
+    text = text.removeprefix("the ").removeprefix("an ").removeprefix("a ")
+    return _NO_DECIMALS.sub("", text.replace(",", "")) if _PLAIN_NUMBER.fullmatch(text) else text
 
 
 def _answer(text: str) -> str | None:

@@ -49,13 +49,14 @@ def engine_memory(
     servers, rollout = config.rollout.servers, config.rollout
     cluster = replace(config.cluster, nodes=nodes)
     colocated, engines, fault = not cluster.engine_nodes, servers.count * nodes, ""
+    tensor = servers.tensor if servers.count else 1
     try:
         found = topology(replace(config, cluster=cluster), cuda=True, gpus=cluster.gpus_per_node)
         colocated, engines = found.colocated, len(found.engines) + len(servers.urls)
+        tensor = len(found.engines[0].gpus) if found.engines else tensor
     except ConfigError as error:
         fault = str(error)
     engines = max(1, engines)
-    tensor = servers.tensor if servers.count else 1
     b = 4 if rollout.dtype == "float32" else 2
     heads = max(1, shape.kv_heads // tensor)
     token = 2 * shape.layers * heads * shape.head_dim * b

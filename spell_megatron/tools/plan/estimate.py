@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spell_megatron.config import ClusterConfig, Config
+from spell_megatron.config import ClusterConfig, Config, untrainable
 from spell_megatron.policy.layout import WorldShape, check_layout
 from spell_megatron.tools.plan.assumptions import GIB, Assumptions
 from spell_megatron.tools.plan.catalogue import architecture
@@ -95,8 +95,7 @@ def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: Cl
         faults.append(
             f"rollout.max_model_len={rollout.max_model_len} is below cluster and response: {longest}"
         )
-    if engine.fault:
-        faults.append(engine.fault)
+    faults += filter(None, (untrainable(config), engine.fault))
     if shape.heads % engine.tensor:
         faults.append(f"rollout.servers.tensor={engine.tensor} does not divide {shape.heads} heads")
     wanted = max(engine.kv_wanted, engine.sequence)

@@ -68,7 +68,7 @@ def _passes_once(
     there, back = (
         (assumed.fa3_forward, assumed.fa3_backward) if fa3 else (assumed.fa2_forward, assumed.fa2_backward)
     )
-    grouped = assumed.grouped_rate if policy.spec != "torch" else assumed.looped_rate
+    grouped = assumed.grouped_rate if policy.prefers_te else assumed.looped_rate
     imbalance = assumed.expert_imbalance if policy.layout.expert > 1 else 1.0
     experts = work.expert * imbalance / grouped / world.model
     dense = (work.dense - head_work(shape, rows)) / assumed.dense_rate / world.model
@@ -108,7 +108,7 @@ def _memory(
 ) -> dict[str, float]:
     """Passes over tensors, counted as reads and writes of each element."""
     policy, layout, b = config.policy, config.policy.layout, width(config.policy)
-    te = policy.spec != "torch"
+    te = policy.prefers_te
     forward, attention = passes(policy, shape)
     layers, local = shape.layers / layout.pipeline, tokens / layout.context
     own = local / (layout.tensor if layout.sequence else 1)
