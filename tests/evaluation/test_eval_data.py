@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -202,25 +203,13 @@ def test_unknown_benchmark_names_the_nearest():
         find(["docmaths"])
 
 
-def test_pinned_files_must_not_change(samples, tmp_path):
-    folder = tmp_path / "aime25"
-    folder.mkdir()
-    for path in (samples / "aime25").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert set(pin(folder)) == {"aime2025-I.jsonl", "aime2025-II.jsonl"}
-    assert len(load("aime25", tmp_path)[1]) == 2
-    (folder / "aime2025-I.jsonl").write_text("{}\n", encoding="utf-8")
-    with pytest.raises(SpellError, match="manifest"):
-        load("aime25", tmp_path)
-
-
-@pytest.mark.parametrize("alone", [True, False])
-def test_files_that_are_pinned_with_the_whole_data_folder_must_not_change(samples, tmp_path, alone):
-    folder = tmp_path / "aime25"
-    folder.mkdir()
-    for path in (samples / "aime25").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert set(pin(tmp_path)) == {"aime25/aime2025-I.jsonl", "aime25/aime2025-II.jsonl"}
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_pinned_files_must_not_change(samples, tmp_path, whole, alone):
+    """Whether a data set was pinned or the folder of all of them."""
+    folder = shutil.copytree(samples / "aime25", tmp_path / "aime25")
+    pinned = pin(tmp_path if whole else folder)
+    assert {Path(name).name for name in pinned} == {"aime2025-I.jsonl", "aime2025-II.jsonl"}
     assert len(load("aime25", tmp_path)[1]) == 2
     (folder / "aime2025-I.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(SpellError, match="manifest"):
@@ -229,10 +218,7 @@ def test_files_that_are_pinned_with_the_whole_data_folder_must_not_change(sample
 
 def test_a_manifest_is_no_data(samples, tmp_path):
     """Though the files of FRAMES are any that end in .json."""
-    folder = tmp_path / "frames"
-    folder.mkdir()
-    for path in (samples / "frames").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(samples / "frames", tmp_path / "frames")
     before = len(load("frames", tmp_path)[1])
     pin(folder)
     assert len(load("frames", tmp_path)[1]) == before
