@@ -22,10 +22,14 @@ that of a rank which it killed itself."""
 # 0 is a finished run, and 2 what another attempt would end alike in: 1 and all from here on are crashes.
 _CRASH = 3
 
+_STALLS = 20
+"""Attempts that are preempted before anything new is on the disk, after which a job ends."""
+
 _ENDING = Template(
     """\
-# Every attempt ends here. A run that saved itself on request goes back to the queue. A crashed one does, as
-# long as `crashes` holds at most $retries lines for the same checkpoint. What SLURM ends (scancel) does not.
+# Every attempt ends here. A run that saved itself on request goes back to the queue, unless $stalls attempts before
+# have left the same files. A crashed one does, as long as `crashes` holds at most $retries lines for the same
+# checkpoint. What SLURM ends (scancel) does not.
 # Whoever follows the job knows by $requeued* that an attempt's end is not the job's.
 run=$run
 attempt="$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
@@ -40,8 +44,14 @@ ended() {
     if [ "$$code" -ne 0 ] && [ -s "$$first" ]; then code=$$(cat "$$first"); fi
     case "$$(scontrol show job "$$SLURM_JOB_ID")" in *JobState=RUNNING*) ;; *) exit "$$code" ;; esac
     if [ -e "$$run/$flag" ]; then
-        echo "the run is saved and goes back to the queue"
-        requeue
+        held=$$(cd "$$run" && find checkpoints rollouts eval -type f -printf "%p %s\\n" 2>/dev/null | sort | cksum)
+        echo "$$held" >>"$$run/requeues"
+        if [ "$$(grep -cxF "$$held" "$$run/requeues")" -le $stalls ]; then
+            echo "the run is saved and goes back to the queue"
+            requeue
+        else
+            echo "$stalls attempts have made nothing new: raise time, or lower warn_seconds"
+        fi
     elif [ "$$code" -ge $crash ] || [ "$$code" -eq 1 ]; then
         last=$$(ls "$$run/checkpoints" | grep -x "step-[0-9]*" | tail -n 1)
         last="after $${last:-the start}"
@@ -87,6 +97,7 @@ def setup_lines(job: PreparedRun) -> str:
             requeued=REQUEUED,
             failed=_FAILED,
             retries=profile.crash_retries,
+            stalls=_STALLS,
             crash=_CRASH,
         ),
         f'export MASTER_ADDR="$head_node" MASTER_PORT=$(({_FIRST_PORT} + ({attempt}) % {_PORTS}))',

@@ -344,8 +344,22 @@ def test_a_finished_run_is_not_requeued(tmp_path: Path) -> None:
 
 def test_a_saved_run_goes_back_to_the_queue_any_number_of_times(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path, crash_retries=0)
-    for _ in range(5):
-        assert attempt.end('touch "$run/requeue"; exit 75') == (75, True)
+    (attempt.run / "rollouts").mkdir()
+    for _ in range(25):  # an episode more each time
+        assert attempt.end('touch "$run/requeue"; echo 1 >>"$run/rollouts/step-00001.jsonl"; exit 75') == (
+            75,
+            True,
+        )
+
+
+def test_a_run_that_saves_nothing_new_does_not_go_round_for_ever(tmp_path: Path) -> None:
+    """As where it takes longer to start than it is given."""
+    attempt = Attempt(tmp_path, crash_retries=0)
+    requeued = [attempt.end('touch "$run/requeue"; exit 75')[1] for _ in range(22)]
+    assert requeued == [True] * 20 + [False] * 2
+    attempt.saved(3)
+    (attempt.run / "checkpoints" / "step-00003" / "run.json").write_text("{}")
+    assert attempt.end('touch "$run/requeue"; exit 75') == (75, True)
 
 
 def test_the_flag_of_the_attempt_before_does_not_count(tmp_path: Path) -> None:
