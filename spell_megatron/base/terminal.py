@@ -37,6 +37,11 @@ def line(text: str) -> str:
     return tidy(" ".join(text.split("\n")))
 
 
+def said(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def label(text: str) -> str:
     """The same as a name in a picture, cut where it is long. matplotlib has to be told that `$` is no mathematics."""
     found = line(text)

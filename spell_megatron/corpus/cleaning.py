@@ -28,7 +28,7 @@ _TOGETHER = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u
 _WORD = re.compile(rf"[{_TOGETHER}]|[^\s{_TOGETHER}]+")
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """What stands between blanks; each character of a script that has none."""
     return _WORD.findall(text.lower())
 
@@ -52,14 +52,14 @@ def sketch(text: str) -> list[int]:
     With 4 bands of 6 rows, texts of Jaccard similarity 0.95 / 0.9 / 0.8 / 0.5 share a band with
     probability 0.995 / 0.95 / 0.70 / 0.06 (Broder 1997). Empty for short texts.
     """
-    plain = words(text)
+    plain = split_words(text)
     count = len(plain) - SHINGLE + 1
     if count < MIN_SHINGLES:
         return []
-    marks = np.array([zlib.crc32(word.encode()) for word in plain], dtype=np.uint64)
+    words = np.array([zlib.crc32(word.encode()) for word in plain], dtype=np.uint64)
     shingles = np.zeros(count, dtype=np.uint64)
     for offset in range(SHINGLE):
-        shingles = shingles * np.uint64(0x9E3779B97F4A7C15) + marks[offset : offset + count]
+        shingles = shingles * np.uint64(0x9E3779B97F4A7C15) + words[offset : offset + count]
     shingles ^= shingles >> np.uint64(29)
     minima = np.array([((shingles * m) >> np.uint64(20)).min() for m in _MULTIPLIERS], dtype=np.uint64)
     return [

@@ -259,6 +259,5 @@ def uses_transformer_engine(policy: PolicyConfig) -> bool:
     raise SpellError(
         f"{key} needs Transformer Engine and a GPU, and here is {'no GPU' if HAVE_TE else 'no Transformer Engine'}:"
         " pip install --no-build-isolation 'transformer-engine[pytorch]' on a machine with a GPU, or leave"
-        " policy.spec=auto and"
-        " policy.fp8=off, which need neither"
+        " policy.spec=auto and policy.fp8=off, which need neither"
     )

@@ -200,8 +200,8 @@ class Driver:
     def record_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """What was measured of the weights that the run goes on from: the row of step 0, or the rest of another one."""
         [row] = [row for row in read_metrics(self.run) if row["step"] == step] or [{}]
-        known = {name: value for name, value in row.items() if value is not None}
-        kept = {name: value for name, value in known.items() if name not in ("step", "time", _OWED)}
+        dropped = ("step", "time", _OWED)
+        kept = {name: value for name, value in row.items() if name not in dropped and value is not None}
         self.metrics.log(step, {**kept, **scores})
         self.owes = _OWED in scores
         if "heldout/mean" in scores:

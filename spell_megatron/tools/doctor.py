@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
+from spell_megatron.base.terminal import said
 from spell_megatron.types import SpellError
 
 State = Literal["ok", "missing", "wrong"]
@@ -66,9 +67,10 @@ def _examined(part: Callable[[], Iterable[Finding]]) -> Iterable[Finding]:
     try:
         return list(part())
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0][:200]
         name = part.__name__.strip("_").replace("_", " ")
-        return [Finding(name, "wrong", type(error).__name__, True, f"cannot be examined: {said}")]
+        return [
+            Finding(name, "wrong", type(error).__name__, True, f"cannot be examined: {said(error)[:200]}")
+        ]
 
 
 def _python() -> Iterable[Finding]:
@@ -160,10 +162,11 @@ def _transformer_engine() -> Iterable[Finding]:
         importlib.import_module("transformer_engine.pytorch")
         yield Finding(name, "ok", found, False)
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
         fatal = not isinstance(error, ImportError)  # which alone megatron-core expects
         cost = "megatron-core cannot be imported beside it" if fatal else "it is not used"
-        yield Finding(name, "wrong", found, fatal, f"{cost} ({said}): {install}, or pip uninstall {name}")
+        yield Finding(
+            name, "wrong", found, fatal, f"{cost} ({said(error)[:200]}): {install}, or pip uninstall {name}"
+        )
 
 
 def _attention() -> list[Finding]:

@@ -82,11 +82,7 @@ def _copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> N
     stranger's folder names."""
     home = home_of_links(source)
     for path in sorted(source.iterdir()):
-        if (
-            not path.is_file()
-            or path.suffix not in {".json", ".jinja", ".txt", ".model"}
-            or path.name == INDEX
-        ):
+        if not path.is_file() or path.suffix not in _COMPANIONS or path.name == INDEX:
             continue
         if (to := path.resolve()).is_relative_to(home) or _is_blob(to) or path.name == to.name in _TOKENIZER:
             shutil.copyfile(to, target / path.name)
@@ -96,15 +92,17 @@ def _copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> N
     (target / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
+_COMPANIONS = (".json", ".jinja", ".txt", ".model")
 _TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
         "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
     ),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 """What folders often link to those of their base model."""
 

@@ -321,7 +321,7 @@ from pathlib import Path
 from typing import Any
 from spell_megatron.config import CorpusConfig, SourceConfig
 from spell_megatron.corpus import ClusterSampler
-from spell_megatron.corpus.reading import files, tables  # what reading imports counts as the base
+from spell_megatron.corpus.reading import files, pages, tables  # what reading imports counts as the base
 import pyarrow.parquet, pyarrow.ipc, inscriptis
 
 def peak():
@@ -493,9 +493,6 @@ def test_values_are_told_apart_wherever_blocks_end(
 
     class Small(io.BytesIO):
         """Gives a few bytes at a time, as a compressed file may."""
-
-        def peek(self, _: int) -> bytes:
-            return self.getvalue()[self.tell() :][:9]
 
         def read(self, _: int | None = -1) -> bytes:
             return super().read(size)

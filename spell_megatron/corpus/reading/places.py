@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from spell_megatron.base.files import home_of_links
+from spell_megatron.base.terminal import said
 from spell_megatron.corpus.reading.text import Skipped
 from spell_megatron.types import SpellError
 
@@ -95,7 +96,7 @@ def _of_hub(path: str) -> Iterator[Place]:
     ) as error:  # the hub client raises several unrelated families of errors when it is offline
         raise SpellError(
             f"there is no file or folder {path!r}, and the hub data set {repository} cannot be listed:"
-            f" {_first_line(error)}; download it and give its folder"
+            f" {said(error).rstrip('.')}; download it and give its folder"
         ) from None
     chosen = [
         name
@@ -111,9 +112,5 @@ def _of_hub(path: str) -> Iterator[Place]:
             yield Place(Path(hf_hub_download(repository, name, repo_type="dataset")), name)
         except (OSError, HfHubHTTPError) as error:
             raise SpellError(
-                f"cannot fetch {name} of the hub data set {repository}: {_first_line(error)}"
+                f"cannot fetch {name} of the hub data set {repository}: {said(error).rstrip('.')}"
             ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from io import BufferedReader
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from spell_megatron.base.terminal import said
 from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.reading.rows import Row, missing_column, text_column, wanted_columns
 from spell_megatron.corpus.reading.text import PART, Skipped
@@ -47,14 +48,7 @@ def json_lines(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Ro
             while (line := file.readline(ROW_BYTES)) and not line.endswith(b"\n"):
                 pass
         elif line.strip():
-            try:
-                row = _decoded(line)
-            except UnicodeDecodeError as error:
-                skipped.add("not UTF-8", where, f"byte 0x{error.object[error.start]:02x}")
-            except (ValueError, RecursionError) as error:
-                skipped.add("not JSON", where, str(error))
-            else:
-                yield from _objects([row], where, skipped)
+            yield from _row(line, where, skipped)
     if number == 0:
         skipped.add("empty", name)
 
@@ -100,7 +94,7 @@ def parquet_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) 
                 for unpacked in map(RecordBatch.to_pylist, batches):  # no batch stays while its row is used
                     yield from unpacked
     except ArrowException as error:
-        skipped.add("damaged", name, str(error).splitlines()[0])
+        skipped.add("damaged", name, said(error))
 
 
 def arrow_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Row]:
@@ -119,7 +113,7 @@ def arrow_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) ->
                 for batch in batches if count is None else map(batches.get_batch, range(count)):
                     yield from _unpacked(batch.select(columns))
     except pyarrow.ArrowException as error:
-        skipped.add("damaged", name, str(error).splitlines()[0])
+        skipped.add("damaged", name, said(error))
 
 
 def _columns(schema: Schema, name: str, source: SourceConfig, skipped: Skipped) -> list[str]:
@@ -147,8 +141,15 @@ def _decoded(line: bytes) -> Any:
     return msgspec.json.decode(line.removeprefix(_BOM))
 
 
-def _objects(values: Iterable[Any], where: str, skipped: Skipped) -> Iterator[Row]:
-    for value in values:
+def _row(raw: bytes, where: str, skipped: Skipped) -> Iterator[Row]:
+    """The object that some bytes are; nothing, with the reason noted, where they are none."""
+    try:
+        value = _decoded(raw)
+    except UnicodeDecodeError as error:
+        skipped.add("not UTF-8", where, f"byte 0x{error.object[error.start]:02x}")
+    except (ValueError, RecursionError) as error:
+        skipped.add("not JSON", where, said(error))
+    else:
         if isinstance(value, dict):
             yield value
         else:
@@ -157,15 +158,9 @@ def _objects(values: Iterable[Any], where: str, skipped: Skipped) -> Iterator[Ro
 
 def _items(file: BufferedReader, name: str, skipped: Skipped, *, in_array: bool) -> Iterator[Row]:
     """The objects of one array, or those that follow each other. One that cannot be read is skipped alone."""
-    if file.peek(len(_BOM)).startswith(_BOM):
-        file.read(len(_BOM))
     try:
         for number, item in enumerate(_split(file, in_array), start=1):
-            where = f"{name} value {number}"
-            try:
-                yield from _objects([_decoded(item)], where, skipped)
-            except (ValueError, RecursionError) as error:
-                skipped.add("not JSON", where, str(error).splitlines()[0])
+            yield from _row(item, f"{name} value {number}", skipped)
     except _TooLong:
         skipped.add(f"longer than {ROW_BYTES >> 20} MiB", name, "a value; what follows it is not read")
     except EOFError:
@@ -175,7 +170,7 @@ def _items(file: BufferedReader, name: str, skipped: Skipped, *, in_array: bool)
 def _split(file: BufferedReader, in_array: bool) -> Iterator[bytes]:
     """The bytes of each value, told apart by brackets and commas outside of strings. What stands in a value is not
     looked at: neither its depth nor its numbers end the file. Raises _TooLong, or EOFError within a value."""
-    held, at, begin, depth, outside = b"", 0, 0, 0, int(in_array)
+    held, at, begin, depth = b"", 0, 0, 0
     while block := file.read(max(1 << 20, len(held))):
         held = held[begin:] + block
         at, begin = at - begin, 0
@@ -186,16 +181,16 @@ def _split(file: BufferedReader, in_array: bool) -> Iterator[bytes]:
             at = token.end()
             if mark in b"[{":
                 depth += 1
-                begin = at if depth == outside else begin
+                begin = at if in_array and depth == 1 else begin
             elif mark in b"]}":
                 depth = max(depth - 1, 0)
                 if depth == 0:
-                    if item := held[begin : at - outside].strip():
+                    if item := held[begin : token.start() if in_array else at].strip():
                         yield item
                     if in_array:
                         return
                     begin = at
-            elif mark == b"," and depth == outside == 1:
+            elif mark == b"," and in_array and depth == 1:
                 if item := held[begin : token.start()].strip():
                     yield item
                 begin = at

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from spell_megatron.base.terminal import said
 from spell_megatron.policy.checkpoint.boxes import Box, Shape
 from spell_megatron.policy.checkpoint.files import TENSORS, read_bytes
 from spell_megatron.types import SpellError
@@ -97,9 +98,8 @@ def read_index(folder: Path) -> Metadata:
     except (KeyboardInterrupt, SystemExit, OSError):
         raise
     except BaseException as error:  # an unpickler raises whatever a hostile stream makes of it
-        said = str(error).splitlines()[:1] or [type(error).__name__]
         raise SpellError(
-            f"{path} is not the index of a checkpoint ({said[0][:200]}): nothing was read"
+            f"{path} is not the index of a checkpoint ({said(error)[:200]}): nothing was read"
         ) from None
 
 

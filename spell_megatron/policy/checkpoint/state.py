@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from spell_megatron.base.terminal import said
 from spell_megatron.policy.checkpoint.faults import reason
 from spell_megatron.policy.checkpoint.files import read_bytes
 from spell_megatron.policy.checkpoint.folder import Checkpoint
@@ -86,6 +87,5 @@ def _read_values(folder: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # an unpickler raises whatever a hostile stream makes of it
-        said = str(error).splitlines()[:1] or [type(error).__name__]
-        raise SpellError(f"{path} holds no plain values ({said[0][:200]}): nothing was read") from None
+        raise SpellError(f"{path} holds no plain values ({said(error)[:200]}): nothing was read") from None
     return values

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from spell_megatron.config import Config, OptimizerConfig, PolicyConfig, SelfPlayConfig
+from spell_megatron.config import Config
 from spell_megatron.run.record.folder import RunFolder, writing
 
 _log = logging.getLogger(__name__)
@@ -23,22 +23,12 @@ Section = TypeVar("Section", bound=Any)
 def forget_stale(folder: RunFolder, step: int, before: Config, now: Config, *, anew: bool = False) -> None:
     """Remove what does not hold any more of the steps after `step`, which the run goes on from; `anew`: by choice, and
     not because it was its last. Raises SpellError where it cannot be removed."""
-    if anew or not same_episodes(before, now):
+    if anew or _sampled(before) != _sampled(now):
         _forget_episodes(folder, step)
         _forget_answers(folder, step or -1)  # before the first step it is measured anew
-    elif not same_weights(before, now):
+    elif _learnt(before) != _learnt(now):
         _forget_episodes(folder, step + 1)
         _forget_answers(folder, step)
-
-
-def same_episodes(one: Config, other: Config) -> bool:
-    """Whether two configurations sample the same episodes, however many of them they ask for and use."""
-    return _sampled(one) == _sampled(other)
-
-
-def same_weights(one: Config, other: Config) -> bool:
-    """Whether two configurations make the same weights of the same episodes, up to roundings."""
-    return _learnt(one) == _learnt(other)
 
 
 def _forget_episodes(folder: RunFolder, after: int) -> None:
@@ -61,23 +51,25 @@ def _forget_answers(folder: RunFolder, after: int) -> None:
 
 
 def _sampled(config: Config) -> tuple[object, ...]:
-    """What an episode depends on; of self-play all but what is done around the episodes."""
-    play = _as_by(SelfPlayConfig(), config.selfplay, _AROUND)
+    """What an episode depends on, however many of them are asked for and used; of self-play all but what is done around
+    the episodes."""
+    play = _but(config.selfplay, _AROUND)
     return config.seed, config.model, config.corpus, play, config.rollout.max_model_len
 
 
 def _learnt(config: Config) -> tuple[object, ...]:
-    """What is learnt of episodes: all of the learner but how it is spread and computed, and what leaves groups or
-    whole steps out."""
-    policy = _as_by(PolicyConfig(), config.policy, _COMPUTED)
-    optimizer = _as_by(OptimizerConfig(), policy.optimizer, _SHARDED)
+    """What weights become of the same episodes, up to roundings: all of the learner but how it is spread and computed,
+    and what leaves groups or whole steps out."""
+    policy = _but(config.policy, _COMPUTED)
+    optimizer = _but(policy.optimizer, _SHARDED)
     leaves_out = [getattr(config.record, name) for name in _LEAVES_OUT]
-    play = _as_by(SelfPlayConfig(), config.selfplay, ("concurrency",))
+    play = _but(config.selfplay, ("concurrency",))
     return replace(policy, optimizer=optimizer), play, leaves_out
 
 
-def _as_by(default: Section, section: Section, names: Iterable[str]) -> Section:
+def _but(section: Section, names: Iterable[str]) -> Section:
     """A section with the defaults of some keys."""
+    default = type(section)()
     return replace(section, **{name: getattr(default, name) for name in names})
 
 
