@@ -142,6 +142,13 @@ def test_an_offloaded_optimizer_holds_the_planned_host_memory(
     assert host == static_bytes(part, policy, check_layout(policy.layout, learner.shape, 1)).host
 
 
+def test_layers_of_transformer_engine_are_planned_without_it(folders: dict[str, Path]) -> None:
+    """They hold what torch's hold, and so do those that compute in FP8."""
+    policies = PolicyConfig(), PolicyConfig(spec="te"), PolicyConfig(fp8="blockwise")
+    plain, *others = rehearse([Build(policy, folders["moe"], 1) for policy in policies])
+    assert others == [plain, plain]
+
+
 def test_every_shipped_recipe_is_built_and_fits() -> None:
     """The real models, at full world size: every weight covered once, arithmetic and model agreed, room left."""
     configs = [load_config(recipe) for recipe in model_recipes()]

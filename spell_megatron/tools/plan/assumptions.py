@@ -30,13 +30,13 @@ class Assumptions:
     for one of 32 ranks of Qwen3-30B-A3B)."""
     flash: bool = True
     """Whether a flash kernel of a GPU computes attention, and takes memory for it."""
-    fa2_forward: float = 350e12
-    """Operations a second of attention, by kernel, head dimension 128 and 16K tokens: arXiv 2407.08608, figures 5 and
-    6, rounded down. Here 370."""
+    fa2_forward: float = 330e12
+    """Operations a second of attention, by kernel, head dimension 128 and 16K tokens: arXiv 2407.08608, figure 5 with a
+    causal mask, and figure 6, which has none; rounded down. Here 335 (370 without the mask)."""
     fa2_backward: float = 300e12
     """There 322."""
     fa3_forward: float = 600e12
-    """There 648; with a causal mask at 8K 685 (github.com/meta-pytorch/tritonbench, pull request 1267)."""
+    """There 616 (648 without the mask); at 8K 685 (github.com/meta-pytorch/tritonbench, pull request 1267)."""
     fa3_backward: float = 500e12
     """There 561 and 539."""
     dense_rate: float = 600e12
@@ -45,14 +45,19 @@ class Assumptions:
     """Rate of Transformer Engine's grouped products, thousands of rows an expert; an estimate."""
     looped_rate: float = 300e12
     """Rate of one product after another, an expert each; an estimate."""
+    float32_rate: float = 40e12
+    """Rate of products and attention in float32, outside of tensor cores: three fifths of the 67 TFLOP/s of NVIDIA's
+    data sheet of the H100 SXM; an estimate."""
     memory_efficiency: float = 0.8
     """Share of the GPU's memory rate that passes over large tensors reach; an estimate."""
     atomics: float = 11.0
     """What a sum by atomics in bfloat16 costs, as passes over what is summed; 250 GB/s, an estimate."""
     logit_bytes: float = 229.0
     """Read and written for every logit, forward and backward: counted in `tests/policy/test_cuda.py`."""
+    scored_logit_bytes: float = 96.0
+    """The same of a forward pass alone: counted in the same way."""
     nucleus_bytes: float = 67.0
-    """Besides, for the nucleus: counted there."""
+    """Besides, for the nucleus, in the forward pass: counted there."""
     exchange_efficiency: float = 0.6
     """Share of what a link reaches otherwise that NCCL's all-to-all of uneven parts reaches; an estimate. DeepEP's
     kernels are taken to reach it whole (its README has 153 of 160 GB/s on an H800), but to hide behind nothing."""
@@ -95,7 +100,7 @@ class Assumptions:
             f"TFLOP/s: FlashAttention 2 {_tera(self.fa2_forward)} and {_tera(self.fa2_backward)} backward, 3 "
             f"{_tera(self.fa3_forward)} and {_tera(self.fa3_backward)} (arXiv 2407.08608, rounded down); "
             f"products {_tera(self.dense_rate)}, grouped {_tera(self.grouped_rate)}, in a loop "
-            f"{_tera(self.looped_rate)} (estimates)",
+            f"{_tera(self.looped_rate)}, all in float32 {_tera(self.float32_rate)} (estimates)",
             "the image of the Dockerfile: Transformer Engine, FlashAttention 3 unless policy.attention=fa2, and DeepEP"
             " where experts lie within a node unless policy.dispatcher=alltoall",
             f"passes over memory reach {self.memory_efficiency:.0%} of its rate; a logit takes "

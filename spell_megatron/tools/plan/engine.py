@@ -38,6 +38,11 @@ class EngineMemory:
         return self.engines * self.tensor
 
     @property
+    def fitting(self) -> float:
+        """Share of the planned questions that the KV cache holds at once; vLLM has the others wait."""
+        return min(1.0, self.kv_cache / self.kv_wanted)
+
+    @property
     def device(self) -> int:
         return self.weights + self.workspace + self.kv_cache
 

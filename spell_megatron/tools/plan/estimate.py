@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from spell_megatron.config import ClusterConfig, Config, untrainable
+from spell_megatron.base.topology import topology
+from spell_megatron.config import Config, ConfigError, untrainable
 from spell_megatron.policy.layout import WorldShape, check_layout
 from spell_megatron.tools.plan.assumptions import GIB, Assumptions
 from spell_megatron.tools.plan.catalogue import architecture
@@ -10,6 +11,7 @@ from spell_megatron.tools.plan.dealing import Deal, even, packed
 from spell_megatron.tools.plan.engine import EngineMemory, engine_memory
 from spell_megatron.tools.plan.findings import Plan
 from spell_megatron.tools.plan.memory import stage_plans
+from spell_megatron.tools.plan.notes import notes
 from spell_megatron.tools.plan.parameters import StageParameters, stage_parameters
 from spell_megatron.tools.plan.rehearsal import Rehearsal
 from spell_megatron.tools.plan.saving import saving
@@ -25,12 +27,12 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
     """The plan by arithmetic. With a built model, what a rank holds comes from it, and the batch is really packed."""
     policy, cluster = config.policy, config.cluster
     shape = shape_of(architecture(config.model.path), config.model.families)
-    world = check_layout(policy.layout, shape, cluster.gpus)
+    world = check_layout(policy.layout, shape, _ranks(config))
     parts = stage_parameters(shape, policy.layout)
     lengths = Lengths.of(config, assumed)
     engine = engine_memory(config, shape, lengths, cluster.nodes, cluster.gpu_memory_gib, assumed)
     batch = expected_batch(config.selfplay, lengths)
-    faults = _faults(config, shape, engine, cluster)
+    faults = _faults(config, shape, engine)
     if rehearsal is not None:
         dealt = packed(config, shape, world, lengths)
     else:
@@ -48,7 +50,8 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
         return step_seconds(config, shape, engine, rollouts, update, assumed)
 
     update = costs(dealt)
-    stages = stage_plans(config, shape, world, parts, engine, dealt.streams, assumed, rehearsal)
+    streams = -(-dealt.streams // policy.minibatches)
+    stages = stage_plans(config, shape, world, parts, engine, streams, assumed, rehearsal)
     return Plan(
         config=config,
         shape=shape,
@@ -74,9 +77,19 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
             assumed,
         ),
         faults=tuple(faults),
+        notes=tuple(notes(config, shape, engine)),
         assumed=assumed,
         rehearsal=rehearsal,
     )
+
+
+def _ranks(config: Config) -> int:
+    """Of the trainer, on the GPUs that no engine has for itself. Where engines cannot be placed, which is a fault of
+    theirs, it has all."""
+    try:
+        return len(topology(config, cuda=True, gpus=config.cluster.gpus_per_node).trainer)
+    except ConfigError:
+        return config.cluster.gpus
 
 
 def _traffic(
@@ -86,10 +99,9 @@ def _traffic(
     return step_traffic(shape, config.policy, world, parts, deal.tokens, deal.rows, per_node)
 
 
-def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: ClusterConfig) -> list[str]:
-    """Contradictions between model, lengths, engine and cluster that no memory would mend."""
-    rollout, play, faults = config.rollout, config.selfplay, []
-    limits = play.sampling
+def _faults(config: Config, shape: ModelShape, engine: EngineMemory) -> list[str]:
+    """Contradictions between model, lengths, engine and GPUs that no memory would mend."""
+    rollout, limits, faults = config.rollout, config.selfplay.sampling, []
     longest = config.corpus.cluster_tokens + max(limits.questioner_tokens, limits.responder_tokens)
     if longest > rollout.max_model_len:
         faults.append(
@@ -98,10 +110,11 @@ def _faults(config: Config, shape: ModelShape, engine: EngineMemory, cluster: Cl
     faults += filter(None, (untrainable(config), engine.fault))
     if shape.heads % engine.tensor:
         faults.append(f"rollout.servers.tensor={engine.tensor} does not divide {shape.heads} heads")
-    wanted = max(engine.kv_wanted, engine.sequence)
-    if engine.kv_cache < wanted:
+    if engine.kv_cache < engine.sequence:
         faults.append(
-            f"a KV cache of {engine.kv_cache / GIB:.1f} GiB is below the {wanted / GIB:.1f} GiB of the planned"
-            f" {play.concurrency} questions in flight: raise rollout.kv_cache_mib, or lower selfplay.concurrency"
+            f"a KV cache of {engine.kv_cache / GIB:.1f} GiB is below the {engine.sequence / GIB:.1f} GiB of one"
+            f" sequence of rollout.max_model_len={rollout.max_model_len}: raise rollout.kv_cache_mib, or lower that"
         )
+    if config.policy.fp8 == "mxfp8":
+        faults.append("policy.fp8=mxfp8 is for Blackwell, and an H100 is planned: set policy.fp8=blockwise")
     return faults

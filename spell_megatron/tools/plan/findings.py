@@ -65,6 +65,8 @@ class Plan:
     saving: Saving
     faults: tuple[str, ...]
     """Why the recipe cannot run, besides memory."""
+    notes: tuple[str, ...]
+    """What the user must see to, and what is set and not in the plan."""
     assumed: Assumptions
     rehearsal: Rehearsal | None = None
     """The real model's ranks; None where arithmetic alone speaks."""
@@ -113,6 +115,7 @@ class Plan:
             "fits": self.fits,
             "headroom": self.headroom,
             "faults": list(self.faults),
+            "notes": list(self.notes),
             "remedies": list(self.remedies),
             "per_rank": [self._row(stage) for stage in self.stages],
             "engine": asdict(self.engine),
@@ -143,6 +146,7 @@ class Plan:
             "weights": stage.static.weights,
             "gradients": stage.static.gradients,
             "optimizer": stage.static.optimizer,
+            "reference": stage.static.reference,
             "optimizer_on_host": stage.static.host,
             "activations": asdict(stage.activations) | {"peak": stage.activations.peak},
             "update": stage.update,

@@ -35,12 +35,14 @@ class Static:
     weights: int
     gradients: int
     optimizer: int
+    reference: int = 0
+    """Weights of the reference model, where the loss has one (`policy.loss.kl`)."""
     host: int = 0
     """In host memory: an offloaded optimizer's state, and the gradients that it is given."""
 
     @property
     def device(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.reference
 
 
 def stage_parameters(shape: ModelShape, layout: LayoutConfig) -> list[StageParameters]:
@@ -100,10 +102,11 @@ def share(part: StageParameters, policy: PolicyConfig, world: WorldShape) -> int
 
 
 def static_bytes(part: StageParameters, policy: PolicyConfig, world: WorldShape) -> Static:
-    """Weights, float32 gradients, and AdamW's float32 master copy and two moments."""
+    """Weights, float32 gradients, AdamW's float32 master copy and two moments, and a frozen second model's weights."""
     state, optimizer = state_width(policy), policy.optimizer
     owned = share(part, policy, world) if optimizer.distributed else part.total
     weights, gradients = part.total * width(policy), part.total * 4
+    reference = weights if policy.loss.kl > 0 else 0
     if optimizer.cpu_offload:
-        return Static(weights, gradients, 0, host=(state + 4) * owned)
-    return Static(weights, gradients, state * owned)
+        return Static(weights, gradients, 0, reference, host=(state + 4) * owned)
+    return Static(weights, gradients, state * owned, reference)

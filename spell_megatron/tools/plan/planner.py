@@ -24,7 +24,11 @@ def plan_all(configs: Sequence[Config], assumed: Assumptions | None = None) -> l
     """Plan several recipes, their models built in one process. SpellError where a model contradicts arithmetic."""
     assumed = assumed or Assumptions()
     drafts = [estimate(config, assumed) for config in configs]
-    jobs = [Build(c.policy, architecture(c.model.path), c.cluster.gpus, c.model.families) for c in configs]
+    jobs = [
+        Build(draft.config.policy, architecture(model.path), draft.world.size, model.families)
+        for draft in drafts
+        for model in (draft.config.model,)
+    ]
     plans = []
     for draft, rehearsal in zip(drafts, rehearse(jobs), strict=True):
         built = estimate(draft.config, assumed, rehearsal)

@@ -60,7 +60,7 @@ def saving(
 ) -> Saving:
     """`parts` and `static` are of the pipeline's stages, `world` of the trainer; `offloaded` are bytes of a rank's
     activations."""
-    policy, per_node = config.policy, config.cluster.gpus_per_node
+    policy, per_node = config.policy, world.size // config.cluster.nodes
     staged = max(saved_bytes(part, policy, world) for part in parts)
     read = max(read_bytes(part, policy, world) for part in parts)
     ranks = world.size // policy.layout.pipeline
@@ -69,7 +69,9 @@ def saving(
     kept = staged if config.record.async_save else 0
     kept += max(one.host for one in static) + offloaded
     if engine.colocated:
-        kept += engine.weights + max(one.weights + one.optimizer for one in static)
+        # vLLM takes pinned memory of torch's for its copy; the learner's is as large as what it copies.
+        kept += round(engine.weights * assumed.pinned_rounding)
+        kept += max(one.weights + one.optimizer + one.reference for one in static)
     return Saving(
         staged=staged,
         read=read,

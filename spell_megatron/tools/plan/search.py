@@ -92,11 +92,8 @@ def _steps(found: Plan) -> Iterator[tuple[str, Any]]:
     yield "policy.layout", replace(layout, pipeline=layout.pipeline * 2)
     if found.shape.experts and layout.expert * 2 <= per_node:
         yield "policy.layout", replace(layout, expert=layout.expert * 2)
-    if found.engine.kv_cache < found.engine.kv_wanted:
-        each = found.engine.kv_wanted // -(-config.selfplay.concurrency // found.engine.engines)
-        if room := found.engine.kv_cache // each * found.engine.engines:
-            yield "selfplay.concurrency", room
-        yield "rollout.kv_cache_mib", -(-found.engine.kv_wanted >> 20) + 1
+    if found.engine.kv_cache < found.engine.sequence:
+        yield "rollout.kv_cache_mib", -(-found.engine.sequence >> 20)
     servers = config.rollout.servers
     if servers.count > 1 and servers.count % 2 == 0:
         yield "rollout.servers", replace(servers, count=servers.count // 2, tensor=servers.tensor * 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -39,7 +38,10 @@ def ranking(plans: Sequence[Plan]) -> str:
                 f"{plan.seconds.update:.0f}",
             )
         )
-    return "\n".join(_aligned(rows)) if plans else "no layout fits: more GPUs, or less text at a time"
+    if not plans:
+        return "no layout fits: more GPUs, or less text at a time"
+    notes = dict.fromkeys(f"  note: {note}" for plan in plans for note in plan.notes)
+    return "\n".join([*_aligned(rows), *notes])
 
 
 def layout_words(plan: Plan) -> str:
@@ -88,23 +90,16 @@ def _recompute(policy: PolicyConfig) -> str:
 
 
 def _memory(plan: Plan) -> list[str]:
-    titles: tuple[str, ...] = (
-        "stage",
-        "layers",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-    )
-    titles += ("update", "rollout", "resync")
-    rows: list[tuple[str, ...]] = [titles]
+    engine, phases = plan.engine, ("update", "rollout", "resync")
+    held: tuple[str, ...] = ("weights", "gradients", "optimizer")
+    if plan.config.policy.loss.kl > 0:
+        held += ("reference",)
+    rows: list[tuple[str, ...]] = [("stage", "layers", "parameters", *held, "activations", *phases)]
     for stage in plan.stages:
-        sizes = (stage.static.weights, stage.static.gradients, stage.static.optimizer, stage.activations.peak)
-        phases = (stage.update, stage.rollout, stage.resync)
         words = (str(stage.stage), str(stage.parameters.layers), number(stage.parameters.total))
-        rows.append((*words, *map(gib, (*sizes, *phases))))
-    engine = plan.engine
+        sizes = [getattr(stage.static, kind) for kind in held]
+        sizes += [stage.activations.peak, *(getattr(stage, phase) for phase in phases)]
+        rows.append((*words, *map(gib, sizes)))
     return [
         "GiB on one GPU, by pipeline stage",
         *_aligned(rows),
@@ -117,11 +112,12 @@ def _costs(plan: Plan) -> list[str]:
     kinds = ", ".join(f"{kind} {number(size)}B" for kind, size in asdict(plan.traffic).items() if size)
     shared, unshared = plan.flops(shared=True), plan.flops(shared=False)
     s, u, saved = plan.seconds, plan.seconds_unshared, plan.saving
+    beside = " beside" if s.overlapped else ","
     return [
         f"operations of an update   {number(3 * plan.work.total)}FLOP "
         f"(shared prompts {number(shared)}, each response its own {number(unshared)}: {unshared / shared:.1f} x)",
         f"sent by a GPU in a step   {kinds or 'nothing'}",
-        f"seconds of a step         {s.total:.0f}: rollout {s.rollout:.0f}, update {s.update:.0f}, "
+        f"seconds of a step         {s.total:.0f}: rollout {s.rollout:.0f}{beside} update {s.update:.0f}, "
         f"resync {s.resync:.1f} (each response with its own prompt: update {u.update:.0f}, step {u.total:.0f})",
         f"MFU of the update         {plan.mfu:.0%}; most of its seconds: {_largest(plan.costs, 3)}",
         f"a checkpoint of {number(saved.whole)}B    {gib(saved.staged)} GiB a rank: training waits "
@@ -142,18 +138,7 @@ def _verdict(plan: Plan) -> list[str]:
         lines[0] += f"; less than the {ROOM:.0%} that should be"
     lines += [f"  fault: {fault}" for fault in plan.faults]
     lines += [f"  try: {remedy}" for remedy in plan.remedies]
-    return lines + [f"  note: {note}" for note in _notes(plan)]
-
-
-def _notes(found: Plan) -> list[str]:
-    """What the user must see to besides GPU memory."""
-    limit, length, lines = found.shape.max_positions, found.config.rollout.max_model_len, []
-    if length > limit:
-        lines.append(
-            f"sequences of {length} tokens exceed the model's {limit} positions: its config.json needs a YaRN"
-            f" rope_scaling of factor {math.ceil(length / limit)} or more"
-        )
-    return lines
+    return lines + [f"  note: {note}" for note in plan.notes]
 
 
 def _small(plan: Plan) -> list[str]:

@@ -15,31 +15,37 @@ from spell_megatron.weights.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Seconds of one training step, one phase after the other."""
+    """Seconds of one training step, by phase."""
 
     rollout: float
     update: float
     resync: float
+    overlapped: bool = False
+    """One step is played while another trains (`selfplay.max_staleness`): the longer of the two sets the pace."""
 
     @property
     def total(self) -> float:
-        return self.rollout + self.update + self.resync
+        longer = max(self.rollout, self.update)
+        return (longer if self.overlapped else self.rollout + self.update) + self.resync
 
 
 def rollout_seconds(
     config: Config, shape: ModelShape, engine: EngineMemory, rollouts: Rollouts, assumed: Assumptions
 ) -> float:
-    """Reading all prompts once, then decoding in full batches."""
+    """Reading all prompts once, then decoding in full batches, as large as the KV cache allows."""
     read = forward_work(shape, rollouts.read, rollouts.read_pairs, 0).total
-    reading = read / (engine.gpus * assumed.peak_flops * assumed.prefill_efficiency)
-    in_flight = config.selfplay.concurrency * config.selfplay.group_size / engine.engines
+    rate = assumed.peak_flops * assumed.prefill_efficiency
+    if config.rollout.dtype == "float32":
+        rate = assumed.float32_rate
+    reading = read / (engine.gpus * rate)
+    in_flight = config.selfplay.concurrency * config.selfplay.group_size / engine.engines * engine.fitting
     batch = max(1.0, min(config.rollout.max_num_seqs, in_flight))
-    weights = total_parameters(shape)
+    weights = whole = total_parameters(shape)
     if shape.experts:  # a batch meets most experts
         met = 1 - (1 - shape.experts_per_token / shape.experts) ** batch
         experts = (weights - active_parameters(shape)) / (1 - shape.experts_per_token / shape.experts)
         weights = round(weights - experts * (1 - met))
-    moved = weights * 2 / engine.tensor + batch * rollouts.context * engine.token_bytes
+    moved = weights / whole * engine.weights + batch * rollouts.context * engine.token_bytes
     step = max(assumed.decode_seconds, moved / (assumed.memory_rate * assumed.link_efficiency))
     return reading + rollouts.written / engine.engines / batch * step
 
@@ -57,4 +63,5 @@ def step_seconds(
         rollout=rollout_seconds(config, shape, engine, rollouts, assumed),
         update=sum(update.values()),
         resync=resync(config, shape, engine).seconds(assumed),
+        overlapped=config.selfplay.max_staleness > 0,
     )

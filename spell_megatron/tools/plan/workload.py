@@ -113,11 +113,32 @@ class Work:
         return Work(self.dense / parts, self.expert / parts, self.attention / parts)
 
 
-def passes(policy: PolicyConfig, shape: ModelShape) -> tuple[float, float]:
-    """Forward passes over a layer, and over its attention, on the mean of all layers."""
+@dataclass(frozen=True, slots=True)
+class PassCount:
+    """How often a batch passes a layer, on the mean of all layers."""
+
+    layers: float
+    """Forward, but for attention."""
+    attention: float
+    """Forward."""
+    backward: int
+
+
+SCORING = PassCount(layers=1.0, attention=1.0, backward=0)
+"""For log-probs alone."""
+
+
+def passes(policy: PolicyConfig, shape: ModelShape) -> PassCount:
+    """Of training, with what is computed again."""
     chunk = depth(policy, shape)
     again = chunk.recomputed / (chunk.recomputed + chunk.offloaded + chunk.kept)
-    return 1 + again, 1 + again if policy.recompute == "full" else 1.0
+    return PassCount(1 + again, 1 + again if policy.recompute == "full" else 1.0, backward=1)
+
+
+def scorings(policy: PolicyConfig) -> int:
+    """Passes over the batch for log-probs alone: of the policy before the first of several minibatches, and of the
+    reference model (`policy/learner.py`)."""
+    return (policy.minibatches > 1) + (policy.loss.kl > 0)
 
 
 def head_work(shape: ModelShape, rows: float) -> float:
