@@ -39,7 +39,8 @@ class Item:
     `question` is what a judge is shown; `references` are the gold answers, the first one being the
     protocol's; `labels` place the item in subsets ("difficulty": "hard"). `context` is the stretch of
     the last message whose tail may be dropped (cut "head" alone). `max_tokens` is the output limit that the
-    set's authors give the item's task. `facts` is what the scorer needs besides.
+    set's authors give the item's task. `facts` is what the scorer needs besides. Items of one
+    `group` are one question to the figures, asked in several ways.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Item:
     context: str = ""
     max_tokens: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eval.averages import average, limits
-from eval.markdown import number, percent, plain, table
+from eval.markdown import literal, number, percent, plain, table
 from eval.paper import SOURCE, Row, Table, rows, tables
 from eval.report import Report
 from eval.statistics import Figure
-from spell_megatron.base.terminal import line, tidy
+from spell_megatron.base.terminal import tidy
 from spell_megatron.types import SpellError
 
 
@@ -56,18 +56,17 @@ class Beside:
         return plain({"source": SOURCE, "model": self.model, "ours": self.name, "tables": parts})
 
     def markdown(self) -> str:
-        name = line(self.name)
-        lines = [f"# {name} beside {self.model} in the paper ({SOURCE}), protocol paper"]
+        lines = [f"# {literal(self.name)} beside {self.model} in the paper ({SOURCE}), protocol paper"]
         for part in self.parts:
             at = f" at {part.max_input} tokens of input" if part.max_input else ""
             head = [f"{part.table.name}{at}", *part.table.columns, part.table.average]
             theirs = [[f"{training}, paper", *map(_points, row)] for training, row in part.paper]
-            ours = [name, *("–" if mean is None else percent(mean) for mean in part.ours)]
+            ours = [self.name, *("–" if mean is None else percent(mean) for mean in part.ours)]
             gains = ["ours − SPELL", *("–" if gain is None else f"{gain:+.1f}" for gain in part.gains)]
             lines += ["", *table(head, [*theirs, ours, gains])]
         lines += [
             "",
-            f"Ours scored by: {'; '.join(self.scoring)}. The paper's: max(rule, judge gpt-oss-120b).",
+            f"Ours scored by: {literal('; '.join(self.scoring))}. The paper's: max(rule, judge gpt-oss-120b).",
         ]
         return tidy("\n".join(lines)) + "\n"
 

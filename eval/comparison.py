@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks import PUBLIC
 from eval.markdown import percent, plain, table
 from eval.report import Report
-from eval.statistics import Difference, Figure, paired
+from eval.results import Result
+from eval.statistics import Difference, Figure, figure, paired
 from spell_megatron.types import SpellError
 
 
@@ -69,14 +71,19 @@ def compare(reports: Sequence[Report]) -> Comparison:
         found = [match for match in matches if match is not None]
         if len(found) < len(others):
             continue
-        differences = []
-        for match in found:
-            common = [item for item in result.questions if item in match.questions]
-            differences.append(
-                paired([result.questions[i] for i in common], [match.questions[i] for i in common])
-            )
+        differences = [_difference(result, match) for match in found]
         rows.append((result.label, [result.mean, *(match.mean for match in found)], differences))
     return Comparison(first.protocol, [report.model for report in reports], rows)
+
+
+def _difference(first: Result, second: Result) -> Difference:
+    """Over the questions that both answered, weighed as in the headline."""
+    common = [item for item in first.questions if item in second.questions]
+    before, after = ([result.questions[item] for item in common] for result in (first, second))
+    macro = next((benchmark.macro for benchmark in PUBLIC if benchmark.name == first.benchmark), "")
+    strata = [first.labels[item].get(macro, "") for item in common]
+    gains = [new - old for old, new in zip(before, after, strict=True)]
+    return replace(paired(before, after), difference=figure(gains, strata))
 
 
 def _gain(value: Difference) -> str:

@@ -30,6 +30,7 @@ T = TypeVar("T")
 MANIFEST = "manifest.json"
 KINDS = (".json", ".jsonl", ".parquet", ".tsv", ".csv")
 ARCHIVES = (".zip",)
+NOT_UTF8 = "not UTF-8"
 _BROKEN = re.compile("[\ud800-\udfff]")
 """Half characters: bytes that are not UTF-8 are read as such."""
 
@@ -105,7 +106,7 @@ class Data:
     def _read(self, path: Path, member: str) -> Iterator[Row]:
         kind = Path(member or path.name).suffix
         if kind == ".parquet":
-            yield from _parquet(path)
+            yield from self._parquet(path)
             return
         with zipfile.ZipFile(path).open(member) if member else path.open("rb") as stream:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
@@ -117,8 +118,8 @@ class Data:
             else:
                 rows = self._json(text, path)
             for row in rows:
-                if _BROKEN.search(json.dumps(row, ensure_ascii=False)):
-                    self.bad["not UTF-8"] += 1  # no answer could be equal to it
+                if broken(row):
+                    self.bad[NOT_UTF8] += 1  # no answer could be equal to it
                 else:
                     yield row
 
@@ -149,6 +150,30 @@ class Data:
                 yield row
             else:
                 self.bad["not an object"] += 1
+
+    def _parquet(self, path: Path) -> Iterator[Row]:
+        """One by one: a text that is not UTF-8, or a time that Python cannot hold, is one row's fault."""
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(path) as table:
+                for batch in table.iter_batches(batch_size=64):
+                    for place in range(batch.num_rows):
+                        try:
+                            [row] = batch.slice(place, 1).to_pylist()
+                        except UnicodeDecodeError:
+                            self.bad[NOT_UTF8] += 1
+                        except (ValueError, OverflowError):
+                            self.bad["a value that Python cannot hold"] += 1
+                        else:
+                            yield row
+        except (pyarrow.ArrowException, OSError) as error:
+            raise SpellError(f"{path} cannot be read as a Parquet file: {error}") from None
+
+
+def broken(value: object) -> bool:
+    """Whether a JSON value holds half characters, which no tokenizer takes."""
+    return bool(_BROKEN.search(json.dumps(value, ensure_ascii=False)))
 
 
 def text(row: Row, *names: str) -> str:
@@ -218,17 +243,6 @@ def _members(path: Path) -> list[str]:
             return sorted(archive.namelist())
     except zipfile.BadZipFile:
         raise SpellError(f"{path} is not a zip archive: download it again") from None
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise SpellError(f"{path} is not a Parquet file: {error}") from None
 
 
 def _download(source: Source) -> Path:

@@ -3,7 +3,7 @@
 It is asked only where the rule failed, at temperature 0, and sees the question, the extracted answer
 and the gold answer (the verifier's own prompt). Two readings of its reply are kept: the official one
 (YES occurs and NO does not, as substrings, so that "NOT" flips it) and the last bracketed decision.
-A reply that says neither is no verdict: it is asked again, and after that the sample is unjudged.
+A reply without the reading that counts is no verdict: it is asked again, and after that the sample is unjudged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def bracketed_verdict(reply: str) -> bool | None:
 async def equivalence(task: str, item: Item, grade: Grade, ask: Ask, mode: Mode) -> Verdict:
     """Ask whether the extracted answer means the first gold answer, with the verifier's prompt of a task."""
     question = Question(task, item.question, item.references[0])
-    reply = await ask(_prompts().verifier(question, grade.shown), _usable)
+    parse = _bracketed if mode == "strict" else _usable
+    reply = await ask(_prompts().verifier(question, grade.shown), parse)
     readings = {
         "official": float(official_verdict(reply)),
         "bracketed": float(bracketed_verdict(reply) or False),
@@ -62,6 +63,10 @@ def _prompts() -> Prompts:
 def _usable(reply: str) -> str | None:
     text = strip_thinking(reply) or ""
     return reply if "YES" in text or "NO" in text else None
+
+
+def _bracketed(reply: str) -> str | None:
+    return None if bracketed_verdict(reply) is None else reply
 
 
 @dataclass

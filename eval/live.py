@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from eval.runner import Settings
 from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import Config
 from spell_megatron.rollout.engine import Engine, EngineError, WeightsWanted
+
+_log = logging.getLogger(__name__)
 
 
 class LiveSource:
@@ -65,12 +67,23 @@ class LiveBenchmarks:
         self._loaded = load(find(settings.benchmarks), data, self._console)
 
     async def __call__(self, engine: Engine, codec: ChatCodec, home: Path) -> dict[str, float]:
-        """Scores under `eval/<benchmark>`; answers and tables go to `home`."""
+        """Scores under `eval/<benchmark>`; answers and tables go to `home`.
+
+        What is incomplete has none: the mean of the questions that happened to be answered is no point of the curve.
+        """
         source = LiveSource(engine, codec, home.name, self._config.rollout.max_model_len)
         plans = plan(self._loaded, [self._config.heldout.max_input], codec, self._settings)
         report = await measure(source, codec, plans, self._settings, home, home.name, console=self._console)
-        scores = {part.label: result.mean.value for part, result in zip(plans, report.results, strict=True)}
-        return {f"eval/{label}": value for label, value in scores.items() if not math.isnan(value)}
+        scores = {}
+        for part, result in zip(plans, report.results, strict=True):
+            if result.complete:
+                scores[f"eval/{part.label}"] = result.mean.value
+            else:
+                scored, asked = result.counts["scored"], result.counts["asked"]
+                _log.warning(
+                    "%s: %d of %d samples scored, see %s", part.label, scored, asked, home / "report.md"
+                )
+        return scores
 
 
 def live_benchmarks(config: Config) -> LiveBenchmarks | None:

@@ -1,17 +1,28 @@
-"""How figures look in tables and in JSON. Scores are shown times 100."""
+"""How figures and words look in tables and in JSON. Scores are shown times 100."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.statistics import Figure
 from spell_megatron.base.terminal import line
 
+_MARKUP = re.compile(
+    r"(?P<interval>\[[-+\d., ]+\](?![(\[:]))|[\\`*\[\]<>!|&]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/(?=/)|(?<=www)\."
+)
+
+
+def literal(text: str) -> str:
+    """Text in one line of Markdown that stays text: endpoints, judges and data sets are not trusted with links, images
+    and HTML. Intervals and names_like_this stay as they are."""
+    return _MARKUP.sub(lambda match: match[0] if match["interval"] else f"\\{match[0]}", line(text))
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[line(str(cell)).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    cells = [[literal(str(cell)) for cell in row] for row in (head, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
 

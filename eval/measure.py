@@ -122,7 +122,7 @@ async def _score(
             for sample in samples:
                 line = {"benchmark": part.label, **asdict(sample)}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-            skipped = sum(runner.skipped(part, item) for item in part.items)
+            skipped = [item.id for item in part.items if runner.skipped(part, item)]
             judge_name = judge.endpoint.model if judge else ""
             results.append(summarise(part, samples, runner.samples(part), skipped, judge_name))
     return Report(name, asdict(runner.settings), results, averages(results))

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.markdown import number, percent, plain, table
+from eval.markdown import literal, number, percent, plain, table
 from eval.plot import plot
 from eval.results import Result
 from eval.statistics import Figure
-from spell_megatron.base.terminal import line, tidy
+from spell_megatron.base.terminal import tidy
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Report:
         plot({self.model: self.results}, folder / "report.png")
 
     def markdown(self) -> str:
-        lines = [f"# {line(self.model)}", "", *_main_table(self), *_averages(self), *_details(self)]
+        lines = [f"# {literal(self.model)}", "", *_main_table(self), *_averages(self), *_details(self)]
         return tidy("\n".join(lines)) + "\n"
 
 
@@ -112,7 +112,7 @@ def _averages(report: Report) -> list[str]:
 def _details(report: Report) -> list[str]:
     lines: list[str] = []
     for result in report.results:
-        lines += ["", f"## {result.label} (protocol {report.protocol})", ""]
+        lines += ["", f"## {literal(result.label)} (protocol {report.protocol})", ""]
         counts = ", ".join(f"{count} {name}" for name, count in result.counts.items() if count)
         lines.append(f"{counts}.")
         if not result.complete:
@@ -120,7 +120,7 @@ def _details(report: Report) -> list[str]:
             lines.append(
                 f"Incomplete: {number(low)} if all that is missing were wrong, {number(high)} if right."
             )
-        lines += [f"* {count} × {line(problem)}" for problem, count in result.problems.items()]
+        lines += [f"* {count} × {literal(problem)}" for problem, count in result.problems.items()]
         if result.metrics:
             lines.append(
                 "Also: "

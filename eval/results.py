@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
-from eval.benchmark import Benchmark
+from eval.benchmark import Benchmark, Item
 from eval.runner import BenchmarkPlan
 from eval.scoring import ScoredAnswer
 from eval.statistics import Figure, figure, mean_pass, pass_at_k, pass_at_k_bootstrap
@@ -20,7 +21,7 @@ class Result:
     `best_of[k]` is pass@k, unbiased; `best_of_bootstrap[k]` is the release's estimate of it. `subsets`
     has a figure a value of every label, `macro` the unweighted mean of a label's values. `bounds` is
     where the mean would lie if every missing or unjudged sample were wrong, or right. `questions` has the mean of
-    each question, `labels` its subsets.
+    each question, `labels` its subsets; the items of one group are one question.
     """
 
     benchmark: str
@@ -51,15 +52,22 @@ class Result:
 
 
 def summarise(
-    plan: BenchmarkPlan, samples: Sequence[ScoredAnswer], per_question: int, skipped: int, judge_name: str
+    plan: BenchmarkPlan,
+    samples: Sequence[ScoredAnswer],
+    per_question: int,
+    skipped: Collection[str],
+    judge_name: str,
 ) -> Result:
-    """Figures of one plan. `per_question` is how many samples each question should have."""
+    """Figures of one plan. `per_question` is how many samples each item should have, `skipped` the items that did not
+    fit."""
     scored = [sample for sample in samples if sample.score is not None]
     questions = _by_question(scored)
-    means = {item: sum(scores) / len(scores) for item, scores in questions.items()}
-    rule_means = {item: sum(s) / len(s) for item, s in _by_question(samples, rule=True).items()}
-    labels = {sample.item: sample.labels for sample in samples}
-    asked = (len(plan.items) - skipped) * per_question
+    groups = {item.id: item.group or item.id for item in plan.items}
+    means = _means(questions, groups)
+    rule_means = _means(_by_question(samples, rule=True), groups)
+    labels = {groups[sample.item]: sample.labels for sample in reversed(samples)}
+    asked_items = [item for item in plan.items if item.id not in skipped]
+    asked = len(asked_items) * per_question
     ks = range(1, per_question + 1)
     return Result(
         benchmark=plan.benchmark.name,
@@ -68,7 +76,7 @@ def summarise(
         scoring=_scoring(plan.benchmark, judge_name),
         mean=_figure(plan.benchmark, means, labels),
         rule=_figure(plan.benchmark, rule_means, labels),
-        bounds=_bounds(means, questions, asked),
+        bounds=_bounds(plan.benchmark, asked_items, questions, per_question),
         best_of={k: mean_pass(list(questions.values()), k, pass_at_k) for k in ks},
         best_of_bootstrap={k: mean_pass(list(questions.values()), k, pass_at_k_bootstrap) for k in ks},
         subsets=_subsets(means, labels),
@@ -80,7 +88,7 @@ def summarise(
             "answered": len(samples),
             "scored": len(scored),
             "judged": sum(sample.judged is not None for sample in samples),
-            "skipped questions": skipped,
+            "skipped questions": len(skipped),
             "prompts cut": len({sample.item for sample in samples if sample.cut}),
             "no answer found": sum(sample.prediction is None for sample in samples),
             "cut at the output limit": sum(sample.finish == "length" for sample in samples),
@@ -98,6 +106,14 @@ def _by_question(samples: Sequence[ScoredAnswer], rule: bool = False) -> dict[st
         if value is not None:
             questions[sample.item].append(value)
     return dict(questions)
+
+
+def _means(samples: Mapping[str, Sequence[float]], groups: Mapping[str, str]) -> dict[str, float]:
+    """The mean of every question: of its samples, then of the items of its group."""
+    items: dict[str, list[float]] = defaultdict(list)
+    for item, scores in samples.items():
+        items[groups[item]].append(fmean(scores))
+    return {group: fmean(means) for group, means in items.items()}
 
 
 def _figure(
@@ -158,13 +174,20 @@ def _problems(plan: BenchmarkPlan, samples: Sequence[ScoredAnswer]) -> dict[str,
 
 
 def _bounds(
-    means: Mapping[str, float], questions: Mapping[str, Sequence[float]], asked: int
+    benchmark: Benchmark, items: Sequence[Item], questions: Mapping[str, Sequence[float]], per_question: int
 ) -> tuple[float, float]:
-    if asked == 0:
+    """The headline with every missing sample wrong, and right."""
+    if not items:
         return (math.nan, math.nan)
-    total = sum(mean * len(questions[item]) for item, mean in means.items())
-    missing = asked - sum(len(scores) for scores in questions.values())
-    return (total / asked, (total + missing) / asked)
+    strata: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for item in items:
+        scores = questions.get(item.id, ())
+        total, missing = sum(scores), per_question - len(scores)
+        strata[item.labels.get(benchmark.macro, "")].append(
+            (total / per_question, (total + missing) / per_question)
+        )
+    low, high = (fmean(fmean(pair[end] for pair in group) for group in strata.values()) for end in (0, 1))
+    return (low, high)
 
 
 def _scoring(benchmark: Benchmark, judge_name: str) -> str:

@@ -127,7 +127,7 @@ class Runner:
             for item in plan.items:
                 base = self._item_key(plan, item)
                 keys = {index: self._sample_key(plan, item, base, index) for index in samples}
-                missing = {index: key for index, key in keys.items() if key not in self.journal}
+                missing = {index: key for index, key in keys.items() if not self._answered(plan, item, key)}
                 if key_of("skip", base) in self.journal:
                     missing = {}
                 jobs = await self._jobs(plan, item, base, missing) if missing else []
@@ -143,18 +143,16 @@ class Runner:
         if prompt.ids is None:
             self.journal.append(key_of("skip", base), {"skipped": prompt.whole})
             return []
-        room = self._max_tokens(plan, item)
-        if self.source.max_model_len is not None:
-            room = min(room, self.source.max_model_len - len(prompt.ids))
+        room = self._room(plan, item, len(prompt.ids))
         if room <= 0:
             plan.failed["the prompt does not fit into the endpoint's max_model_len"] += len(missing)
             return []
         placed = await asyncio.to_thread(plan.benchmark.place, item, self.codec.count)
         facts = {"item": item.id, "benchmark": plan.label, "input": prompt.whole, "sent": len(prompt.ids)}
-        return [
-            _Job(plan, item, prompt.ids, key, index, room, {**facts, "labels": dict(placed.labels)})
-            for index, key in missing.items()
-        ]
+        facts["labels"] = dict(placed.labels)
+        if room < self._max_tokens(plan, item):
+            facts["room"] = room
+        return [_Job(plan, item, prompt.ids, key, index, room, facts) for index, key in missing.items()]
 
     async def _work(self, queue: asyncio.Queue[_Job | None], bar: Progress, task: TaskID) -> None:
         while (job := await queue.get()) is not None:
@@ -197,6 +195,17 @@ class Runner:
         }
         self.journal.append(job.key, {**job.facts, **answer})
 
+    def _answered(self, plan: BenchmarkPlan, item: Item, key: str) -> bool:
+        """Whether the journal has an answer, and not one that the source's window cut before it grew."""
+        if (record := self.journal.get(key)) is None:
+            return False
+        return not window_cut(record) or self._room(plan, item, record["sent"]) <= int(record["room"])
+
+    def _room(self, plan: BenchmarkPlan, item: Item, sent: int) -> int:
+        """Output tokens that are asked for: what was wanted, or what a prompt leaves of the source's window."""
+        wanted, window = self._max_tokens(plan, item), self.source.max_model_len
+        return wanted if window is None else min(wanted, window - sent)
+
     def _max_tokens(self, plan: BenchmarkPlan, item: Item) -> int:
         return self.settings.max_tokens or plan.terms.output(item, self.settings.thinking)
 
@@ -223,6 +232,11 @@ class _Job:
     index: int
     max_tokens: int
     facts: Record
+
+
+def window_cut(record: Record) -> bool:
+    """Whether an answer was cut before its output limit: `room` is recorded where the source's window had less."""
+    return "room" in record and record["finish"] == "length"
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from eval.benchmark import Benchmark, Completion, Grade, Item, Mode, Unjudged, Unreadable, final_answer
 from eval.journal import Record
 from eval.judge import JudgeModel
-from eval.runner import BenchmarkPlan, Runner
+from eval.runner import BenchmarkPlan, Runner, window_cut
 from spell_megatron.base.bounded import Bounded, TooMuch
 
 GRADING_SECONDS = 30.0
@@ -24,6 +24,9 @@ GRADING_SECONDS = 30.0
 GRADING_BYTES = 2 << 30
 """The most memory that it may take."""
 TOO_LONG = "the scorer took too much time or memory"
+LIBRARY_MISSING = "the scorer lacks a library"
+"""No fault of the answer, which stays without a score."""
+WINDOW_CUT = "output limited by max_model_len"
 LONGEST_SHOWN = 1_000
 """Characters of an extracted answer that are kept."""
 BINS = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
@@ -51,7 +54,7 @@ class ScoredAnswer:
 
 @dataclass(frozen=True, slots=True)
 class GradedAnswer:
-    """What the journal holds of one sample, and the rule's grade; a text says why there is no grade."""
+    """What the journal holds of one sample, and the rule's grade; a text says why there is none."""
 
     item: Item
     index: int
@@ -143,10 +146,11 @@ def _ruled(benchmark: Benchmark, answered: GradedAnswer) -> ScoredAnswer:
         sample.rule = sample.score = grade.score
         sample.prediction = grade.prediction[:LONGEST_SHOWN] if grade.prediction else None
         sample.metrics = grade.metrics
-    elif grade == TOO_LONG:
-        sample.fault = f"{grade} (scored 0)"
-    else:
+        sample.fault = WINDOW_CUT if window_cut(record) else ""
+    elif grade.startswith(LIBRARY_MISSING):
         sample.score, sample.unjudged = None, grade
+    else:
+        sample.fault = f"{grade} (scored 0)"
     return sample
 
 
@@ -163,6 +167,8 @@ def _grade(benchmark: Benchmark, item: Item, answer: str | None, mode: Mode) -> 
         return benchmark.grade(item, answer, mode)
     except MemoryError:
         raise
+    except ImportError as error:
+        return f"{LIBRARY_MISSING}: {error}"
     except Exception as error:
         return f"the scorer failed: {type(error).__name__}: {error}"
 

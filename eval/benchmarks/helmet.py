@@ -213,8 +213,9 @@ def rouge_l_sum(prediction: str, references: Sequence[str]) -> float:
 
 
 def answer_after(mark: str, output: str) -> str:
-    """HELMET's parse: the rest of the line after a mark like "Summary:", or the first line."""
-    match = re.search(rf"{re.escape(mark)}([^\n]*)", output, re.IGNORECASE)
+    """HELMET's parse: the rest of the line after a mark like "Summary:", said once or twice, or the first line."""
+    said = re.escape(mark)
+    match = re.search(rf"{said}(?:[^\S\n]*{said})?([^\n]*)", output, re.IGNORECASE)
     return (match[1] if match else output.partition("\n")[0]).strip()
 
 

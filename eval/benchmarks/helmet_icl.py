@@ -6,11 +6,11 @@ examples are HELMET's for 16K tokens, the paper's length (Table 8); the wording 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from eval.benchmark import Benchmark, Grade, Item, Mode, Terms, fill
 from eval.benchmarks.helmet import SEED, answer_after, shuffled
@@ -107,21 +107,20 @@ def _items(labels: Labels, data: Data) -> Iterator[Item]:
 
 
 def balanced(rows: Sequence[Example], shots: int) -> list[Example]:
-    """`shots` examples in rounds that hold every label once, in an order of its own; fewer where rows run out."""
+    """`shots` examples in rounds that hold every label once, in an order of its own; rare labels repeat theirs."""
     draw = random.Random(SEED)
     by_label: defaultdict[str, list[Example]] = defaultdict(list)
     for row in rows:
         by_label[row[1]].append(row)
-    for group in by_label.values():
-        draw.shuffle(group)
+    rounds = math.ceil(shots / len(by_label)) if by_label else 0
+    drawn = [_drawn(group, rounds, draw) for group in by_label.values()]
+    return [example for one in zip(*drawn, strict=True) for example in draw.sample(one, len(one))][:shots]
 
-    def rounds() -> Iterator[Example]:
-        for place in range(max(map(len, by_label.values()), default=0)):
-            one = [group[place] for group in by_label.values() if place < len(group)]
-            draw.shuffle(one)
-            yield from one
 
-    return list(islice(rounds(), shots))
+def _drawn(group: Sequence[Example], count: int, draw: random.Random) -> list[Example]:
+    """`count` of a label's examples; one comes again after all of them have come."""
+    turns = math.ceil(count / len(group))
+    return [example for _ in range(turns) for example in draw.sample(group, len(group))][:count]
 
 
 def _numbers(count: int, name: str, number: int) -> list[int]:

@@ -1,13 +1,14 @@
 """HELMET retrieval-augmented answering: 105 retrieved passages, a short answer, four sets of questions.
 
 HELMET has files of their own for every length; those of 16K tokens are read, which is the paper's length
-(Table 8). The score is its substring match with any gold answer; the wording of the prompt is ours.
+(Table 8). They hold each question several times, with the gold passages at other places: its authors draw questions
+and ask all rows of each. The score is their substring match with any gold answer; the wording of the prompt is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from eval.benchmark import Benchmark, Grade, Item, Mode, Terms, fill
@@ -53,19 +54,19 @@ class HelmetRag(Benchmark):
 
     @staticmethod
     def _set(data: Data, name: str) -> list[Item]:
+        """All rows of the questions that are drawn. The draw is here: no model changes it, and the files are large."""
         test, train = (_source(file) for file in FILES[name])
-        shots, rows = (
-            {row["question"]: row for row in data.items(one, _usable) if _rare(row)} for one in (train, test)
-        )
-        convert = partial(_item, name, list(shots.values()))
-        return [convert(number, row) for number, row in enumerate(rows.values())]
-
-    def select(self, items: list[Item], count: Callable[[str], int], terms: Terms) -> list[Item]:
-        chosen = []
-        for name in FILES:
-            of_set = [item for item in items if item.labels["set"] == name]
-            chosen += [of_set[index] for index in shuffled(len(of_set))[:ROWS]]
-        return chosen
+        shots = {row["key"]: row for row in data.items(train, _usable) if _rare(row)}
+        questions: defaultdict[str, list[Row]] = defaultdict(list)
+        for row in data.items(test, _usable):
+            if _rare(row):
+                questions[row["key"]].append(row)
+        rows = list(questions.values())
+        return [
+            _item(name, list(shots.values()), number, depth, row)
+            for number in sorted(shuffled(len(rows))[:ROWS])
+            for depth, row in enumerate(rows[number])
+        ]
 
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
         if answer is None:
@@ -77,32 +78,41 @@ class HelmetRag(Benchmark):
 
 
 def _usable(index: int, row: Row) -> Row:
-    texts(row, "answers")
+    """What is needed of a row. `key` is the same in all rows of a question: its id, where the set has one."""
     if not isinstance(row.get("ctxs"), list) or not all(isinstance(passage, dict) for passage in row["ctxs"]):
         raise BadRow("no ctxs")
-    return {**row, "question": text(row, "question")}
+    question = text(row, "question")
+    return {
+        "key": question if row.get("id") is None else str(row["id"]),
+        "question": question,
+        "answers": texts(row, "answers"),
+        "passages": _passages(row),
+        "s_pop": row.get("s_pop"),
+    }
 
 
 def _rare(row: Row) -> bool:
-    views = row.get("s_pop")
+    views = row["s_pop"]
     return not isinstance(views, int | float) or views < RAREST
 
 
-def _item(name: str, shots: list[Row], number: int, row: Row) -> Item:
-    others = [shot for shot in shots if shot["question"] != row["question"]]
+def _item(name: str, shots: list[Row], number: int, depth: int, row: Row) -> Item:
+    """One row of question `number`, whose rows share their demonstrations."""
+    others = [shot for shot in shots if shot["key"] != row["key"]]
     shown = [others[index] for index in shuffled(len(others), number)[:SHOTS]]
     demonstrations = "".join(
-        f"{_passages(shot)}\n\nQuestion: {shot['question']}\nAnswer: {shot['answers'][0]}\n\n"
+        f"{shot['passages']}\n\nQuestion: {shot['question']}\nAnswer: {shot['answers'][0]}\n\n"
         for shot in shown
     )
-    context, question = _passages(row), row["question"]
+    context, question = row["passages"], row["question"]
     content = fill(PROMPT, demonstrations=demonstrations, context=context, question=question)
     return Item(
-        id=f"{name}-{number}",
+        id=f"{name}-{number}-{depth}",
         messages=({"role": "user", "content": content},),
         question=question,
-        references=tuple(row["answers"]),
+        references=row["answers"],
         labels={"set": name},
+        group=f"{name}-{number}",
         context=context,
     )
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cache
 
 from eval.benchmark import Benchmark, Grade, Item, Mode, Terms
-from eval.data import BadRow, Data, Row, Source, text
+from eval.data import NOT_UTF8, BadRow, Data, Row, Source, broken, text
 
 SOURCE = Source(
     "openai/mrcr", ("[248]needle/*.parquet", "[248]needle*.parquet", "*needle*.jsonl"), folder="mrcr"
@@ -37,13 +37,16 @@ class Mrcr(Benchmark):
     def _item(index: int, row: Row) -> Item:
         try:
             messages = json.loads(text(row, "prompt"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow("prompt is not JSON") from None
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise BadRow("prompt is not a list of messages")
+        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        if broken(messages):
+            raise BadRow(NOT_UTF8)
         return Item(
             id=f"{row.get('n_needles')}needle-{index}",
-            messages=tuple({"role": m["role"], "content": m["content"]} for m in messages),
+            messages=tuple(messages),
             question=messages[-1]["content"],
             references=(text(row, "answer"),),
             labels={"needles": str(row.get("n_needles"))},

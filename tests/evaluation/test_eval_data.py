@@ -1,18 +1,22 @@
 """Loaders over samples in each public set's own layout, and what becomes of broken rows."""
 
 import json
+import random
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from eval_samples import write_samples
 
 from eval import list_benchmarks
-from eval.benchmarks import find, helmet
+from eval.benchmarks import find, helmet, helmet_rag
 from eval.benchmarks.helmet_icl import balanced
 from eval.benchmarks.mrcr import o200k
-from eval.data import Data, pin
+from eval.data import Data, Source, pin
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -226,10 +230,14 @@ def test_a_manifest_is_no_data(samples, tmp_path):
 
 def test_examples_of_labels_are_balanced_and_numbered_anew(samples):
     rows = [(f"text {i}", label) for i, label in enumerate("aaaaaabbbc")]
-    shown = balanced(rows, 6)
-    assert sorted(label for _, label in shown[:3]) == ["a", "b", "c"]
-    assert sorted(label for _, label in shown[3:5]) == ["a", "b"]
-    assert len(set(shown)) == 6
+    shown = balanced(rows, 7)
+    for first in (0, 3):  # a rare label has its example in every round
+        assert sorted(label for _, label in shown[first : first + 3]) == ["a", "b", "c"]
+    assert len(shown) == 7 and len(set(shown[:6])) == 5
+    many = balanced([("x", "rare"), *((f"y{i}", "common") for i in range(50))], 20)
+    assert Counter(label for _, label in many) == {"rare": 10, "common": 10}
+    assert len(set(many)) == 11  # nothing else comes twice
+    assert balanced([], 5) == []
     _, items, _ = load("helmet-icl", samples)
     one, other = (item for item in items if item.labels["set"] == "trec_fine")
     for item in (one, other):
@@ -246,6 +254,92 @@ def test_rare_entities_alone_are_asked_about(samples):
         "Which river is number 1?",
         "Which river is number 2?",
     ]
+
+
+def test_every_place_of_the_gold_passage_is_asked_about(tmp_path, monkeypatch):
+    """HELMET draws questions, and asks all rows of each. PopQA's have an id: one question may be about two entities."""
+
+    def row(name: str, number: int, depth: int) -> dict:
+        passages = [{"title": "", "text": f"passage {place}"} for place in range(3)]
+        passages.insert(depth, {"title": "gold", "text": f"gold of {number}"})
+        fields = {"question": f"Who is {number}?", "answers": ["x"], "ctxs": passages, "s_pop": 10}
+        return {**fields, **({"id": number, "question": "Who?"} if name == "popqa" else {})}
+
+    (tmp_path / "helmet").mkdir()
+    for name, files in helmet_rag.FILES.items():
+        for file, count in zip(files, (5, 9), strict=True):
+            rows = [row(name, number, depth) for number in range(count) for depth in range(3)]
+            lines = "".join(json.dumps(one) + "\n" for one in rows)
+            (tmp_path / "helmet" / file).write_text(lines, encoding="utf-8")
+    monkeypatch.setattr(helmet_rag, "ROWS", 4)
+    benchmark, items, _ = load("helmet-rag", tmp_path)
+    chosen = benchmark.select(items, len, benchmark.terms("paper"))
+    for name in helmet_rag.FILES:
+        of_set = [item for item in chosen if item.labels["set"] == name]
+        questions = sorted({item.id.split("-")[1] for item in of_set})
+        assert len(questions) == 4
+        assert [item.id for item in of_set] == [
+            f"{name}-{n}-{depth}" for n in questions for depth in range(3)
+        ]
+        for item in of_set:
+            _, number, depth = item.id.split("-")
+            assert f"gold of {number}" in item.context.split("\n\n")[int(depth)]
+            shown = item.messages[0]["content"].partition(item.context)[0]
+            assert len(set(re.findall(r"gold of \d", shown)) - {f"gold of {number}"}) == helmet.SHOTS
+            other = next(one for one in of_set if one.id == f"{name}-{number}-0")
+            assert shown == other.messages[0]["content"].partition(other.context)[0]
+
+
+HELD = Source("x/y", ("*.parquet",), "y")
+
+
+def _text(value: bytes) -> pa.Array:
+    """A text column of one value, whatever its bytes are."""
+    return pa.Array.from_buffers(pa.string(), 1, pa.array([value]).buffers())
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (pa.array([2**62], pa.timestamp("us")), "a value that Python cannot hold"),
+        (pa.array([2**62], pa.duration("s")), "a value that Python cannot hold"),
+        (pa.array([1], pa.time64("ns")), "a value that Python cannot hold"),
+        (_text(b"\xff"), "not UTF-8"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_one_rows_fault(tmp_path, column, reason):
+    rows = pa.table({"a": pa.chunked_array([pa.nulls(2, column.type), column, pa.nulls(1, column.type)])})
+    pq.write_table(rows, tmp_path / "rows.parquet", write_statistics=False)
+    data = Data(tmp_path)
+    assert list(data.rows(HELD)) == [{"a": None}] * 3
+    assert data.bad == {reason: 1}
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    chance, path = random.Random(0), tmp_path / "rows.parquet"
+    texts = ["".join(chance.choices("abcdef", k=50)) for _ in range(2000)]
+    pq.write_table(pa.table({"q": texts}), path, compression="snappy", use_dictionary=False)
+    whole = path.read_bytes()
+    for damaged in (whole[:200] + b"\xff" * 200 + whole[400:], whole[:50], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(SpellError, match=r"rows\.parquet cannot be read"):
+            list(Data(tmp_path).rows(HELD))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ('[{"role": "user", "content": "half \\ud83d"}]', "not UTF-8"),
+        ('[{"role": "\\udc00", "content": "half"}]', "not UTF-8"),
+        ("[" * 200_000, "prompt is not JSON"),
+    ],
+)
+def test_the_json_within_a_row_is_checked_too(tmp_path, prompt, reason):
+    (tmp_path / "mrcr").mkdir()
+    row = {"prompt": prompt, "answer": "z", "random_string_to_prepend": "p", "n_needles": 2}
+    (tmp_path / "mrcr" / "2needle.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    _, items, bad = load("mrcr", tmp_path)
+    assert (items, bad) == ([], {reason: 1})
 
 
 ROW = {"wiki_items": [{"title": "T", "text": "body"}], "Prompt": "Q?", "Answer": "Café"}

@@ -33,7 +33,32 @@ def result(name: str, scores, limit: int | None = LIMIT, labels=None):
         ScoredAnswer(str(i), 0, label, score, score, "x", "stop", 1, False)
         for i, (score, label) in enumerate(zip(scores, labels, strict=True))
     ]
-    return summarise(BenchmarkPlan(benchmark, benchmark.terms("paper"), limit, items), samples, 1, 0, "")
+    return summarise(BenchmarkPlan(benchmark, benchmark.terms("paper"), limit, items), samples, 1, (), "")
+
+
+def test_bounds_are_bounds_of_the_headline():
+    """By hand: set a has 1 of 2 right and one missing, b 1 of 1. Micro bounds would be 2/3 and 1."""
+    [benchmark] = find(["helmet-rag"])
+    labels = [{"set": "a"}, {"set": "a"}, {"set": "b"}, {"set": "b"}]
+    items = [Item(str(i), (), "?", ("x",), label) for i, label in enumerate(labels)]
+    samples = [ScoredAnswer(i, 0, labels[int(i)], 1.0, 1.0, "x", "stop", 1, False) for i in ("0", "2")]
+    plan = BenchmarkPlan(benchmark, benchmark.terms("paper"), LIMIT, items)
+    found = summarise(plan, samples, 1, ("3",), "")
+    assert found.bounds == (0.75, 1.0)
+    assert found.counts["asked"] == 3
+
+
+def test_items_of_one_group_are_one_question():
+    [benchmark] = find(["helmet-rag"])
+    items = [
+        Item(f"q-{i}-{d}", (), "?", ("x",), {"set": "a"}, group=f"q-{i}") for i in (0, 1) for d in (0, 1)
+    ]
+    scores = dict(zip((item.id for item in items), (1.0, 0.0, 1.0, 1.0), strict=True))
+    samples = [ScoredAnswer(i, 0, {"set": "a"}, s, s, "x", "stop", 1, False) for i, s in scores.items()]
+    found = summarise(BenchmarkPlan(benchmark, benchmark.terms("paper"), LIMIT, items), samples, 1, (), "")
+    assert found.questions == {"q-0": 0.5, "q-1": 1.0}
+    assert (found.mean.value, found.mean.questions, found.bounds) == (0.75, 2, (0.75, 0.75))
+    assert found.complete
 
 
 SIX = [

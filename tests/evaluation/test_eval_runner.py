@@ -7,9 +7,12 @@ import errno
 import fcntl
 import io
 import json
+import logging
 import os
+import re
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,21 +21,24 @@ import pytest
 from eval_standin import Capitals, StandIn, Unjudged, WordCodec, chat_reply, right, text_reply
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from eval import endpoint as endpoint_module
-from eval.benchmark import Item, Terms
+from eval.benchmark import Completion, Item, Terms
 from eval.benchmarks.helmet import Helmet
 from eval.comparison import compare
 from eval.data import Data
 from eval.endpoint import Endpoint, EndpointDied, Refused, RequestLimits, Unanswered
 from eval.journal import KeyedJournal
 from eval.judge import TRIES, JudgeModel
-from eval.live import LiveSource
+from eval.live import LiveBenchmarks, LiveSource
+from eval.markdown import literal, table
 from eval.measure import measure, plan
 from eval.prompting import build, prefills_thinking
 from eval.report import Report, read_report
 from eval.runner import Settings
 from spell_megatron.base.terminal import Terminal, line
+from spell_megatron.config import load_config
 from spell_megatron.rollout.engine import EngineError, WeightsWanted
 from spell_megatron.types import Rollout, SpellError
 
@@ -333,6 +339,127 @@ def test_prompts_that_do_not_fit_are_skipped_or_cut(tmp_path):
         assert standin.asked.total() == 40
 
 
+class Window:
+    """A source whose window of tokens bounds the output; the answer needs ten."""
+
+    identity = ("m",)
+
+    def __init__(self, tokens: int | None) -> None:
+        self.max_model_len = tokens
+        self.wanted: list[int] = []
+
+    async def complete(self, prompt, *, seed, max_tokens, temperature, top_p) -> Completion:
+        self.wanted.append(max_tokens)
+        if max_tokens < 10:
+            return Completion("Let us see", "length", max_tokens)
+        return Completion("The correct answer is city 0.", "stop", 10)
+
+    async def alive(self) -> bool:
+        return True
+
+
+def test_an_answer_that_the_window_cut_is_asked_for_again_when_the_window_has_grown(tmp_path):
+    class One(Unjudged):
+        def load(self, data):
+            return super().load(data)[:1]
+
+    def ask(window: int | None, max_tokens: int = 50) -> tuple[list[int], float, list[str]]:
+        source, asked = Window(window), Settings(samples=1, concurrency=1, max_tokens=max_tokens)
+        plans = plan([(One(), One().load(Data(None)), {})], [1000], WordCodec(), asked)
+        console = Terminal(file=io.StringIO())
+        report = asyncio.run(measure(source, WordCodec(), plans, asked, tmp_path, "m", console=console))
+        [result] = report.results
+        assert result.complete
+        return source.wanted, result.mean.value, list(result.problems)
+
+    sent = len("Capital of land 0?")
+    limited = ["output limited by max_model_len"]
+    assert ask(sent + 5) == ([5], 0.0, limited)
+    assert ask(sent + 5) == ([], 0.0, limited)
+    assert ask(sent + 4) == ([], 0.0, limited)
+    assert ask(sent + 7) == ([7], 0.0, limited)
+    assert ask(sent + 20) == ([20], 1.0, [])
+    assert ask(None) == ([], 1.0, [])
+    assert ask(sent + 20, max_tokens=6) == ([6], 0.0, [])  # cut at the limit that was wanted
+    assert ask(None, max_tokens=6) == ([], 0.0, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "problem", "mean"),
+    [
+        (OverflowError("too large"), "the scorer failed: OverflowError: too large (scored 0)", 4 / 10),
+        (ImportError("no rouge"), "not judged: the scorer lacks a library: no rouge", 4 / 9),
+    ],
+)
+def test_an_answer_at_which_the_scorer_stumbles_is_wrong_and_counted(tmp_path, error, problem, mean):
+    """A library that is not there is no fault of the answer's."""
+
+    class Stumbles(Unjudged):
+        def grade(self, item, answer, mode):
+            if item.id == "2":
+                raise error
+            return super().grade(item, answer, mode)
+
+    with StandIn(right) as standin:
+        [result] = run(standin, tmp_path, benchmark=Stumbles()).results
+    assert result.problems == {problem: 4}
+    assert result.mean.value == pytest.approx(mean)
+    assert result.complete == isinstance(error, OverflowError)
+
+
+HOSTILE = [
+    "![.](https://evil.example/x.png)",
+    "[sign in](https://evil.example)",
+    "[1, 2](https://evil.example)",
+    "[[1, 2]](https://evil.example)",
+    "<img src=https://evil.example/x.png>",
+    "<https://evil.example>",
+    "`code` **bold** _leaning_ __bold__",
+    "a | b \\| c \\",
+    "&lt;b&gt; &amp;",
+    "\\[x](https://evil.example)",
+]
+FRIENDLY = [
+    "50.0 [20.0, 80.0]",
+    "+20.0 [-1.0, +41.0], 2/0",
+    "max(rule, judge gpt_oss-120b)",
+    "runs/qwen3_4b-16k/hf",
+    "o200k tokens",
+    "4K-8K",
+    "p.m., 12:30 – 5 × 4",
+]
+
+
+@pytest.mark.parametrize("words", [*HOSTILE, *FRIENDLY])
+def test_words_in_a_page_stay_words(words):
+    render = MarkdownIt("commonmark").enable("table").render
+    page = [
+        "# " + literal(words),
+        "",
+        "* 1 × " + literal(words),
+        "",
+        *table(["head", words], [["cell", words]]),
+    ]
+    shown = render("\n".join(page))
+    tags = r"h1|ul|li|table|thead|tbody|tr|th|td"
+    assert re.sub(rf"</?(?:{tags})>|\n", " ", shown).count("<") == 0
+    plain = words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert shown.count(plain) == 4
+    assert "://" not in "\n".join(page)
+    assert (literal(words) == words) == (words in FRIENDLY)
+
+
+def test_what_an_endpoint_says_is_no_markup_of_a_report(tmp_path):
+    def behave(kind, body, number):
+        return 400, {"error": {"message": "![.](https://evil.example/x.png) <img src=x> [sign in](//evil)"}}
+
+    with StandIn(behave) as standin:
+        page = run(standin, tmp_path).markdown()
+    shown = MarkdownIt("commonmark").enable("table").render(page)
+    assert "evil" in shown
+    assert not re.search("<(?:img|a)[ >]", shown)
+
+
 def test_head_cut_drops_the_tail_of_the_context_alone():
     context = "".join(map(str, range(100)))
     item = Item(
@@ -398,6 +525,33 @@ def test_comparison_is_paired_by_question(tmp_path):
     assert [mean.value for mean in means] == [0.5, 0.7]
     assert (difference.difference.value, difference.better, difference.worse) == (pytest.approx(0.2), 2, 0)
     assert "+20.0" in compare([before, after]).markdown()
+
+
+def test_a_difference_is_weighed_as_the_headline_is(tmp_path):
+    class Sets(Unjudged):
+        name = "helmet-rag"
+        macro = "set"
+
+        def load(self, data):
+            items = super().load(data)
+            return [replace(item, labels={"set": "a" if item.id < "8" else "b"}) for item in items]
+
+    with StandIn(lambda *_: text_reply("none")) as standin:
+        before = run(standin, tmp_path / "before", benchmark=Sets())
+    with StandIn(right) as standin:
+        after = run(standin, tmp_path / "after", benchmark=Sets())
+    [(_, means, [gain])] = compare([before, after]).rows
+    assert [mean.value for mean in means] == [0.0, 0.5]
+    assert gain.difference.value == 0.5
+    assert (gain.better, gain.worse) == (5, 0)
+
+    def wrong_in_one_set(kind, body, number):
+        return right(kind, body, number) if chr(body["prompt"][-2]) < "8" else text_reply("none")
+
+    with StandIn(wrong_in_one_set) as standin:
+        after = run(standin, tmp_path / "half", benchmark=Sets())
+    [(_, means, [gain])] = compare([before, after]).rows
+    assert means[1].value == gain.difference.value == 0.25
 
 
 def test_endpoint_tells_refusal_from_silence():
@@ -551,6 +705,37 @@ def test_live_engines_are_a_source_too(tmp_path):
     engine.dead = True
     with pytest.raises(EndpointDied, match="gone"):
         asyncio.run(go(engine))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_benchmark_that_is_incomplete_is_no_point_of_a_curve(tmp_path, caplog, fails):
+    """A mean of the questions that happened to be answered looks like any other."""
+
+    class Engine:
+        version = 3
+        asked = 0
+
+        async def generate(self, prompt, *, seeds, max_tokens, temperature, top_p):
+            self.asked += 1
+            if fails and self.asked == 2:
+                raise EngineError("timed out")
+            return [Rollout(prompt, [65], [0.0], "stop", self.version)]
+
+        def healthy(self):
+            return True
+
+    settings = [
+        "heldout.benchmarks=[toy]",
+        "heldout.limit=4",
+        "heldout.samples=1",
+        "rollout.max_model_len=60000",
+    ]
+    live = LiveBenchmarks(load_config("toy", settings))
+    with caplog.at_level(logging.WARNING):
+        scores = asyncio.run(live(Engine(), WordCodec(), tmp_path))
+    assert scores == ({} if fails else {"eval/toy": 0.0})
+    assert ("toy: 3 of 4 samples scored" in caplog.text) == fails
+    assert ("incomplete" in (tmp_path / "report.md").read_text()) == fails
 
 
 def test_weights_that_an_engine_wants_again_are_for_the_run_to_send(tmp_path):

@@ -1,5 +1,6 @@
 """Scorers against vectors that the benchmarks' own scorers computed."""
 
+import asyncio
 import json
 import math
 import random
@@ -9,7 +10,7 @@ import pytest
 from places import ROOT, VECTORS
 
 from eval import extract
-from eval.benchmark import Completion, Item, fill, final_answer
+from eval.benchmark import Completion, Grade, Item, Unreadable, fill, final_answer
 from eval.benchmarks import helmet
 from eval.benchmarks.docmath import DocMath, official_equal
 from eval.benchmarks.helmet import answer_after, judge_f1, last_json, rouge_l_sum
@@ -49,6 +50,14 @@ def test_docmath(row):
 @pytest.mark.parametrize("row", vectors("benchmarks/docmath_official"), ids=lambda row: row["note"])
 def test_docmath_official(row):
     assert official_equal(row["prediction"], row["reference"]) == bool(row["score"])
+
+
+@pytest.mark.parametrize(("answer", "score"), [("1e306", 0.0), ("-1e306", 0.0), ("1e305", 1.0)])
+def test_docmath_reads_the_largest_numbers(answer, score):
+    """A thousand times 1e306 is no number."""
+    grade = DocMath().grade(item("1e305"), f"\\boxed{{{answer}}}", "spell")
+    assert grade.score == score
+    assert official_equal("0", "1e306") is False
 
 
 @pytest.mark.parametrize("row", vectors("benchmarks/docqa_spell"), ids=lambda row: row["note"][:40])
@@ -178,6 +187,47 @@ def test_helmet():
         assert line == row["parsed"]
         best = max(rouge_l_sum(text, golds) for text in (row["prediction"], line))
         assert best == pytest.approx(row["score"])
+
+
+@pytest.mark.parametrize(
+    ("output", "read"),
+    [
+        ("label: label: 12", "12"),
+        ("Label:label:  12\nlabel: 3", "12"),
+        ("label:\nlabel: 3", ""),
+        ("label: a label: 3", "a label: 3"),
+        ("12\n3", "12"),
+    ],
+)
+def test_a_mark_may_be_said_twice(output, read):
+    """Chat models repeat the one that ends the prompt of HELMET's authors."""
+    assert answer_after("label:", output) == read
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "score"),
+    [
+        ("spell", "The answers agree: YES", 1.0),
+        ("strict", "The answers agree: YES", None),
+        ("strict", "They do NOT differ. [[YES]]", 1.0),
+        ("strict", "They agree. [[NO]]", 0.0),
+        ("spell", "hm", None),
+    ],
+)
+def test_a_reply_without_the_reading_that_counts_is_no_verdict(mode, said, score):
+    async def ask(prompt, parse):
+        if (parsed := parse(said)) is None:
+            raise Unreadable("asked again, in vain")
+        return parsed
+
+    async def judge():
+        return (await HotpotQA().judge(item("Rome"), Grade(0.0, "Roma", "Roma"), ask, mode)).score
+
+    if score is None:
+        with pytest.raises(Unreadable):
+            asyncio.run(judge())
+    else:
+        assert asyncio.run(judge()) == score
 
 
 def test_mrcr():
