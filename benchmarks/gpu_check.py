@@ -214,7 +214,7 @@ class _Pair:
 
     def _gap(self, batch: TrainBatch) -> float:
         self._placement.enter(Phase.SAVE)
-        return mismatch(batch, self._learner.score(batch), ["all"] * len(batch.groups))["mismatch/mean"]
+        return mismatch(batch, self._learner.score(batch), ["all"] * len(batch.groups), 0)["mismatch/mean"]
 
 
 def loop(scratch: Path, graphs: bool) -> Iterator[Check]:

@@ -22,6 +22,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from eval.benchmark import Completion
+from spell_megatron.base.secret import holds_secret
 from spell_megatron.base.terminal import tidy
 from spell_megatron.rollout.address import Address
 from spell_megatron.types import SpellError
@@ -106,13 +107,13 @@ class Endpoint:
         plain = str(url).rstrip("/").removesuffix("/v1")
         address = url if isinstance(url, Address) else Address(plain)
         self.url = address.url
-        if urlsplit(self.url).scheme not in ("http", "https"):
-            raise SpellError(f"an endpoint is a URL like http://host:8000, found {url!r}")
-        if urlsplit(self.url).password:
+        if holds_secret(self.url):
             raise SpellError(
-                "an endpoint's URL goes into reports: take the password out, and set SPELL_API_KEY (of a judge,"
+                "an endpoint's URL goes into reports: take user and parameters out, and set SPELL_API_KEY (of a judge,"
                 " SPELL_JUDGE_KEY) in the environment"
             )
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            raise SpellError(f"an endpoint is a URL like http://host:8000, found {url!r}")
         self.model = model
         self.root = ""
         self.max_model_len: int | None = None

@@ -23,6 +23,7 @@ from eval.plot import plot
 from eval.report import Report
 from eval.runner import Settings
 from spell_megatron.base.files import hf_config, weights_dtype
+from spell_megatron.base.ownership import private
 from spell_megatron.base.pulse import working
 from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import RolloutConfig
@@ -122,8 +123,9 @@ def evaluate(
         home = out / _safe(str(folder))
         say(console, f"starting a vLLM server for {folder} (log: {home / 'server.log'})")
         server = serve(folder, serving or work.serving(folder), home / "vllm", log=home / "server.log")
+        home.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            with working("starting the server", console):
+            with working("starting the server", console), private(group_readable=False):
                 served = stack.enter_context(server)
             source = Endpoint(served, model=SERVED_NAME, limits=limits, identity=fingerprint(folder))
             reports.append(asyncio.run(work.report(source, tokenizer or folder, str(folder))))

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from launchers.job import read_by
 from launchers.machines import Machines
 from launchers.profile import Profile
 from spell_megatron.config import Config
@@ -52,8 +53,8 @@ def check_runs(runs: str) -> None:
         )
 
 
-def check_nemo_run(run_parent: Path) -> None:
-    """Raise SpellError where nemo-run cannot be used, or not for a run in this folder."""
+def check_nemo_run(config: Config, profile: Profile) -> None:
+    """Raise SpellError where nemo-run cannot be used, or not for a run of this absolute configuration."""
     try:
         nemo = importlib.import_module("launchers.nemo")
     except ImportError as error:
@@ -61,7 +62,8 @@ def check_nemo_run(run_parent: Path) -> None:
             f"--executor slurm needs nemo-run, which does not import ({error}):"
             " pip install --no-deps -r requirements/launch.lock"
         ) from None
-    if faults := nemo.refusals(run_parent):
+    needs = read_by(config) if profile.container else []
+    if faults := nemo.refusals(Path(config.runs) / config.name, needs, contained=bool(profile.container)):
         raise SpellError("; ".join(faults))
 
 

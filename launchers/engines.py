@@ -10,14 +10,20 @@ the trainer's fleet, which knows the ports, brings it to the current weights. Al
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 
+from spell_megatron.base.ownership import private
+from spell_megatron.base.rendezvous import own_address
 from spell_megatron.base.secret import read_secret
 from spell_megatron.base.terminal import log_to_stderr
 from spell_megatron.config import Config, ServersConfig, load_config
@@ -49,9 +55,9 @@ class _Kept:
     def start(cls, launch: Launch, port: int, secret: str) -> _Kept:
         return cls(launch, port, secret, Server.start(launch, port, secret), time.monotonic())
 
-    def mend(self) -> bool:
-        """Start an ended server again; False where it ends at once, time after time."""
-        if self.server.running():
+    def mend(self, has_room: Callable[[], bool]) -> bool:
+        """Start an ended server again as soon as there is room; False where it ends at once, time after time."""
+        if self.server.running() or not has_room():
             return True
         _log.warning("the server on port %d has ended; %s", self.port, self.server.tail())
         self.server.stop()
@@ -66,7 +72,7 @@ class _Kept:
 def launches(run: Path, settings: Config, count: int) -> list[Launch]:
     """The servers of this node, each with its share of the GPUs, listening under the node's own name."""
     rollout, host = settings.rollout, socket.gethostname()
-    servers: ServersConfig = replace(rollout.servers, host=host)
+    servers: ServersConfig = replace(rollout.servers, host=_reached(host))
     found = backend.here(settings)
     seats = found.servers(found.engines[-1].node)  # every node that is served like this has the same
     scratch = run / "engine" / host
@@ -86,12 +92,20 @@ def launches(run: Path, settings: Config, count: int) -> list[Launch]:
     ]
 
 
-def _wait_for_room(run: Path, settings: Config) -> None:
-    """Where the trainer uses the same GPUs: until it is built, and has left their memory."""
-    if backend.here(settings).colocated:
-        vacated = RunFolder(run).vacated(attempt())
-        while not vacated.exists():
-            time.sleep(_POLL_SECONDS)
+def _reached(host: str) -> str:
+    """Where servers listen: under the node's own name, or, where that stands for 127.0.1.1 in its /etc/hosts, at the
+    address that faces the trainer."""
+    with suppress(OSError):
+        if ip_address(socket.getaddrinfo(host, None)[0][4][0]).is_loopback:
+            return own_address(os.environ.get("MASTER_ADDR", host))
+    return host
+
+
+def _room(run: Path, settings: Config) -> Callable[[], bool]:
+    """Whether a server may start: where the trainer uses the same GPUs, it is built and not in their memory."""
+    if not backend.here(settings).colocated:
+        return lambda: True
+    return RunFolder(run).vacated(attempt()).exists
 
 
 def serve(run: Path, first_port: int, count: int) -> int:
@@ -102,11 +116,14 @@ def serve(run: Path, first_port: int, count: int) -> int:
     try:
         secret = read_secret(RunFolder(run).secret)
         settings = load_config(str(RunFolder.open(run).config))
-        _wait_for_room(run, settings)
-        for slot, launch in enumerate(launches(run, settings, count)):
-            kept.append(_Kept.start(launch, first_port + slot, secret))
-        while all(server.mend() for server in kept):
-            time.sleep(_POLL_SECONDS)
+        with private(settings.record.group_readable):
+            has_room = _room(run, settings)
+            while not has_room():
+                time.sleep(_POLL_SECONDS)
+            for slot, launch in enumerate(launches(run, settings, count)):
+                kept.append(_Kept.start(launch, first_port + slot, secret))
+            while all(server.mend(has_room) for server in kept):
+                time.sleep(_POLL_SECONDS)
         return 1
     finally:
         for server in kept:

@@ -14,10 +14,11 @@ from pathlib import Path
 from launchers.machines import Machines, recorded
 from launchers.profile import Profile
 from spell_megatron.base.files import home_of_links
+from spell_megatron.base.ownership import private
 from spell_megatron.base.secret import write_secret
 from spell_megatron.config import Config, dump_config
 from spell_megatron.corpus.worlds import WORLDS
-from spell_megatron.run.record.folder import RunFolder, private
+from spell_megatron.run.record.folder import RunFolder
 from spell_megatron.selfplay.prompts import STYLES
 
 TRAINER = ("-m", "spell_megatron.tools.cli", "resume")

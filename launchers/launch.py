@@ -7,11 +7,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal
 
 from launchers import check, local, slurm
-from launchers.job import PreparedRun, prepare
+from launchers.job import PreparedRun, absolute, prepare
 from launchers.machines import machines
 from launchers.profile import PREFIX, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.base.pulse import Pulse, lasting
@@ -55,7 +54,7 @@ def launch(
     check.check_runs(config.runs)
     if executor == "local":
         return _local(prepare(config, profile, on), dryrun)
-    check.check_nemo_run(Path(config.runs).expanduser().resolve() / config.name)
+    check.check_nemo_run(absolute(config), profile)
     if not dryrun:
         check.check_environment(profile)
         slurm.require()
@@ -113,13 +112,13 @@ def _local(job: PreparedRun, dryrun: bool) -> int:
 
 
 def _slurm(job: PreparedRun, dryrun: bool) -> int:
-    from launchers import nemo
+    from launchers import nemo, script
 
     console = Terminal(stderr=True)
     text = nemo.write(job)
     if dryrun:
-        sys.stdout.write(text)
-        console.note(f"nothing is submitted; this file: {job.sbatch}")
+        sys.stdout.write(script.shown(text, job.profile.env))
+        console.note(f"nothing is submitted; this file, with its secrets: {job.sbatch}")
         return 0
     slurm.check_accepted(job.sbatch)
     job_id = slurm.submit(job.sbatch)

@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,11 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
 from launchers import script
 from launchers.job import PreparedRun
 from launchers.profile import Profile
-from spell_megatron.run.record.folder import private
+from spell_megatron.base.ownership import private
 
 _TASK = "train"
 _WATCH_SECONDS = 5  # between two looks at the steps of a job that has several
+_MOUNTING = frozenset(",:")
 _RESERVED = "/nemo_run"
 """Without a container, nemo-run replaces this wherever it stands in a script."""
 
@@ -52,13 +53,19 @@ class _Logs(SlurmJobDetails):
         return Path(str(self.folder)) / f"{self.step}-%j-${{SLURM_RESTART_COUNT:-0}}.log"
 
 
-def refusals(job_folder: Path) -> list[str]:
-    """Why nemo-run could not write a working script for a run in this folder."""
+def refusals(job_folder: Path, needs: Sequence[Path] = (), *, contained: bool = False) -> list[str]:
+    """Why nemo-run could not write a working script for a run in this folder, which reads the folders `needs`."""
     text, faults = str(job_folder), []
-    if shlex.quote(text) != text:
+    if shlex.quote(text) != text or "%" in text:
         faults.append(
-            f"the run folder {text!r} holds characters that a shell takes apart; choose another, runs=…"
+            f"the run folder {text!r} holds characters that a shell, or SLURM in a log's name, takes apart; choose"
+            " another, runs=… name=…"
         )
+    for folder in (job_folder, *needs) if contained else ():
+        if set(str(folder)) & _MOUNTING:
+            faults.append(
+                f"{str(folder)!r} is mounted into the container, and pyxis takes it apart at ',' and ':': rename it"
+            )
     if _RESERVED in text:
         faults.append(
             f"the run folder {text!r} holds {_RESERVED!r}, which nemo-run rewrites; choose another, runs=…"

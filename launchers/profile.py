@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from spell_megatron.config import ConfigError, Location, names_secret
+from spell_megatron.base.secret import is_secret
+from spell_megatron.config import ConfigError, Location
 from spell_megatron.config.explaining import nearest
 from spell_megatron.config.reading import at_home, build, override
 from spell_megatron.config.yamltext import read_mapping
@@ -152,7 +153,7 @@ def _find(name: str) -> Path:
 def _secrets(values: Mapping[str, Any]) -> set[str]:
     """Names of secrets in a profile's `env`."""
     env = values.get("env")
-    return set(filter(names_secret, env)) if isinstance(env, dict) else set()
+    return {name for name, value in env.items() if is_secret(name, value)} if isinstance(env, dict) else set()
 
 
 def _check_secrets(file: Path, held: set[str], all_of_them: set[str]) -> None:

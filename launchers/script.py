@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Template
 
 from launchers.job import REQUEUED, PreparedRun
+from spell_megatron.base.secret import is_secret
+from spell_megatron.base.terminal import tidy
 from spell_megatron.run.preemption import REQUEUE
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range that kernels take short-lived ports from
@@ -25,6 +27,9 @@ _CRASH = 3
 _STALLS = 20
 """Attempts that are preempted before anything new is on the disk, after which a job ends."""
 
+_ASKED, _PAUSE_SECONDS = 10, 6
+"""How often SLURM's controller is asked the same, which is busiest where many jobs end at once."""
+
 _ENDING = Template(
     """\
 # Every attempt ends here. A run that saved itself on request goes back to the queue, unless $stalls attempts before
@@ -33,16 +38,24 @@ _ENDING = Template(
 # Whoever follows the job knows by $requeued* that an attempt's end is not the job's.
 run=$run
 attempt="$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
+ask() {  # a controller that is busy does not answer at once
+    for _ in {1..$asked}; do
+        scontrol "$$@" && return 0  # by itself it would return what the trap came from
+        sleep $pause
+    done
+    echo "scontrol $$* was not answered: by hand, sbatch $$run/job.sbatch goes on with the run" >&2
+    return 1
+}
 requeue() {
     touch "$$run/logs/$requeued$$attempt"
-    scontrol requeue "$$SLURM_JOB_ID" || rm "$$run/logs/$requeued$$attempt"
+    ask requeue "$$SLURM_JOB_ID" || rm "$$run/logs/$requeued$$attempt"
 }
 ended() {
     code=$$?
     set +e
     first="$$run/logs/$failed$$attempt"
     if [ "$$code" -ne 0 ] && [ -s "$$first" ]; then code=$$(cat "$$first"); fi
-    case "$$(scontrol show job "$$SLURM_JOB_ID")" in *JobState=RUNNING*) ;; *) exit "$$code" ;; esac
+    case "$$(ask show job "$$SLURM_JOB_ID")" in *JobState=RUNNING*) ;; *) exit "$$code" ;; esac
     if [ -e "$$run/$flag" ]; then
         held=$$(cd "$$run" && find checkpoints rollouts eval -type f -printf "%p %s\\n" 2>/dev/null | sort | cksum)
         echo "$$held" >>"$$run/requeues"
@@ -99,9 +112,12 @@ def setup_lines(job: PreparedRun) -> str:
             retries=profile.crash_retries,
             stalls=_STALLS,
             crash=_CRASH,
+            asked=_ASKED,
+            pause=_PAUSE_SECONDS,
         ),
         f'export MASTER_ADDR="$head_node" MASTER_PORT=$(({_FIRST_PORT} + ({attempt}) % {_PORTS}))',
         f"export ENGINE_PORT=$(({_FIRST_ENGINE_PORT} + ({attempt}) * {_PORTS_A_JOB} % {_ENGINE_PORTS}))",
+        *(exports(_caches(job)) if profile.container else ()),
         *exports(profile.env),
         *profile.setup,
     ]
@@ -112,6 +128,14 @@ def setup_lines(job: PreparedRun) -> str:
         where = {"first": serving.start, "count": len(serving)}
         lines.append(_ENGINES.substitute(where, slots=slots))
     return "\n".join(lines)
+
+
+def _caches(job: PreparedRun) -> dict[str, str]:
+    """Where the ranks keep what they compile: a container has no home by enroot's defaults, and cannot be written."""
+    return {
+        "TRITON_CACHE_DIR": f"{job.run}/engine/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{job.run}/engine/inductor",
+    }
 
 
 def rank_command(job: PreparedRun) -> str:
@@ -132,7 +156,19 @@ def engine_command(job: PreparedRun) -> str:
 
 
 def exports(env: Mapping[str, str]) -> list[str]:
-    return [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
+    return [_export(name, value) for name, value in env.items()]
+
+
+def shown(text: str, env: Mapping[str, str]) -> str:
+    """A script for other eyes: without the values of its secrets, and with nothing that a terminal would obey."""
+    for name, value in env.items():
+        if is_secret(name, value):
+            text = text.replace(_export(name, value), f"export {name}=…")
+    return tidy(text)
+
+
+def _export(name: str, value: str) -> str:
+    return f"export {name}={shlex.quote(value)}"
 
 
 def mounts(job: PreparedRun) -> list[str]:

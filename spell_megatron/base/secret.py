@@ -1,4 +1,5 @@
-"""What the processes of a run know each other by: a secret that only their user can read, and what it seals."""
+"""What the processes of a run know each other by: a secret that only their user can read, and what it seals. And
+what looks like somebody's secret, and belongs into no file that others read."""
 
 from __future__ import annotations
 
@@ -19,6 +20,26 @@ DIGEST_BYTES = 32
 _SHORTEST = 16
 """Characters of a secret: fewer could be guessed."""
 _PRINTABLE = re.compile(r"[!-~]+")
+_NAMED = re.compile(
+    r"(?i)(?:^|[\W_])(?:(?:api)?key|token|secret|\w*passw(?:or)?d|\w*passphrase|pwd|credentials?)(?:$|[\W\d_])"
+    r"|[\W_](?:pass|pat)$|_apikey$"
+)
+_IN_URL = re.compile(r"://[^/\s]*@")
+
+
+def names_secret(name: str) -> bool:
+    """Whether what goes by this name is nobody else's to read: HF_TOKEN, WANDB_API_KEY, api-key, PGPASSWORD."""
+    return _NAMED.search(name) is not None
+
+
+def is_secret(name: str, value: object) -> bool:
+    """Whether a setting is nobody else's to read: by its name, or since it is a URL with a password."""
+    return names_secret(name) or _IN_URL.search(str(value)) is not None
+
+
+def holds_secret(url: str) -> bool:
+    """Whether a server's URL may hold a key: a user's, or a parameter's. A server needs neither."""
+    return "@" in url or "?" in url
 
 
 def new_secret() -> str:

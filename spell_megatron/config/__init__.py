@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.config.contradictions import check_contradictions, names_secret, untrainable
+from spell_megatron.config.contradictions import check_contradictions, untrainable
 from spell_megatron.config.explaining import nearest
 from spell_megatron.config.reading import Location, adapter, at_home, build, merge, override
 from spell_megatron.config.schema import (
@@ -67,7 +67,6 @@ __all__ = [
     "dump_config",
     "load_config",
     "model_recipes",
-    "names_secret",
     "parse_config",
     "untrainable",
     "written",

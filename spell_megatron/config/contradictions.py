@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
+from spell_megatron.base.secret import holds_secret, is_secret
 from spell_megatron.config.schema import BeyondConfig, Config
 from spell_megatron.config.yamltext import ConfigError
-
-_SECRET = re.compile(r"(?i)(^|[_-])(key|token|secret|passw(or)?d|credentials?)$|secret_access_key")
-
-
-def names_secret(name: str) -> bool:
-    """Whether what goes by this name is nobody else's to read: HF_TOKEN, WANDB_API_KEY, api-key."""
-    return _SECRET.search(name) is not None
 
 
 def check_contradictions(config: Config, where: str) -> None:
@@ -28,12 +21,18 @@ def check_contradictions(config: Config, where: str) -> None:
 def untrainable(config: Config) -> str:
     """Why no run should begin with a configuration, though what it has made can be looked at; empty where it may."""
     stream, sequence = config.policy.stream_tokens, config.rollout.max_model_len
-    return (
-        f"policy.stream_tokens={stream} cannot hold a sequence of rollout.max_model_len={sequence}: raise the first to"
-        " the second at least"
-        if sequence > stream
-        else ""
-    )
+    if sequence > stream:
+        return (
+            f"policy.stream_tokens={stream} cannot hold a sequence of rollout.max_model_len={sequence}: raise the"
+            " first to the second at least"
+        )
+    decay = config.policy.optimizer.decay_steps
+    if 0 < decay < config.steps and config.policy.optimizer.min_lr == 0:
+        return (
+            f"steps={config.steps} goes on after policy.optimizer.decay_steps={decay}, where the rate is"
+            " policy.optimizer.min_lr=0: raise the second to the first, or the rate that it ends at"
+        )
+    return ""
 
 
 def _corpus(config: Config) -> Iterator[str]:
@@ -89,10 +88,15 @@ def _selfplay(config: Config) -> Iterator[str]:
             f"selfplay.beyond.stages reach {longer[0]} tokens, clusters have corpus.cluster_tokens="
             f"{config.corpus.cluster_tokens} at most: raise it to the last stage"
         )
-    if "@" in play.external_judge.url:
+    if play.combine == "sum" and (play.train_questioner or play.memory):
         yield (
-            "selfplay.external_judge.url holds a password, which would be written into the run's folder: put the key"
-            " into the environment, as SPELL_JUDGE_KEY"
+            "selfplay.combine=sum makes rewards above 1, by which neither a question's difficulty nor what memory keeps"
+            " can be told: set selfplay.combine=mean, or selfplay.train_questioner=false and selfplay.memory=0"
+        )
+    if holds_secret(play.external_judge.url):
+        yield (
+            "selfplay.external_judge.url holds a user or a parameter (a key?), which would be written into the run's"
+            " folder: put the key into the environment, as SPELL_JUDGE_KEY"
         )
 
 
@@ -108,8 +112,13 @@ def _rollout(config: Config) -> Iterator[str]:
             "rollout.servers.count and cluster.engine_nodes start servers of vLLM's, and rollout.kind="
             f"{rollout.kind} is an engine of your own, which rank 0 makes: leave them out"
         )
+    if any(map(holds_secret, rollout.servers.urls)):
+        yield (
+            "rollout.servers.urls: a server is http://host:port, without a user or parameters, which would be written"
+            " into the run's folder: what servers know their trainer by is in rollout.servers.secret_file"
+        )
     for key in ("engine", "engine_environment"):
-        for name in filter(names_secret, getattr(rollout, key)):
+        for name in (name for name, value in getattr(rollout, key).items() if is_secret(name, value)):
             yield (
                 f"rollout.{key}: {name} looks like a secret, and the configuration is kept in the run's folder: set"
                 " it in the environment that the run is started from"
@@ -119,6 +128,13 @@ def _rollout(config: Config) -> Iterator[str]:
 def _policy(config: Config) -> Iterator[str]:
     policy = config.policy
     optimizer = policy.optimizer
+    if 0 < optimizer.decay_steps <= optimizer.warmup_steps:
+        yield (
+            f"policy.optimizer.decay_steps={optimizer.decay_steps} ends before warmup_steps={optimizer.warmup_steps}"
+            " do: both count from the first step"
+        )
+    if optimizer.min_lr and not optimizer.decay_steps:
+        yield f"policy.optimizer.min_lr={optimizer.min_lr:g} is what a decay ends at: set policy.optimizer.decay_steps"
     if optimizer.overlap and not optimizer.distributed:
         yield "policy.optimizer.overlap needs policy.optimizer.distributed=true"
     if optimizer.cpu_offload and not (optimizer.distributed and policy.master_weights):
@@ -152,6 +168,11 @@ def _policy(config: Config) -> Iterator[str]:
 
 def _bounds(config: Config) -> Iterator[str]:
     play, optimizer, record = config.selfplay, config.policy.optimizer, config.record
+    if record.keep_every and (not record.checkpoint_every or record.keep_every % record.checkpoint_every):
+        yield (
+            f"record.keep_every={record.keep_every} keeps checkpoints that record.checkpoint_every="
+            f"{record.checkpoint_every} does not write: make the first a multiple of the second"
+        )
     for key, low, high in (
         ("selfplay.verifier_agreement", *play.verifier_agreement),
         ("selfplay.memory_range", *play.memory_range),

@@ -220,7 +220,7 @@ class SelfPlayConfig:
     bad_ground_reward: float = Field(default=-0.5, le=0)
     """The questioner's, for a question that is answered without the documents."""
     combine: Literal["max", "mean", "min", "sum"] = "max"
-    """How rule and verifier make the responder's reward."""
+    """How rule and verifier make the responder's reward; `sum` where no questioner is trained and nothing remembered."""
     verdict: Literal["majority", "first"] = "majority"
     """What G votes on a response say: `first` is one voter's word, the ablation without a majority vote."""
     vote_tie: Literal["absent", "no", "first"] = "absent"
@@ -349,7 +349,7 @@ class OptimizerConfig:
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises to `lr`; the first one trains, too."""
     decay_steps: int = Field(default=0, ge=0)
-    """Cosine decay to `min_lr` that ends at this step; 0 keeps the rate constant."""
+    """Cosine decay to `min_lr` that ends at this step, the last one unless `min_lr` is set; 0 keeps the rate constant."""
     min_lr: float = Field(default=0.0, ge=0)
     """The rate that the decay ends at."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -507,11 +507,12 @@ class RecordConfig:
     keep_last: int = Field(default=2, gt=0)
     """Checkpoints that stay; older ones are removed."""
     keep_every: int = Field(default=0, ge=0)
-    """Besides the last ones, checkpoints of every n-th step are kept for good; 0 keeps none."""
+    """Besides the last ones, checkpoints of every n-th step are kept for good, a multiple of `checkpoint_every`; 0
+    keeps none."""
     async_save: bool = True
     """Write checkpoints while the next step goes on, from a copy in host memory of what the rank writes."""
     mismatch_bound: float = Field(default=0.1, gt=0)
-    """Mean engine-learner log-prob difference that is too much: in nats, over samples of the newest weights."""
+    """Mean engine-learner log-prob difference that is too much: in nats, over tokens of the learner's own weights."""
     mismatch_action: Literal["stop", "drop"] = "stop"
     """Beyond the bound, `stop` ends the run; `drop` leaves the groups that are beyond it out of the update,
     for which the batch is computed once more (a forward pass)."""

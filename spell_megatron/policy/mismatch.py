@@ -12,44 +12,58 @@ from collections.abc import Sequence
 import numpy as np
 
 from spell_megatron.policy.scores import Scores
-from spell_megatron.types import Group, TrainBatch, version_spans
+from spell_megatron.types import Group, Sample, TrainBatch, version_spans
+
+_FEWEST = 0.01
+"""Share of a batch's tokens below which those of the learner's weights say nothing of all."""
 
 
-def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str]) -> dict[str, float]:
+def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str], version: int) -> dict[str, float]:
     """Gaps of the batch's response tokens; `labels` has one a group. Empty where no engine made any.
 
-    `mismatch/mean` and `/max` are absolute, in nats; `/newest` is the mean over tokens of the newest weights
-    in the batch; `/k3` is Schulman's estimator of KL(engine ‖ learner); and there is the mean for each label.
+    `mismatch/mean` and `/max` are absolute, in nats; `/newest` is the mean over tokens that engines made by the
+    learner's own weights, those of `version`, and missing where these are too few; `/k3` is Schulman's estimator of
+    KL(engine ‖ learner); and there is the mean for each label.
     """
     by_label: dict[str, list[np.ndarray]] = defaultdict(list)
-    by_version: dict[int, list[np.ndarray]] = defaultdict(list)
+    same: list[np.ndarray] = [np.zeros(0)]
     for group, learned, label in zip(batch.groups, scores.logprobs, labels, strict=True):
         for sample, gap in zip(group.samples, gaps_of(group, learned), strict=True):
             if len(gap):
                 by_label[label].append(gap)
-                for version, first, end in version_spans(sample) or [(-1, 0, len(gap))]:
-                    by_version[version].append(gap[first:end])
+                same.append(_of_version(sample, gap, version))
     if not by_label:
         return {}
     gaps = {label: np.concatenate(parts) for label, parts in by_label.items()}
-    every = np.concatenate(list(gaps.values()))
-    newest = np.concatenate(by_version[max(by_version)])
+    every, newest = np.concatenate(list(gaps.values())), np.concatenate(same)
+    enough = len(newest) >= _FEWEST * len(every)
     return {
         "mismatch/mean": float(np.abs(every).mean()),
         "mismatch/max": float(np.abs(every).max()),
-        "mismatch/newest": float(np.abs(newest).mean()),
+        **({"mismatch/newest": float(np.abs(newest).mean())} if enough else {}),
         "mismatch/k3": float(np.mean(np.expm1(every) - every)),
         **{f"mismatch/{label}": float(np.abs(gap).mean()) for label, gap in sorted(gaps.items())},
     }
 
 
-def groups_beyond(batch: TrainBatch, scores: Scores, bound: float) -> frozenset[int]:
-    """Places of the groups whose mean absolute gap is above `bound`, in nats."""
-    means = [
-        np.abs(np.concatenate([np.zeros(0), *gaps_of(group, learned)]))
-        for group, learned in zip(batch.groups, scores.logprobs, strict=True)
-    ]
-    return frozenset(place for place, gap in enumerate(means) if len(gap) and not gap.mean() <= bound)
+def groups_beyond(batch: TrainBatch, scores: Scores, bound: float, version: int) -> frozenset[int]:
+    """Places of the groups whose mean absolute gap, over tokens of the learner's own weights, is above `bound` nats."""
+
+    def beyond(group: Group, learned: Sequence[np.ndarray]) -> bool:
+        gaps = zip(group.samples, gaps_of(group, learned), strict=True)
+        same = np.concatenate([np.zeros(0), *(_of_version(sample, gap, version) for sample, gap in gaps)])
+        return len(same) > 0 and not np.abs(same).mean() <= bound
+
+    pairs = zip(batch.groups, scores.logprobs, strict=True)
+    return frozenset(place for place, pair in enumerate(pairs) if beyond(*pair))
+
+
+def _of_version(sample: Sample, gap: np.ndarray, version: int) -> np.ndarray:
+    """Of a sample's gaps those at tokens of one version; all where its engine does not tell versions."""
+    spans = version_spans(sample) if len(gap) else []
+    if not spans:
+        return gap
+    return np.concatenate([np.zeros(0), *(gap[first:end] for of, first, end in spans if of == version)])
 
 
 def gaps_of(group: Group, learned: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spell_megatron.base.ownership import make_own
 from spell_megatron.base.topology import Topology, topology
 from spell_megatron.config import Config
 from spell_megatron.rollout.dialect import CPU, CUDA, LOG_LEVEL, Backend, own_environment
@@ -38,7 +39,7 @@ def here(config: Config, ranks: int | None = None) -> Topology:
 
 def prepare(scratch: Path) -> None:
     """Set up this process for an engine inside it. Call before vLLM is imported."""
-    scratch.mkdir(parents=True, exist_ok=True)
+    make_own(scratch)
     os.environ.update(own_environment(scratch))
     quiet()
     if current() is CPU:

@@ -1,6 +1,9 @@
-"""An engine's device memory, given back while the trainer needs it."""
+"""An engine's device memory, given back while the trainer needs it: that of this process' engine, and of servers that
+somebody else starts on the trainer's nodes."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from spell_megatron.base.placement import Part
 from spell_megatron.rollout.engine import Engine, Memory
@@ -27,3 +30,20 @@ class EngineOffload:
         for part in sorted(parts, reverse=True):
             self._engine.wake(_MEMORY[part])
         self._awake |= parts
+
+
+class Vacancy:
+    """A `placement.Offloadable`: a file that is there while the trainer is not in the memory. Who keeps up servers on
+    other nodes looks for it before one starts."""
+
+    parts: frozenset[Part] = frozenset({"engine cache"})
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.onload(self.parts)
+
+    def offload(self, parts: frozenset[Part], lost: frozenset[Part]) -> None:
+        self._file.unlink(missing_ok=True)
+
+    def onload(self, parts: frozenset[Part]) -> None:
+        self._file.touch()

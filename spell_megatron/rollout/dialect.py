@@ -231,10 +231,18 @@ def passed_variables(settings: RolloutConfig, ours: Collection[str]) -> dict[str
     return dict(settings.engine_environment)
 
 
+TRAINERS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+"""Variables that are the trainer's alone. Buffers in expandable segments cannot be shared between a server's ranks,
+which vLLM does with those of its CUDA graphs: cudaIpcGetMemHandle refuses them, and the worker ends."""
+
+
 def common_environment(scratch: Path) -> dict[str, str]:
-    """Variables of every vLLM process; `scratch` receives what it would leave in the home folder."""
+    """Variables of every vLLM process; `scratch` receives what it would leave in the home folder, which a container may
+    not have."""
     return {
         "VLLM_CACHE_ROOT": str(scratch / "cache"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "FLASHINFER_WORKSPACE_BASE": str(scratch),
         "VLLM_NO_USAGE_STATS": "1",  # no report to the outside
         "VLLM_DO_NOT_TRACK": "1",
     }

@@ -156,8 +156,8 @@ class Fleet:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `Engine`. Gathers in the calling thread, where the trainer's collectives belong.
 
-        Engines that fail are left to be restarted. Where the weights are kept, they are brought to the new version
-        then, and this returns as soon as one engine serves it; where they are not, who generates is told.
+        Engines that fail are left to be restarted, and are brought to the new version then where the weights are kept;
+        who generates waits for the first. Where they are not kept, who generates is told.
         """
         if not (self._local and version == self._version):  # which may come again, for those that lack it
             check_version(self._version, version)
@@ -175,8 +175,6 @@ class Fleet:
             self._updating = False
             self._loop.call_soon_threadsafe(self._transfers.release)
         self._fault = ""
-        if not self._local:
-            self._run(self._one_is_current())
 
     def stats(self) -> EngineStats:
         return replace(self._counted, running=self._dispatcher.running(), waiting=self._waiting)
@@ -378,12 +376,6 @@ class Fleet:
         living = {member.health.state for member in self._members} - {State.LOST}
         told = self._version != self._first_version and not self._updating
         return self._local and told and living == {State.SYNCING}
-
-    async def _one_is_current(self) -> None:
-        async with self._serving:
-            while not any(member.health.current for member in self._members):
-                self._check_alive()
-                await self._serving.wait()
 
     async def _all_settled(self) -> None:
         """Wait for every engine to serve or to be lost; raise if none serves."""

@@ -5,7 +5,8 @@
 A vLLM server is a family of processes; killing one of them leaves the others running. The guard puts the
 family into a process group of its own and ends the whole group when the server exits, when the guard is told to end
 (TERM, HUP), or when its standard input closes, which the kernel does even for a parent that was killed. It prints the
-group's id, and exits when the last of the family has.
+group's id, and exits when the last of the family has. Python's resource trackers go last: they remove the
+shared memory of those who were killed.
 
 What the family prints goes to the guard's standard error. A file there does not grow for ever: its older part is moved
 to `FILE.1`, and what was before that is lost.
@@ -26,8 +27,9 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-GRACE_SECONDS = 5.0
+GRACE_SECONDS, CLEANING_SECONDS = 5.0, 2.0
 LOG_BYTES, LOOK_SECONDS = 32 << 20, 5.0
 """The most of a log, and how often it is looked at."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -82,7 +84,7 @@ def _keep(command: list[str], outer: int, telling: int) -> int:
         _signal(-child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(GRACE_SECONDS)
-    _signal(-child.pid, signal.SIGKILL)  # a stopped process obeys only this
+    _kill(child.pid)
     status = child.wait()
     _bury(child.pid)
     return status if status >= 0 else 128 - status
@@ -111,8 +113,38 @@ def dies_with(parent: int, number: signal.Signals) -> None:
 
 
 def _end(group: int) -> None:
-    _signal(-group, signal.SIGKILL)
+    _kill(group)
     _bury(group)
+
+
+def _kill(group: int) -> None:
+    """Kill a process group, which even a stopped process obeys. A resource tracker that has nobody left to wait for
+    cleans up and ends by itself."""
+    deadline = time.monotonic() + CLEANING_SECONDS
+    while (members := _members(group)) and time.monotonic() < deadline:
+        for process in members:
+            if not _tracks(process):
+                _signal(process, signal.SIGKILL)
+        time.sleep(0.01)
+    _signal(-group, signal.SIGKILL)
+
+
+def _members(group: int) -> list[int]:
+    """The living processes of a group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has just ended
+                state, _, of = (entry / "stat").read_bytes().rpartition(b")")[2].split()[:3]
+                if int(of) == group and state not in (b"Z", b"X"):
+                    found.append(int(entry.name))
+    return found
+
+
+def _tracks(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path("/proc", str(process), "cmdline").read_bytes()
+    return False
 
 
 def _signal(process: int, number: signal.Signals) -> None:

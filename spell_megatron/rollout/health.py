@@ -134,11 +134,6 @@ class Health:
         return self.state is State.HEALTHY
 
     @property
-    def current(self) -> bool:
-        """Whether it serves, or would if it did not sleep."""
-        return self.held == self.target and self.state in (State.HEALTHY, State.ASLEEP)
-
-    @property
     def receives(self) -> bool:
         """Whether it can be given weights, and needs some."""
         return self.state is State.SYNCING and "weights" not in self.asleep

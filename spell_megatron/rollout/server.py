@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from spell_megatron.base.interpreter import environment, python
+from spell_megatron.base.ownership import make_own
 from spell_megatron.base.secret import new_secret
 from spell_megatron.base.topology import visible
 from spell_megatron.config import RolloutConfig
@@ -34,7 +35,7 @@ class Launch:
     model: Path
     settings: RolloutConfig
     scratch: Path
-    """vLLM's caches."""
+    """vLLM's caches, which it loads and executes: this user's alone."""
     log: Path
     """Standard output and error, appended to."""
     transfer: str | None = None
@@ -67,7 +68,11 @@ class Launch:
         return python(backend.current().server, *_flags(arguments))
 
     def environment(self, sockets: str, secret: str) -> dict[str, str]:
-        inherited = {n: value for n, value in environment().items() if not n.startswith(dialect.PREFIX)}
+        inherited = {
+            name: value
+            for name, value in environment().items()
+            if not name.startswith(dialect.PREFIX) and name not in dialect.TRAINERS
+        }
         ours = dialect.server_environment(backend.current(), self.scratch, sockets, self.transfer)
         variables = {
             **inherited,
@@ -96,9 +101,9 @@ class Server:
     @classmethod
     def start(cls, launch: Launch, port: int = 0, secret: str = "") -> Server:
         """Start it on a Unix socket, or on a port of `servers.host` for clients elsewhere. Without a `secret` it gets
-        one of its own."""
+        one of its own. Raises SpellError where others can write to its caches."""
         launch.log.parent.mkdir(parents=True, exist_ok=True)
-        launch.scratch.mkdir(parents=True, exist_ok=True)
+        make_own(launch.scratch)
         secret = secret or new_secret()
         with private_folder.make() as (sockets, lock), launch.log.open("ab") as log:
             if port:

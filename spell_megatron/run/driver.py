@@ -44,7 +44,7 @@ from spell_megatron.selfplay.ports import Judge
 from tokenizer.chat import ChatTokenizer
 
 _log = logging.getLogger(__name__)
-_OWED = "measure/owed"
+_OWED, _MEAN = "measure/owed", "heldout/mean"
 Measurement = Callable[[Engine, ChatTokenizer, Path], Coroutine[Any, Any, dict[str, float]]]
 """Scores of what an engine holds; answers and tables go to the folder."""
 
@@ -131,7 +131,9 @@ class Driver:
         self._archive = Archive(self.run, self.settings.record)
         self._stack.callback(self._archive.close)
         self._archive.begin(step)
-        self.owes = any(row["step"] == step and row.get(_OWED) for row in read_metrics(self.run))
+        row = next((row for row in read_metrics(self.run) if row["step"] == step), {})
+        ends = bool(self._questions) and step >= self.settings.steps
+        self.owes = bool(row.get(_OWED)) or (ends and row.get(_MEAN) is None)
         if step:
             self.live.note(f"resumed after step {step}")
 
@@ -142,7 +144,10 @@ class Driver:
         """
         self.live.begin(step, self.settings.selfplay.questions)
         with self.phase("play"):
-            return self._plays.play(step)
+            played = self._plays.play(step)
+        return (
+            None if self._stop.asked else played
+        )  # one that had run ahead to its end is not begun to train on
 
     def rewind(self, state: dict[str, Any]) -> None:
         """Have a play that broke off begin again, from a `Played.state`; its finished episodes are on disk."""
@@ -195,7 +200,7 @@ class Driver:
         by_task = {f"heldout/{task}": value for task, value in score.by_task.items()}
         by_label = {f"heldout_by/{label}": value for label, value in score.by_label.items()}
         best = {f"heldout_best/{name}": value for name, value in score.best.items()}
-        return {"heldout/mean": score.mean, **by_task, **by_label, **best}
+        return {_MEAN: score.mean, **by_task, **by_label, **best}
 
     def record_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """What was measured of the weights that the run goes on from: the row of step 0, or the rest of another one."""
@@ -204,9 +209,9 @@ class Driver:
         kept = {name: value for name, value in row.items() if name not in dropped and value is not None}
         self.metrics.log(step, {**kept, **scores})
         self.owes = _OWED in scores
-        if "heldout/mean" in scores:
+        if _MEAN in scores:
             when = f"after step {step}" if step else "before training"
-            self.live.note(f"held-out {when}: {scores['heldout/mean']:.3f}")
+            self.live.note(f"held-out {when}: {scores[_MEAN]:.3f}")
 
     def record(
         self,
@@ -218,12 +223,13 @@ class Driver:
     ) -> float:
         """Write the step's metrics; `dropped` groups of its batch were left out of the update, None was skipped.
 
-        Returns the mean gap between engine and learner on the samples of the newest weights.
+        Returns the mean gap between engine and learner on tokens of the weights that were trained; 0 where there are
+        too few.
         """
         assert played is not None, "rank 0 has played"
         with self.phase("record"):
             batch = played.play.batch.without(dropped)
-            learned = self._learned(batch, update) if update else {}
+            learned = self._learned(step, batch, update) if update else {}
             values = {
                 **step_metrics(played.play),
                 "mismatch/dropped": len(dropped),
@@ -241,10 +247,10 @@ class Driver:
         self.live.done(step, values)
         return learned.get("mismatch/newest", 0.0)
 
-    def _learned(self, batch: Batch, update: Update) -> dict[str, float]:
+    def _learned(self, step: int, batch: Batch, update: Update) -> dict[str, float]:
         """What an update says of its batch and of itself."""
         return {
-            **mismatch(batch.train, update.scores, batch.roles),
+            **mismatch(batch.train, update.scores, batch.roles, step - 1),
             **importance(batch.train, update.scores, self.settings.policy.loss.importance_cap),
             "policy/loss": update.loss,
             "policy/grad_norm": update.grad_norm,
@@ -306,7 +312,7 @@ class Driver:
 
     metrics: Metrics
     owes: bool
-    """Whether the present weights have yet to be measured, which a stop has broken off."""
+    """Whether the present weights have yet to be measured: a stop broke that off, or they are the last ones by now."""
     _archive: Archive
     _before: EngineStats
     _journal: Journal

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+from spell_megatron.base.ownership import private
 from spell_megatron.base.pulse import working
 from spell_megatron.base.secret import read_secret
 from spell_megatron.config import Config, ConfigError, dump_config, load_config, untrainable
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.rollout.experts import check_replay
-from spell_megatron.run.record import RunFolder, RunLock, forget_stale, locked, private
+from spell_megatron.run.preemption import listen
+from spell_megatron.run.record import RunFolder, RunLock, forget_stale, locked
 from spell_megatron.run.run import Benchmarks, Judges, Run
 from spell_megatron.selfplay import prompts_of
 from spell_megatron.types import SpellError
@@ -76,12 +78,14 @@ def _secret(run: Path | None) -> str:
 
 
 def _locked(folder: RunFolder, main: MainRank, stack: ExitStack) -> RunLock | None:
-    """Rank 0's lock of the run folder. Raises SpellError, on every rank, where it cannot be had."""
+    """Rank 0's lock of the run folder, whose loss ends the run. Raises SpellError, on every rank, where it cannot be
+    had."""
     held: list[RunLock] = []
+    stop = listen()
 
     def lock() -> SpellError | None:
         try:
-            held.append(stack.enter_context(locked(folder.path)))
+            held.append(stack.enter_context(locked(folder.path, lambda: stop.ask("the loss of its lock"))))
         except SpellError as error:
             return error
         return None

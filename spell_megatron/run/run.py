@@ -26,12 +26,13 @@ from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Value, World, share
 from spell_megatron.rollout import backend
-from spell_megatron.rollout.colocation import EngineOffload
+from spell_megatron.rollout.colocation import EngineOffload, Vacancy
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.run.driver import Driver, Measurement, Played
 from spell_megatron.run.follower import Follower
 from spell_megatron.run.preemption import Preempted, Stop, attempt, listen, preempted
 from spell_megatron.run.record import RunFolder, RunLock
+from spell_megatron.run.record.folder import writing
 from spell_megatron.selfplay.ports import Judge
 from spell_megatron.types import SpellError, TrainBatch
 from spell_megatron.weights.known import known_folder
@@ -43,6 +44,14 @@ Judges = Callable[[Config], Judge | None]
 
 _SKIPS = 3
 """Bad steps in a row after which a run ends, whatever `record.bad_step` says."""
+
+
+_LOSSES = 20
+"""All engines may be lost so often over one piece of work; what ends them would otherwise do so for ever."""
+
+
+class EnginesLostError(SpellError):
+    """Engines end whenever they do a certain work."""
 
 
 class BadStepError(SpellError):
@@ -115,6 +124,7 @@ class Run:
         if self._found.colocated:
             self._placement.admit(LearnerOffload(self.learner))
         self._placement.enter(Phase.BUILD)
+        self._vacancy: Vacancy | None = None
         # What engines know by no name of its own stands there under another (`weights/known.py`).
         served = folder.path / "engine" / "model" if self.learner.shape.family.like else model
         self.lead: Driver | Follower = Follower(served, self._found.transfer, folder.engine_cache)
@@ -124,6 +134,8 @@ class Run:
             lambda: self._lead(known_folder(model, served, config.model.families), stack, benchmarks, judges),
         )
         if self._found.colocated and isinstance(self.lead, Driver):
+            if self._vacancy:
+                self._placement.admit(self._vacancy)  # first: it says no before memory is taken
             self._placement.admit(EngineOffload(self.lead.engine))
         record = config.record
         self._checkpoints = Checkpoints(
@@ -131,7 +143,7 @@ class Run:
             record.keep_last,
             keep_every=record.keep_every,
             background=record.async_save,
-            lost=lock.lost if lock else str,
+            lost=lock.lost if lock else lambda: None,
         )
         stack.callback(self._checkpoints.close)
         self._skipped = 0
@@ -144,7 +156,7 @@ class Run:
     ) -> None:
         """Build rank 0's part. No rank has device memory, so servers on other nodes may start, too."""
         if self._found.colocated and self.config.rollout.servers.urls:
-            self.folder.vacated(attempt()).touch()
+            self._vacancy = Vacancy(self.folder.vacated(attempt()))
         measurement = benchmarks(self.config) if benchmarks else None
         self.lead = Driver(
             *(self.config, self.folder, model, stack, self._found),
@@ -156,9 +168,12 @@ class Run:
     def collect(self, step: int) -> Collected:
         """The step's batch, on every rank. Where there is none, the state is saved and the reason raised."""
         plays: list[Played] = []
-        turn = self._with_engines(
-            f"plays step {step}", lambda driver: self._turn(driver, step, plays), step - 1
-        )
+        try:
+            turn = self._with_engines(
+                f"plays step {step}", lambda driver: self._turn(driver, step, plays), step - 1
+            )
+        except EnginesLostError as fault:
+            turn = _Turn(fault=str(fault))
         if turn.batch is not None:
             return Collected(step, turn.batch, *plays)
         if turn.fault:
@@ -196,14 +211,18 @@ class Run:
         """What rank 0 does with engines that hold the weights of `step`; its result, on every rank.
 
         Of weights that go from every rank to its own device no copy is kept: where all engines ended and came
-        back, they are sent again, and the work is done again.
+        back, they are sent again, and the work is done again. Raises EnginesLostError where that does not help.
         """
-        while True:
+        for _ in range(_LOSSES):
             self._placement.enter(Phase.GENERATE)
             value, done = self._main.work(doing, lambda: self._once(work))
             if done:
                 return cast("Value", value)
             self.resync(step)
+        raise EnginesLostError(
+            f"rank 0 {doing}, and lost all engines {_LOSSES} times over it, though they came back each time: a request"
+            f" may be what ends them. Their logs, in {self.folder.path / 'engines'}, say more"
+        )
 
     def _once(self, work: Callable[[Driver], Value]) -> tuple[Value | None, bool]:
         """Its result and True, or False where the engines have to be given the weights again."""
@@ -280,7 +299,8 @@ class Run:
         self.learner.check()
         batch, bound = collected.batch, self.config.record.mismatch_bound
         scores = self.learner.score(batch)
-        dropped = share(lambda: groups_beyond(batch, scores, bound), self.world)
+        version = collected.step - 1
+        dropped = share(lambda: groups_beyond(batch, scores, bound, version), self.world)
         if len(dropped) == len(batch.groups):
             self._save()
             raise self._mismatch(collected.step, f"by more than {bound} in every group of the batch")
@@ -300,13 +320,13 @@ class Run:
     def measure(self, step: int) -> dict[str, float]:
         """Scores by name, where they are due: before the first step, every so many, and after the last."""
         every = self.config.heldout.every
-        due = step in (0, self.config.steps) or (every and step % every == 0)
+        due = step == 0 or step >= self.config.steps or (every and step % every == 0)
         doing = f"measures after step {step}"
         return self._with_engines(doing, lambda driver: driver.measure(step), step) if due else {}
 
     def begin(self) -> None:
-        """Measure the weights that the run goes on from, where nobody has: before the first step, or where a stop broke
-        that off."""
+        """Measure the weights that the run goes on from, where nobody has: before the first step, where a stop broke
+        that off, or where the run ends with them by its new number of steps."""
         if self.step == 0 or self._owes():
             self.lead.record_scores(self.step, self.measure(self.step))
 
@@ -362,7 +382,8 @@ class Run:
         self._placement.enter(Phase.SAVE)
         self.lead.say("exporting the model")
         if self.world.is_main:
-            make_room(self.folder.hf, "model")
+            with writing(self.folder.hf):
+                make_room(self.folder.hf, "model")
         self.learner.save_hf(self.folder.hf)
         self.lead.say("writing the report")
         self._report()

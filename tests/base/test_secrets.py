@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from eval.endpoint import Endpoint
 from eval.run import JudgeSettings
 from launchers.profile import ProfileError, load_profile
-from spell_megatron.base.secret import write_secret
-from spell_megatron.config import ConfigError, load_config, names_secret
-from spell_megatron.run.record import RunFolder, private
+from spell_megatron.base.ownership import private
+from spell_megatron.base.secret import is_secret, names_secret, write_secret
+from spell_megatron.config import ConfigError, load_config
+from spell_megatron.run.record import RunFolder
 from spell_megatron.tools.cli import app
 from spell_megatron.types import SpellError
 
@@ -42,14 +43,30 @@ def test_a_key_on_a_command_line_is_refused(
 
 def test_a_key_is_in_no_text_of_its_owner() -> None:
     assert KEY not in repr(JudgeSettings("http://judge", "m", KEY))
-    with pytest.raises(SpellError, match="SPELL_API_KEY") as refused:
-        Endpoint(f"http://me:{KEY}@host:8000")
-    assert KEY not in str(refused.value)
+    for url in (
+        f"http://me:{KEY}@host:8000",
+        f"https://{KEY}@host",
+        f"me:{KEY}@host",
+        f"https://host/v1?key={KEY}",
+    ):
+        with pytest.raises(SpellError, match="SPELL_API_KEY") as refused:
+            Endpoint(url)
+        assert KEY not in str(refused.value)
 
 
-@pytest.mark.parametrize("override", ["engine_environment={VLLM_API_KEY: %s}", "engine={api-key: %s}"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "engine_environment={VLLM_API_KEY: %s}",
+        "engine={api-key: %s}",
+        "engine_environment={HTTPS_PROXY: 'http://me:%s@proxy'}",
+        "servers.urls=['http://me:%s@node7:8000']",
+    ],
+)
 def test_no_secret_is_kept_in_a_configuration(override: str) -> None:
-    with pytest.raises(ConfigError, match=r"looks like a secret.*environment") as refused:
+    with pytest.raises(
+        ConfigError, match=r"looks like a secret.*environment|without a user.*secret_file"
+    ) as refused:
         load_config("toy", ["rollout." + override % KEY])
     assert KEY not in str(refused.value)
 
@@ -74,7 +91,14 @@ def test_what_is_a_secret_by_its_name() -> None:
         "api-key",
         "OPENAI_API_KEY",
         "AWS_SECRET_ACCESS_KEY",
-        "PGPASSWORD_PASSWORD",
+        "PGPASSWORD",
+        "MYSQL_PWD",
+        "OPENAI_APIKEY",
+        "GITHUB_PAT",
+        "DB_PASS",
+        "SSH_PASSPHRASE",
+        "HF_TOKEN_2",
+        "NGC_API_KEY_PROD",
     ]
     harmless = [
         "VLLM_ATTENTION_BACKEND",
@@ -83,8 +107,15 @@ def test_what_is_a_secret_by_its_name() -> None:
         "TOKENIZERS_PARALLELISM",
         "KEYBOARD",
         "hf_overrides",
+        "PATH",
+        "PYTHONPATH",
+        "skip_tokenizer_init",
+        "pass_config",
     ]
-    assert all(map(names_secret, secret)) and not any(map(names_secret, harmless))
+    assert [name for name in secret if not names_secret(name)] == []
+    assert [name for name in harmless if names_secret(name)] == []
+    assert is_secret("HTTPS_PROXY", f"http://me:{KEY}@proxy:3128")
+    assert not is_secret("HTTPS_PROXY", "http://proxy:3128/a@b")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
+from spell_megatron.base.secret import names_secret
 from spell_megatron.config import RECIPES, Config, ConfigError, dump_config, load_config, parse_config
-from spell_megatron.config.contradictions import names_secret
 from spell_megatron.config.reading import override
 from spell_megatron.config.yamltext import load_yaml
 
@@ -96,6 +96,11 @@ def test_a_recipe_inherits_several_and_the_later_have_the_say(tmp_path: Path) ->
         ("policy.layout.virtual_pipeline=0", "policy.layout.virtual_pipeline: "),
         ("policy.optimizer.betas=[0.9, 1.0]", "policy.optimizer.betas.1: "),
         ("policy.optimizer.min_lr=1", "policy.optimizer.min_lr"),
+        ("policy.optimizer={decay_steps: 4, warmup_steps: 4}", "ends before warmup_steps=4"),
+        ("policy.optimizer.min_lr=1e-7", "set policy.optimizer.decay_steps"),
+        ("record={checkpoint_every: 10, keep_every: 25}", "a multiple"),
+        ("record={checkpoint_every: 0, keep_every: 5}", "a multiple"),
+        ("selfplay.combine=sum", "selfplay.combine=mean"),
         ("heldout.limit=-1", "heldout.limit: "),
     ],
 )

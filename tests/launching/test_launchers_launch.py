@@ -10,7 +10,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,11 @@ from launchers.launch import _slurm, _split, launch
 from launchers.machines import Machines, machines
 from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, load_profile
 from spell_megatron.base import pulse
+from spell_megatron.base.ownership import make_own
+from spell_megatron.base.placement import Phase, Placement
 from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
+from spell_megatron.rollout.colocation import Vacancy
+from spell_megatron.rollout.server import Launch
 from spell_megatron.run.preemption import REQUEUE, attempt
 from spell_megatron.run.record import RunFolder
 from spell_megatron.types import SpellError
@@ -321,17 +324,21 @@ class Attempt:
         self._bin.mkdir()
         self.lines = script.setup_lines(PreparedRun(self.run, Profile(**profile), ONE))
 
-    def end(self, body: str, state: str = "RUNNING") -> tuple[int, bool]:
-        """Exit code, and whether the job went back to the queue."""
-        stub = self._bin / "scontrol"
+    def end(self, body: str, state: str = "RUNNING", silent: int = 0) -> tuple[int, bool]:
+        """Exit code, and whether the job went back to the queue; the controller answers after so many silences."""
+        stub, deaf = self._bin / "scontrol", self._bin / "silent"
         stub.write_text(
-            f'#!/bin/bash\nif [ "$1" = show ]; then echo "JobState={state} x"; else echo "$*" >>{self.asked}; fi\n'
+            f"#!/bin/bash\nif [ -s {deaf} ]; then sed -i 1d {deaf}; exit 1; fi\n"
+            f'if [ "$1" = show ]; then echo "JobState={state} x"; else echo "$*" >>{self.asked}; fi\n'
         )
         stub.chmod(0o755)
+        deaf.write_text("silent\n" * silent)
+        (self._bin / "sleep").symlink_to("/bin/true") if not (self._bin / "sleep").exists() else None
         self.asked.unlink(missing_ok=True)
         path = f"{self._bin}:{os.environ['PATH']}"
         done = bash(f"set -e\nhead_node=n7\n{self.lines}\n{body}", PATH=path, SLURM_JOB_ID="40001")
-        assert not done.stderr, done.stderr
+        self.said = done.stderr
+        assert silent or not done.stderr, done.stderr
         return done.returncode, self.asked.exists() and "requeue 40001" in self.asked.read_text()
 
     def saved(self, step: int) -> None:
@@ -360,6 +367,14 @@ def test_a_run_that_saves_nothing_new_does_not_go_round_for_ever(tmp_path: Path)
     attempt.saved(3)
     (attempt.run / "checkpoints" / "step-00003" / "run.json").write_text("{}")
     assert attempt.end('touch "$run/requeue"; exit 75') == (75, True)
+
+
+@pytest.mark.parametrize("saved", ['touch "$run/requeue"; exit 75', "exit 134"])
+def test_a_controller_that_is_busy_is_asked_again(tmp_path: Path, saved: str) -> None:
+    attempt = Attempt(tmp_path, crash_retries=1)
+    assert attempt.end(saved, silent=7)[1]
+    assert not attempt.end(saved, silent=1000)[1]
+    assert f"by hand, sbatch {attempt.run}/job.sbatch" in attempt.said
 
 
 def test_the_flag_of_the_attempt_before_does_not_count(tmp_path: Path) -> None:
@@ -471,11 +486,8 @@ class TestSbatch:
 
     def test_a_container_sees_run_and_model(self, job: PreparedRun) -> None:
         profile = replace(job.profile, container="nvcr.io#org/im age:1", mounts=("/data sets:/data",))
-        (srun,) = (
-            line
-            for line in self.written(replace(job, profile=profile)).splitlines()
-            if line.startswith("srun ")
-        )
+        text = self.written(replace(job, profile=profile))
+        (srun,) = (line for line in text.splitlines() if line.startswith("srun "))
         words = shlex.split(srun)
         assert words[words.index("--container-image") + 1] == "nvcr.io#org/im age:1"
         seen = words[words.index("--container-mounts") + 1].split(",")
@@ -484,6 +496,7 @@ class TestSbatch:
         assert all(f"{need}:{need}" in seen for need in job.needs)
         assert job.needs
         assert " python -P -m spell_megatron.tools.cli resume" in words[-1]
+        assert f"export TRITON_CACHE_DIR={job.run}/engine/triton\n" in text
 
     def test_a_virtual_environment_is_activated(self, job: PreparedRun) -> None:
         text = self.written(replace(job, profile=Profile(venv="/shared/my venv")))
@@ -543,7 +556,37 @@ class TestSbatch:
         (file,) = tmp_path.glob("toy-*/job.sbatch")
         assert capsys.readouterr().out == file.read_text()
 
-    @pytest.mark.parametrize("name", ["with space", "a;b", "x$HOME", "a/nemo_run/b"])
+    def test_a_dryrun_tells_no_secret(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        env = {
+            "HF_TOKEN": "hf 'nobody elses",
+            "HTTPS_PROXY": "http://me:mine@proxy",
+            "NCCL_DEBUG": "a\x1b]0;title",
+        }
+        profile = Path(profile_file(tmp_path, env=env))
+        profile.chmod(0o600)
+        assert launch("toy", [f"runs={tmp_path}"], "slurm", str(profile), dryrun=True) == 0
+        printed, (file,) = capsys.readouterr().out, tmp_path.glob("toy-*/job.sbatch")
+        assert all(f"export {name}={shlex.quote(value)}" in file.read_text() for name, value in env.items())
+        assert "nobody elses" not in printed and "mine" not in printed and "\x1b" not in printed
+        assert "export HF_TOKEN=…\nexport HTTPS_PROXY=…\nexport NCCL_DEBUG=" in printed
+
+    @pytest.mark.parametrize("fault", ["name=lr1,kl0", "name=a:b", "corpus"])
+    def test_what_pyxis_would_take_apart_is_refused(self, tmp_path: Path, fault: str) -> None:
+        corpus = tmp_path / "v2,en"
+        corpus.mkdir()
+        changes = [
+            f"runs={tmp_path}/runs",
+            f"corpus.sources=[{{path: '{corpus}'}}]" if fault == "corpus" else fault,
+        ]
+        with pytest.raises(SpellError, match="pyxis takes it apart"):
+            launch(
+                "toy", changes, "slurm", profile_file(tmp_path, container="/images/spell.sqsh"), dryrun=True
+            )
+        assert not (tmp_path / "runs").exists()
+        if fault != "corpus":  # which would have to be read
+            assert launch("toy", changes, "slurm", "cpu", dryrun=True) == 0
+
+    @pytest.mark.parametrize("name", ["with space", "a;b", "x$HOME", "a/nemo_run/b", "mix50%u"])
     def test_a_folder_that_nemo_run_would_garble_is_refused(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(SpellError, match="choose another, runs="):
             launch("toy", [f"runs={tmp_path / name}"], "slurm", "h100", dryrun=True)
@@ -586,13 +629,13 @@ def test_a_missing_nemo_run_is_refused_with_the_command_that_installs_it(
 
 
 def test_a_machine_without_slurm_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(check, "check_nemo_run", lambda parent: None)
+    monkeypatch.setattr(check, "check_nemo_run", lambda config, profile: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "--dryrun" in refused(f"runs={tmp_path}")
 
 
 def test_a_missing_virtual_environment_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(check, "check_nemo_run", lambda parent: None)
+    monkeypatch.setattr(check, "check_nemo_run", lambda config, profile: None)
     assert "no bin/activate" in refused(f"runs={tmp_path}", f"cluster.venv={tmp_path}")
 
 
@@ -754,14 +797,84 @@ def test_servers_that_share_gpus_wait_until_the_trainer_of_this_attempt_has_left
     ]
     config = load_config("toy", keys)
     run = prepare(config, Profile(), Machines(nodes=2, servers=1)).run
-    monkeypatch.setattr(engines, "_POLL_SECONDS", 0.01)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     RunFolder(run).vacated("7-0").touch()  # the attempt before
-    waiting = threading.Thread(target=engines._wait_for_room, args=(run, config), daemon=True)
-    waiting.start()
-    waiting.join(0.3 if placement == "colocated" else 60)
-    assert waiting.is_alive() == (placement == "colocated")
-    RunFolder(run).vacated(attempt()).touch()
-    waiting.join(60)
-    assert not waiting.is_alive()
+    has_room = engines._room(run, config)
+    assert has_room() == (placement == "disaggregated")
+    placed = Placement()
+    placed.admit(Vacancy(RunFolder(run).vacated(attempt())))
+    assert has_room()
+    for phase in (Phase.GENERATE, Phase.UPDATE, Phase.RESYNC, Phase.SAVE, Phase.GENERATE):
+        placed.enter(phase)
+        assert has_room() == (placement == "disaggregated" or phase is Phase.GENERATE), phase
+
+
+def test_a_server_that_ends_while_there_is_no_room_is_started_when_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[str] = []
+
+    class Ended:
+        def running(self) -> bool:
+            return False
+
+        def stop(self) -> None: ...
+
+        def tail(self) -> str:
+            return ""
+
+    monkeypatch.setattr(engines.Server, "start", lambda *_: started.append("again") or Ended())
+    settings = SimpleNamespace(servers=SimpleNamespace(max_restarts=1))
+    kept = engines._Kept(SimpleNamespace(settings=settings), 1, "", Ended(), time.monotonic())  # type: ignore[arg-type]
+    assert all(kept.mend(lambda: False) for _ in range(9))
+    assert (started, kept.failed_starts) == ([], 0)
+    assert [kept.mend(lambda: True) for _ in range(3)] == [True, False, False]
+    assert started == ["again"]
+
+
+def test_servers_listen_where_the_trainer_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's /etc/hosts gives a machine's own name 127.0.1.1."""
+    names = {"n7": "127.0.1.1", "n8": "10.1.2.8"}
+    monkeypatch.setattr(engines.socket, "getaddrinfo", lambda host, port: [(0, 0, 0, "", (names[host], 0))])
+    monkeypatch.setattr(engines, "own_address", lambda host: f"facing {host}")
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    assert engines._reached("n7") == "facing n1"
+    assert engines._reached("n8") == "n8"
+
+
+def test_what_an_engine_node_makes_is_closed_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("toy", [f"runs={tmp_path}", "rollout.servers.count=1", "record.group_readable=true"])
+    run = prepare(config, Profile(), Machines(nodes=2, servers=1)).run
+    for name in ("signal", "pthread_sigmask"):
+        monkeypatch.setattr(engines.signal, name, lambda *_: None)
+    monkeypatch.setattr(engines._Kept, "mend", lambda *_: False)
+
+    def start(launch: Launch, port: int, secret: str) -> SimpleNamespace:
+        make_own(launch.scratch)
+        launch.log.touch()
+        return SimpleNamespace(stop=lambda: None)
+
+    monkeypatch.setattr(engines.Server, "start", start)
+    before = os.umask(0o002)
+    try:
+        assert engines.serve(run, 30000, 1) == 1
+        assert os.umask(0o002) == 0o002
+    finally:
+        os.umask(before)
+    made = [run / "engine", *(run / "engine").iterdir(), *(run / "logs").iterdir()]
+    assert [path for path in made if path.stat().st_mode & 0o027] == [] and len(made) == 3
+    (made[1]).chmod(0o777)
+    with pytest.raises(SpellError, match="would be executed"):
+        engines.serve(run, 30000, 1)
+
+
+def test_a_servers_environment_is_not_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")  # of their common communicators: for both
+    launch = Launch(tmp_path, load_config("toy").rollout, tmp_path / "scratch", tmp_path / "log")
+    seen = launch.environment("sockets", "secret")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in seen and seen["NCCL_ALGO"] == "Ring"
+    assert seen["TRITON_CACHE_DIR"].startswith(str(tmp_path / "scratch"))

@@ -222,7 +222,7 @@ def test_the_toy_recipe_trains_on_two_nodes_through_a_signal_to_the_end(
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert max(row["mismatch/max"] for row in rows[1:]) < 1e-3, "both servers have the weights of every step"
-    assert len(list(run.glob(".vacated-*"))) == 2, "one for each attempt"
+    assert len(list(run.glob(".vacated-*"))) < 2, "no server may start while the trainer saves its model"
     assert len(list((run / "logs").glob("engine-*.log"))) == 1
     assert (run / "hf" / "model.safetensors").is_file()
     assert (run / "report.html").is_file()

@@ -340,7 +340,7 @@ def test_mismatch_by_label() -> None:
         (Group([1], (Sample([2, 3], [0, 0], [-1.0, -2.0]),)), Group([1], (Sample([4], [0], [-1.0]),)))
     )
     scores = Scores([[np.array([-1.5, -2.0])], [np.array([-0.7])]], [])
-    gaps = mismatch(batch, scores, ["a", "b"])
+    gaps = mismatch(batch, scores, ["a", "b"], 0)
     expected = [-0.5, 0.0, 0.3]
     assert gaps["mismatch/mean"] == pytest.approx(np.abs(expected).mean())
     assert gaps["mismatch/max"] == pytest.approx(0.5)

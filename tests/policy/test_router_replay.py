@@ -107,7 +107,7 @@ def test_it_takes_the_largest_gaps_to_an_engine_in_bfloat16_away(folder: Path, w
     labels = ["all"] * len(batch.groups)
     gaps, told = [], learner(folder, world, dtype="bfloat16", stream_tokens=192, router_replay=True)
     for policy in (learner(folder, world, dtype="bfloat16", stream_tokens=192), told):
-        gaps.append(mismatch(batch, policy.score(batch), labels))
+        gaps.append(mismatch(batch, policy.score(batch), labels, 0))
     assert gaps[1]["mismatch/max"] < gaps[0]["mismatch/max"] / 3
     assert gaps[1]["mismatch/mean"] < gaps[0]["mismatch/mean"]
     assert told.replay and 0.0 < (told.replay.differing() or 0.0) < 0.05

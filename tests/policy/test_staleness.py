@@ -80,18 +80,30 @@ def test_importance_weights_are_truncated_token_by_token() -> None:
 def test_groups_beyond_the_bound_are_found_by_their_mean() -> None:
     made = batch([([-1.0, -1.0], 1)], [([-1.0], 1), ([-1.0], 1)], [([], None)], [([-1.0], 1)], [([-1.0], 1)])
     learned = scores([[-1.2, -1.0]], [[-1.0], [-0.6]], [[-9.0]], [[math.nan]], [[-1.0]])
-    assert groups_beyond(made, learned, 0.15) == {1, 3}  # what is not a number is beyond every bound
-    assert groups_beyond(made, learned, 0.05) == {0, 1, 3}
-    left = made.without(groups_beyond(made, learned, 0.15))
+    assert groups_beyond(made, learned, 0.15, 1) == {1, 3}  # what is not a number is beyond every bound
+    assert groups_beyond(made, learned, 0.05, 1) == {0, 1, 3}
+    left = made.without(groups_beyond(made, learned, 0.15, 1))
     assert left.groups == (made.groups[0], made.groups[2], made.groups[4])
     assert left.response_tokens == made.response_tokens - 3
 
 
+def test_only_tokens_of_the_learners_own_weights_are_held_against_an_engine() -> None:
+    """Others differ because the policy has moved on, which is no fault of numerics."""
+    made = batch([([-1.0, -1.0], 3, (1, 4)), ([-1.0], 3)], [([-1.0], 3)])
+    learned = scores([[-9.0, -1.3], [-9.0]], [[-9.0]])
+    assert groups_beyond(made, learned, 0.5, 4) == set()
+    assert groups_beyond(made, learned, 0.2, 4) == {0}
+    assert mismatch(made, learned, ["a", "b"], 4)["mismatch/newest"] == pytest.approx(0.3)
+    assert "mismatch/newest" not in mismatch(made, learned, ["a", "b"], 5)
+    few = batch([([-1.0], 4), ([-1.0] * 200, 3)])
+    assert "mismatch/newest" not in mismatch(few, scores([[-9.0], [-1.0] * 200]), ["a"], 4)
+
+
 def test_the_gap_of_the_newest_weights_stands_apart() -> None:
     made = batch([([-1.0], 3), ([-1.0], 4)], [([-1.0], 4)])
-    values = mismatch(made, scores([[-2.0], [-1.1]], [[-1.3]]), ["a", "b"])
+    values = mismatch(made, scores([[-2.0], [-1.1]], [[-1.3]]), ["a", "b"], 4)
     assert values["mismatch/newest"] == pytest.approx(0.2)
     assert values["mismatch/mean"] == pytest.approx((1.0 + 0.1 + 0.3) / 3)
     made = batch([([-1.0, -1.0, -1.0], 3, (2, 4))], [([-1.0], 3)])
-    values = mismatch(made, scores([[-2.0, -2.0, -1.5]], [[-3.0]]), ["a", "b"])
+    values = mismatch(made, scores([[-2.0, -2.0, -1.5]], [[-3.0]]), ["a", "b"], 4)
     assert values["mismatch/newest"] == pytest.approx(0.5)

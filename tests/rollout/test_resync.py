@@ -72,10 +72,10 @@ def test_three_steps_stay_in_step(kind: Any, overrides: dict[str, Any], world: W
         # Temperature and nucleus: the learner computes the distribution that the engine sampled from.
         learner.sampled = Sampled(0.7, 0.95)
         fresh = sampled_batch(engine, draw, 0.7, 0.95)
-        gaps = mismatch(fresh, learner.score(fresh), ["all"] * len(fresh.groups))
+        gaps = mismatch(fresh, learner.score(fresh), ["all"] * len(fresh.groups), step)
         assert gaps["mismatch/max"] < TOLERANCE
         learner.sampled = Sampled(0.7, 1.0)
-        blind = mismatch(fresh, learner.score(fresh), ["all"] * len(fresh.groups))
+        blind = mismatch(fresh, learner.score(fresh), ["all"] * len(fresh.groups), step)
         assert blind["mismatch/max"] > 10 * TOLERANCE, "the nucleus made no difference: the test cannot fail"
     finally:
         engine.close()

@@ -8,7 +8,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +26,8 @@ from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State
+from spell_megatron.rollout.transfer.fanout import Fault as Unreached
+from spell_megatron.rollout.transfer.fanout import Peer
 from spell_megatron.types import Rollout
 
 pytestmark = pytest.mark.unit
@@ -351,6 +353,39 @@ def test_who_waits_when_the_last_server_dies_is_told(folder: Path, monkeypatch: 
         with pytest.raises(EngineError, match="all 1 engines are lost"):
             sample(fleet)
         assert fleet.states()["remote-0"].state is State.LOST
+
+
+def test_an_update_does_not_wait_for_servers_that_are_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM ends the servers of other nodes when it asks the trainer to stop: that has a state to save."""
+
+    class NobodyThere:
+        def update(self, peers: list[Peer], version: int, weights: object) -> dict[str, Unreached]:
+            return {peer.name: Unreached("connection refused", silent=True, reached="") for peer in peers}
+
+        def close(self) -> None: ...
+
+    with fleet_of(folder, 1, monkeypatch) as (fleet, (server,)):
+        server.dead = True
+        vars(fleet)["_sender"] = NobodyThere()
+        within(PATIENCE, lambda: fleet.update_weights([], 1))
+        assert fleet.version == 1
+        assert fleet.states()["remote-0"].state in (State.DEAD, State.STARTING)
+        with pytest.raises(TimeoutError):  # who generates waits, and can be told to leave
+            asyncio.run(asyncio.wait_for(one(fleet), 0.3))
+
+
+def one(fleet: Fleet) -> Coroutine[Any, Any, list[Rollout]]:
+    return fleet.generate([1, 2], seeds=[1], max_tokens=1, temperature=1.0, top_p=1.0)
+
+
+def within(seconds: float, work: Callable[[], None]) -> None:
+    """Do it, or fail when it takes longer."""
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(seconds)
+    assert not worker.is_alive()
 
 
 def test_a_closed_fleet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

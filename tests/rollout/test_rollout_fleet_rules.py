@@ -403,6 +403,34 @@ def test_nothing_outlives_a_guard_that_is_signalled(number: signal.Signals, whom
         started.wait()
 
 
+@pytest.mark.parametrize("end", ["told", "server is killed", "guard is killed"])
+def test_shared_memory_of_a_server_is_removed_however_it_ends(end: str) -> None:
+    """Its trackers do that when everybody else is gone; on a node it would outlive the job."""
+    server = (
+        "import time; from multiprocessing.shared_memory import SharedMemory\n"
+        "made = SharedMemory(create=True, size=1 << 16); print(made.name, file=__import__('sys').stderr, flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", guard.__name__, sys.executable, "-c", server],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as started:
+        assert started.stdin and started.stdout and started.stderr
+        group = int(started.stdout.readline())
+        memory = Path("/dev/shm", started.stderr.readline().decode().strip())
+        wait_for(2, group)
+        assert memory.exists()
+        if end == "told":
+            started.stdin.close()
+        else:
+            os.kill(group if end == "server is killed" else started.pid, signal.SIGKILL)
+        wait_for(0, group)
+        assert not memory.exists()
+
+
 def test_a_servers_log_is_begun_anew_where_it_is_too_long(tmp_path: Path) -> None:
     """A server that prints until that has happened three times, and a guard that looks often."""
     log = tmp_path / "engine-0.log"

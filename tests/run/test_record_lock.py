@@ -8,14 +8,16 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from spell_megatron.run.record import RunFolder, lock, locked, private
-from spell_megatron.run.record.lock import RunLockedError
+from spell_megatron.base.ownership import private
+from spell_megatron.run.record import RunFolder, lock, locked
+from spell_megatron.run.record.folder import JsonLines, RunLockedError
 
 pytestmark = pytest.mark.unit
 
@@ -103,14 +105,22 @@ def test_on_another_machine_it_is_the_heartbeat_that_counts(
 @pytest.mark.long
 def test_a_lock_that_is_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "LEASE_SECONDS", 1.5)
-    with locked(tmp_path) as held:
-        assert held.lost() == ""
+    told = threading.Event()
+    run, rows = RunFolder(tmp_path), JsonLines(tmp_path / "rollouts" / "step-00001.jsonl")
+    with locked(tmp_path, told.set) as held:
+        assert held.lost() is None
+        rows.append({"index": 0})
         (tmp_path / "LOCK").unlink()
-        for _ in range(600):
-            if held.lost():
-                break
-            signal.sigtimedwait([], 0.1)
-        assert "nothing more is written by this one" in held.lost()
+        assert told.wait(60)
+        assert "nothing more is written by this one" in str(held.lost())
+        for write in (lambda: rows.append({"index": 1}), lambda: run.save_config("steps: 1\n")):
+            with pytest.raises(RunLockedError, match="another process may have gone on"):
+                write()
+    assert rows.path.read_text() == '{"index": 0}\n'
+    assert not run.config.exists()
+    with locked(tmp_path):  # whoever has it again may write
+        rows.append({"index": 1})
+    rows.close()
 
 
 @pytest.mark.parametrize(("group", "folder", "file"), [(False, 0o700, 0o600), (True, 0o750, 0o640)])

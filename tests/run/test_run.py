@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from threading import Timer
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import pytest
 
 from launchers.launch import launch
 from spell_megatron.base.placement import Phase
-from spell_megatron.config import ConfigError, load_config
+from spell_megatron.config import ConfigError, load_config, untrainable
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.rollout.engine import EngineError, WeightsWanted
 from spell_megatron.run.driver import Driver, _warn_of_rare_visits
@@ -73,6 +73,17 @@ def test_a_play_that_wants_weights_begins_again_with_them() -> None:
     assert story.told == [Phase.GENERATE, *again, *again, ("play", 5)]
 
 
+def test_work_that_ends_the_engines_every_time_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(*[WeightsWanted("none holds them")] * 1000)
+    story.run.folder = RunFolder(Path("run"))
+    monkeypatch.setattr(story.run, "_save", lambda: story.told.append("saved"))
+    monkeypatch.setattr(story.run.lead, "report", lambda: None, raising=False)
+    with pytest.raises(SpellError, match=r"lost all engines 20 times .*run/engines"):
+        story.run.collect(5)
+    assert story.told.count(("play", 5)) == 20
+    assert story.told[-1] == "saved"
+
+
 def test_a_measurement_that_wants_weights_gets_those_that_it_measures() -> None:
     story = Story(WeightsWanted("none holds them"))
     assert story.run.measure(5) == {"heldout/mean": 0.5}
@@ -94,6 +105,58 @@ def test_weights_that_nobody_has_measured_are_measured_first(step: int, owes: bo
     story.run.step, story.run.lead.owes = step, owes  # type: ignore[union-attr]
     story.run.begin()
     assert ((step, {"heldout/mean": 0.5}) in story.told) == begins
+
+
+@pytest.mark.parametrize(
+    ("row", "steps", "owes"),
+    [
+        ({"heldout/mean": 0.5}, 4, False),
+        ({"policy/loss": 0.5}, 4, True),  # by `resume RUN steps=4`, of a run of nine
+        ({"policy/loss": 0.5}, 9, False),
+        ({"measure/owed": 1.0}, 9, True),
+    ],
+)
+def test_the_last_weights_are_measured_whenever_they_became_the_last(
+    tmp_path: Path, row: dict[str, float], steps: int, owes: bool
+) -> None:
+    driver = Driver.__new__(Driver)
+    driver.run = RunFolder.create(tmp_path, "run")
+    driver.settings = load_config("toy", [f"steps={steps}", "heldout.every=0"])
+    driver._questions, driver.live = [object()], SimpleNamespace(note=lambda text: None)  # type: ignore[assignment, list-item]
+    with ExitStack() as driver._stack:
+        before = Metrics(driver.run)
+        before.log(4, row)
+        before.close()
+        driver.begin(4)
+        assert driver.owes == owes
+
+
+def test_weights_are_measured_where_a_run_ends_before_the_step_that_it_had_come_to() -> None:
+    story = Story()
+    story.run.config.steps, story.run.config.heldout.every = 3, 0  # type: ignore[misc]
+    assert story.run.measure(4) == {"heldout/mean": 0.5}
+    story.run.config.steps = 9  # type: ignore[misc]
+    assert story.run.measure(4) == {}
+
+
+def test_a_play_that_ran_ahead_is_not_trained_on_after_a_stop() -> None:
+    driver = Driver.__new__(Driver)
+    driver._stop, driver._seconds = Stop(), Counter()
+    driver.settings = load_config("toy")
+    driver.live = SimpleNamespace(begin=lambda *_: None, phase=lambda name: None)  # type: ignore[assignment]
+    driver._plays = SimpleNamespace(play=lambda step: f"play of {step}")  # type: ignore[assignment]
+    assert driver.play(5) == "play of 5"
+    driver._stop.ask("SIGUSR1")
+    assert driver.play(6) is None
+
+
+def test_a_rate_that_would_become_nothing_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    changes = ["steps=9", "policy.optimizer.decay_steps=5", f"runs={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"steps=9 goes on after policy\.optimizer\.decay_steps=5"):
+        train(load_config("toy", changes))
+    assert not list(tmp_path.iterdir())
+    assert not untrainable(load_config("toy", [*changes, "policy.optimizer.min_lr=1e-6"]))
+    assert not untrainable(load_config("toy", [*changes, "steps=5"]))
 
 
 def test_a_run_that_has_yet_to_measure_its_last_weights_is_not_finished(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from test_record import HOSTILE, Page, episode, full_run, logged, run
 from spell_megatron.config import load_config
 from spell_megatron.run.record import Journal, RunFolder
 from spell_megatron.run.record.newest import KEPT, Newest
-from spell_megatron.run.record.watch import Watched, application
+from spell_megatron.run.record.watch import Watched, application, names_of
 
 pytestmark = pytest.mark.unit
 
@@ -125,6 +126,17 @@ def test_who_does_not_know_the_secret_is_shown_nothing(run: RunFolder) -> None:
     assert asked.get("/secret/", headers={"host": "evil.example"}).status_code == 400
     for method in ("POST", "PUT", "DELETE"):
         assert asked.request(method, "/secret/").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("bound", "asked"), [("0.0.0.0", socket.gethostname()), ("::", socket.getfqdn()), ("::1", "[::1]")]
+)
+def test_the_page_answers_by_the_names_of_the_address_that_it_listens_on(
+    run: RunFolder, bound: str, asked: str
+) -> None:
+    pages = TestClient(application(Watched(run, load_config("toy")), "secret", names_of(bound)))
+    for host, code in ((asked, 200), (f"{asked}:8000", 200), ("evil.example", 400), ("0.0.0.0", 400)):
+        assert pages.get("/secret/", headers={"host": host}).status_code == code
 
 
 def test_hostile_output_stays_text(run: RunFolder) -> None:

@@ -74,6 +74,9 @@ def test_the_names_that_a_recipe_may_use_are_those_of_the_records() -> None:
         (["selfplay.roles=[questioner, 'table:Table', responder]"], "of type spell_megatron.selfplay.roles"),
         (["selfplay.roles=[questioner, verifier]"], "the responder is one of them"),
         (["selfplay.roles=[responder, questioner, responder]"], "each role plays once"),
+        (["selfplay.roles=[responder, questioner]"], "the responder needs a question"),
+        (["selfplay.roles=[responder, verifier]"], "the responder needs a question"),
+        (["selfplay.roles=[questioner, verifier, responder]"], "and the verifier its answers"),
         (["selfplay.roles=['test_examples:Impostor', responder]"], "calls itself 'responder'"),
     ],
 )

@@ -167,7 +167,7 @@ class Following:
         scores = self._learner.score(batch)
         if not self._world.is_main:
             return 0.0
-        return mismatch(batch, scores, ["all"] * len(batch.groups)).get("mismatch/max", 0.0)
+        return mismatch(batch, scores, ["all"] * len(batch.groups), 0).get("mismatch/max", 0.0)
 
     _learner: Learner
     _world: World

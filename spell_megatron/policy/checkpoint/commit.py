@@ -34,7 +34,7 @@ class Checkpoints:
     """The checkpoints of one run folder: the last `keep_last`, and for good those of every `keep_every` steps.
 
     With `background`, `save` returns when the state is in host memory, and `wait` when it is on disk. `lost` says
-    why nothing may be written any more, empty while it may.
+    why nothing may be written any more, None while it may.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Checkpoints:
         *,
         keep_every: int = 0,
         background: bool = False,
-        lost: Callable[[], str] = str,
+        lost: Callable[[], SpellError | None] = lambda: None,
     ) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.background, self._lost = background, lost
@@ -62,8 +62,8 @@ class Checkpoints:
         """
         self.wait()
         main, group = learner.world.is_main, self._joined(learner)
-        if gone := agreed(self._lost() if main else "", group):
-            raise SpellError(gone)
+        if gone := agreed(self._lost() if main else None, group):
+            raise gone
         partial, fault = disk.partial(self.folder, step), ""
         if main:
             try:
@@ -145,7 +145,7 @@ class Checkpoints:
 
     def _commit(self, step: int, partial: Path, learner_files: dict[str, str]) -> None:
         if gone := self._lost():
-            raise SpellError(gone)
+            raise gone
         final = disk.commit(partial, learner_files)
         try:
             self._whole.note(final)

@@ -2,7 +2,7 @@
 
 from spell_megatron.run.record.archive import Archive
 from spell_megatron.run.record.console import Console, Live, step_line
-from spell_megatron.run.record.folder import RunFolder, private
+from spell_megatron.run.record.folder import RunFolder
 from spell_megatron.run.record.journal import Journal
 from spell_megatron.run.record.lock import RunLock, locked
 from spell_megatron.run.record.logs import logging_to
@@ -21,7 +21,6 @@ __all__ = [
     "forget_stale",
     "locked",
     "logging_to",
-    "private",
     "read_metrics",
     "step_line",
     "write_report",

@@ -20,7 +20,6 @@ import errno
 import json
 import logging
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -28,16 +27,37 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from spell_megatron.base import files
+from spell_megatron.base.ownership import own
 from spell_megatron.types import SpellError
 
 logger = logging.getLogger(__name__)
 
 _TAIL = 1 << 20
+_taken: dict[Path, str] = {}
+
+
+class RunLockedError(SpellError):
+    """Another process is at work in the run folder."""
+
+    exit_code = 2  # another attempt would end alike
+
+
+def leave(run: Path, why: str) -> None:
+    """From here on this process writes nothing in a run's folder: another one may be at work there."""
+    _taken[run] = why
+
+
+def enter(run: Path) -> None:
+    """A run's folder is this process' again."""
+    _taken.pop(run, None)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the faults of a file system into one clear message."""
+    """Turn the faults of a file system into one clear message. Raises RunLockedError where a run was to be left."""
+    for run, why in _taken.items():
+        if path.is_relative_to(run):
+            raise RunLockedError(why)
     try:
         yield
     except OSError as error:
@@ -48,16 +68,6 @@ def writing(path: Path) -> Iterator[None]:
         raise SpellError(
             f"cannot write {path}: {error.strerror or error}; choose another folder with runs=…"
         ) from error
-
-
-@contextmanager
-def private(group_readable: bool) -> Iterator[None]:
-    """What this process and its children make until the block ends is closed to others."""
-    before = os.umask(0o027 if group_readable else 0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 class RunFolder:
@@ -121,9 +131,7 @@ class RunFolder:
         shared = self.path.parent / f".engine-{os.getuid()}"
         with suppress(OSError):
             shared.mkdir(mode=0o700, exist_ok=True)
-            status = shared.lstat()
-            private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
-            if private and status.st_uid == os.getuid() and os.access(shared, os.W_OK):
+            if own(shared) and os.access(shared, os.W_OK):
                 return shared
         return self.path / "engine"
 
@@ -131,8 +139,8 @@ class RunFolder:
         return self.path / "rollouts" / f"step-{step:05d}.jsonl"
 
     def vacated(self, attempt: str) -> Path:
-        """A file that is there once the trainer of an attempt is built and has left the devices' memory: servers that
-        share its GPUs on other nodes may start then, and not before."""
+        """A file that is there while the trainer of an attempt is built and not in the devices' memory: servers that
+        share its GPUs on other nodes may start then alone."""
         return self.path / f".vacated-{attempt}"
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -20,19 +20,12 @@ from pathlib import Path
 
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
-from spell_megatron.run.record.folder import replace_text, writing
-from spell_megatron.types import SpellError
+from spell_megatron.run.record.folder import RunLockedError, enter, leave, replace_text, writing
 
 LEASE_SECONDS = 60.0
 """A holder on another machine that is not heard of for so long is gone."""
 _MARGIN = 15.0
 _LARGEST = 4096
-
-
-class RunLockedError(SpellError):
-    """Another process is at work in the run folder."""
-
-    exit_code = 2  # another attempt would end alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +66,32 @@ class Holder:
 
 
 class RunLock:
-    """A lock that is held. `lost` says how it was lost, if it was: nothing may be written then."""
+    """A lock that is held. `lost` says how it was lost, if it was; `on_loss` is told, from a thread of its own."""
 
-    def __init__(self, run: Path) -> None:
-        self._run, self._lost = run, ""
+    def __init__(self, run: Path, on_loss: Callable[[], object]) -> None:
+        self._run, self._on_loss, self._lost = run, on_loss, ""
 
-    def lost(self) -> str:
-        return self._lost
+    def lost(self) -> RunLockedError | None:
+        return RunLockedError(self._lost) if self._lost else None
 
     def lose(self, how: LeaseCompromise) -> None:
         self._lost = (
             f"the lock of {self._run} is lost ({how.reason}): another process may have gone on with this run;"
             " nothing more is written by this one"
         )
+        leave(self._run, self._lost)
+        self._on_loss()
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[RunLock]:
+def locked(run: Path, on_loss: Callable[[], object] = lambda: None) -> Iterator[RunLock]:
     """Be the one process in a run folder until the block ends.
 
-    Raises RunLockedError, which names the holder, where another process is.
+    Raises RunLockedError, which names the holder, where another process is. Where the lock is lost later, whatever is
+    to be written in the folder raises it.
     """
-    held, me, name = RunLock(run), Holder.here(), run / "LOCK.json"
+    held, me, name = RunLock(run, on_loss), Holder.here(), run / "LOCK.json"
+    enter(run)
     lease = SoftFileLease(
         run / "LOCK", lease_duration=LEASE_SECONDS, on_compromise=held.lose, thread_local=False
     )

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -140,14 +141,30 @@ def application(watched: Watched, secret: str, hosts: Sequence[str]) -> Starlett
     )
 
 
+def names_of(host: str) -> list[str]:
+    """What stands in the address of a page that is served at `host`: of all of this machine's, its names and theirs."""
+    if host not in ("0.0.0.0", "::"):
+        return [_literal(host)]
+    name = socket.gethostname()
+    with suppress(OSError):
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
+        return [name, socket.getfqdn(), *sorted(map(_literal, found))]
+    return [name, socket.getfqdn()]
+
+
+def _literal(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def watch(run: Path, host: str, port: int, tell: Callable[[str], None]) -> None:
     """Serve a run's page until interrupted; `tell` gets its address. Raises SpellError."""
     import uvicorn
 
     folder = RunFolder.open(run)
     secret = secrets.token_urlsafe(16)
+    names = names_of(host)
     app = application(
-        Watched(folder, load_config(str(folder.config))), secret, ["localhost", "127.0.0.1", host]
+        Watched(folder, load_config(str(folder.config))), secret, ["localhost", "127.0.0.1", "[::1]", *names]
     )
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -157,7 +174,7 @@ def watch(run: Path, host: str, port: int, tell: Callable[[str], None]) -> None:
             raise SpellError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
             ) from None
-        tell(f"http://{host}:{door.getsockname()[1]}/{secret}/")
+        tell(f"http://{names[0]}:{door.getsockname()[1]}/{secret}/")
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
         )

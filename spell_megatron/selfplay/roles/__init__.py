@@ -32,6 +32,13 @@ def roles_of(settings: config.SelfPlayConfig) -> tuple[Role, ...]:
             f"selfplay.roles={list(settings.roles)} are {', '.join(names) or 'none'}: each role plays once, and the"
             " responder is one of them"
         )
+    before = set(names[: names.index("responder")])
+    if "verifier" in before or not (before or settings.static_questions):
+        raise SpellError(
+            f"selfplay.roles={list(settings.roles)}: the responder needs a question, and the verifier its answers:"
+            " write them as [questioner, responder, verifier], or leave the questioner out, with"
+            " selfplay.static_questions=true"
+        )
     return roles
 
 
