@@ -220,7 +220,7 @@ class SelfPlayConfig:
     bad_ground_reward: float = Field(default=-0.5, le=0)
     """The questioner's, for a question that is answered without the documents."""
     combine: Literal["max", "mean", "min", "sum"] = "max"
-    """How rule and verifier make the responder's reward; `sum` where no questioner is trained and nothing remembered."""
+    """How rule and verifier make the responder's reward; `sum` takes `train_questioner=false` and `memory=0`."""
     verdict: Literal["majority", "first"] = "majority"
     """What G votes on a response say: `first` is one voter's word, the ablation without a majority vote."""
     vote_tie: Literal["absent", "no", "first"] = "absent"
@@ -349,7 +349,7 @@ class OptimizerConfig:
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises to `lr`; the first one trains, too."""
     decay_steps: int = Field(default=0, ge=0)
-    """Cosine decay to `min_lr` that ends at this step, the last one unless `min_lr` is set; 0 keeps the rate constant."""
+    """Cosine decay to `min_lr` that ends at this step, the last one if `min_lr` is 0; 0 keeps the rate constant."""
     min_lr: float = Field(default=0.0, ge=0)
     """The rate that the decay ends at."""
     weight_decay: float = Field(default=0.01, ge=0)

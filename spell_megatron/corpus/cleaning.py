@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 from hashlib import blake2b
 
@@ -12,6 +13,8 @@ _BREAK = re.compile("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
 """Whatever some system ends a line, a page or a record with."""
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x9f\ufeff]")
 _BLANK = re.compile(r"\n{3,}")
+_INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+"""What says where a word may be broken, or which way it runs."""
 
 SHINGLE = 5
 BANDS, ROWS = 4, 6
@@ -23,14 +26,21 @@ _MULTIPLIERS = np.random.default_rng(20250923).integers(1, 2**63, BANDS * ROWS, 
 )
 
 
-_TOGETHER = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+TOGETHER = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """Scripts that put no blank between words: Thai, Lao, Burmese, Khmer, kana and Chinese characters."""
-_WORD = re.compile(rf"[{_TOGETHER}]|[^\s{_TOGETHER}]+")
+_WORD = re.compile(rf"[{TOGETHER}]|[^\s{TOGETHER}]+")
+
+
+def folded(text: str) -> str:
+    """The same for texts that look alike but for case: composed, of one width, without what is invisible."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
+    return text.casefold()
 
 
 def split_words(text: str) -> list[str]:
-    """What stands between blanks; each character of a script that has none."""
-    return _WORD.findall(text.lower())
+    """What stands between blanks, as it looks; each character of a script that has none."""
+    return _WORD.findall(folded(text))
 
 
 def clean(text: str) -> str:
@@ -41,8 +51,8 @@ def clean(text: str) -> str:
 
 
 def fingerprint(text: str) -> int:
-    """64 bits that are equal for texts equal up to case and white space."""
-    normal = " ".join(text.lower().split())
+    """64 bits that are equal for texts that look alike but for case and white space."""
+    normal = " ".join(folded(text).split())
     return int.from_bytes(blake2b(normal.encode(), digest_size=8).digest(), "big", signed=True)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spell_megatron.corpus.cleaning import TOGETHER, folded
 from spell_megatron.corpus.reading.text import cut
 
 BLOCK = 4096
@@ -21,7 +22,8 @@ BLOCK = 4096
 _DIMENSIONS = 256
 _BUCKETS = 1 << 16
 _READ_CHARACTERS = 20_000
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(rf"(?=([{TOGETHER}]{{2}}))|[^\W{TOGETHER}]+")
+"""A word; two characters side by side of a script that puts no blank between words."""
 
 
 def passages(text: str, size: int) -> list[str]:
@@ -112,10 +114,7 @@ def similar(block: list[tuple[int, int, str]], budget: int, limit: int) -> Itera
 
 def _vectors(texts: Iterable[str]) -> np.ndarray:
     """Unit TF-IDF vectors [documents, 256], words hashed (Weinberger et al. 2009)."""
-    counts = [
-        Counter(zlib.crc32(word.encode()) for word in _WORD.findall(text[:_READ_CHARACTERS].lower()))
-        for text in texts
-    ]
+    counts = [Counter(zlib.crc32(word.encode()) for word in _words(text)) for text in texts]
     frequency = np.zeros(_BUCKETS)
     for words in counts:
         frequency[[word % _BUCKETS for word in words]] += 1
@@ -129,3 +128,8 @@ def _vectors(texts: Iterable[str]) -> np.ndarray:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: np.ndarray = vectors / np.maximum(norms, 1e-9)
     return unit
+
+
+def _words(text: str) -> Iterator[str]:
+    for match in _WORD.finditer(folded(text[:_READ_CHARACTERS])):
+        yield match[1] or match[0]

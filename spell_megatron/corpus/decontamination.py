@@ -20,7 +20,7 @@ from zipfile import BadZipFile, ZipFile
 from rensa import RMinHash, RMinHashLSH
 
 from spell_megatron.config import EVERY_TEXT, SourceConfig
-from spell_megatron.corpus.cleaning import MIN_SHINGLES, SHINGLE, split_words
+from spell_megatron.corpus.cleaning import MIN_SHINGLES, SHINGLE, folded, split_words
 from spell_megatron.corpus.reading import Skipped, read
 from spell_megatron.types import SpellError
 
@@ -142,7 +142,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _words(text: str) -> Words:
-    return tuple(split_words(_SIGN.sub(" ", text.casefold())))
+    return tuple(split_words(_SIGN.sub(" ", folded(text))))
 
 
 def _says_enough(words: Words) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from spell_megatron.config import HeldOutConfig
 from spell_megatron.corpus.worlds import WORLDS
 from spell_megatron.types import Cluster, Document, Question, SpellError
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def load_heldout(settings: HeldOutConfig) -> list[tuple[Cluster, Question]]:
@@ -64,7 +67,7 @@ def _kind(value: Any, kind: type, what: str) -> Any:
 
 
 def _text(value: Any, what: str) -> str:
-    """A text that is not empty, or a number as one."""
+    """A text that is not empty and has no half characters, which JSON can spell; or a number as one."""
     text = (
         str(value)
         if isinstance(value, int | float) and not isinstance(value, bool)
@@ -72,8 +75,11 @@ def _text(value: Any, what: str) -> str:
     )
     if not text.strip():
         raise ValueError(f"{what} is empty")
+    if _HALF.search(text):
+        raise ValueError(f"{what} has half a character: {text!r}")
     return text
 
 
 def _texts(value: Any, what: str) -> dict[str, str]:
-    return {str(name): _text(text, f"{what}.{name}") for name, text in _kind(value or {}, dict, what).items()}
+    texts = _kind(value or {}, dict, what)
+    return {_text(name, f"a name in {what}"): _text(text, f"{what}.{name}") for name, text in texts.items()}

@@ -216,12 +216,16 @@ class _Build:
             self._insert(text.name, text.title, key, tokens, body)
 
     def _repeats(self, mark: int, body: str) -> bool:
+        """Whether a text resembles one that was kept. Those that were dropped leave no marks: nothing would be left
+        of a long chain of texts of which each resembles only the next."""
         if self._source.deduplicate == "none":
             return False
         marks = [mark, *(sketch(body) if self._source.deduplicate == "near" else ())]
-        before = self._db.total_changes
+        query = f"select 1 from seen where mark in ({', '.join('?' * len(marks))})"
+        if self._db.execute(query, marks).fetchone():
+            return True
         self._db.executemany("insert or ignore into seen values (?)", [(m,) for m in marks])
-        return self._db.total_changes - before < len(marks)
+        return False
 
     def _insert(self, name: str, title: str, key: str, tokens: int, body: str) -> None:
         self._digest.update(body.encode())

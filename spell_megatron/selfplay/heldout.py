@@ -14,12 +14,13 @@ from statistics import fmean
 from spell_megatron import config
 from spell_megatron.selfplay.fitting import fit
 from spell_megatron.selfplay.grading import rule_reward
+from spell_megatron.selfplay.parsing import is_reachable
 from spell_megatron.selfplay.ports import Codec, Generator
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.seeds import seed_of
 from spell_megatron.selfplay.tasks import TASKS
 from spell_megatron.selfplay.writer import together, written
-from spell_megatron.types import Cluster, Question
+from spell_megatron.types import Cluster, Question, SpellError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,19 @@ class HeldOutScore:
 
 
 def known(questions: Sequence[tuple[Cluster, Question]]) -> list[tuple[Cluster, Question]]:
-    """The questions, each with the name of its task. Raises SpellError for a task that there is not."""
-    return [
+    """The questions, each with the name of its task. Raises SpellError for a task that there is not, and for an answer
+    that nobody can give: what is asked of a questioner's is asked of a file's."""
+    named = [
         (cluster, replace(question, task=TASKS.find(question.task, f"heldout.path, question {number}").name))
         for number, (cluster, question) in enumerate(questions, start=1)
     ]
+    for cluster, question in named:
+        if not is_reachable(question):
+            raise SpellError(
+                f"heldout.path: the question {cluster.id} (file/line) cannot be answered: as {question.task} a response"
+                f" that states {question.answer!r} would count as wrong"
+            )
+    return named
 
 
 async def accuracy(

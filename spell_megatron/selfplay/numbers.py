@@ -4,8 +4,9 @@ A small recursive-descent parser over a bounded text. Nothing is evaluated: the 
 the four operations, powers, roots and brackets, and the result is a finite float or None. Dates,
 ranges, quarters and ordinals are no numbers.
 
-Signs of currency, percent and words of scale are read and carry no factor: numeric equality holds
-up to the factors that they stand for (see `tasks.number.math_equal`).
+Signs of currency, percent and "thousand", "million", "billion" are read and carry no factor: numeric equality holds
+up to the factors that they stand for (see `tasks.number.math_equal`). Other words of scale carry what is beyond one
+of these: "1.5 trillion" is 1500.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _OTHER = re.compile(
     re.IGNORECASE,
 )
 """Between a number and one more."""
-_NAMED = re.compile(r"^[A-Za-z]\w{0,20} ?=")
+_NAMED = re.compile(r"^(?:[A-Za-z]\w{0,20} ?=|[( ]*(?:1[5-9]|2[01])\d\d ?: (?=[-+( ]*\.?\d))")
+"""What a number is of: "x = 42", "2019: 42"."""
+_RATIO = re.compile(r"\d : $")
 _MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
 _YEARS = range(1500, 2200)
 
@@ -58,15 +61,18 @@ def is_calculation(text: str) -> bool:
 def first(statement: str) -> str | None:
     """The number with which a statement begins, or that it gives behind its last colon or equals sign."""
     for part in (statement, *_last_sides(statement)):
-        text = _NAMED.sub("", tidy(part[: 2 * _LONGEST]))
+        text, named = _NAMED.subn("", tidy(part[: 2 * _LONGEST]))
         run = next(_runs(text), None)
         begins = run is not None and text.lstrip(" (=").startswith(run.lstrip(" (="))
         behind = text.partition(run)[2] if run is not None else ""
         if run is not None and begins and not _PRECISION.match(behind):
             number = _last_side(run)
             value = _value(number)
-            if value is not None and not _is_doubted(value, behind):
-                return number
+            if value is not None:
+                if not _is_doubted(value, behind):
+                    return number
+                if named:  # "2019: 42; 2020: 43"
+                    return None
     return None
 
 
@@ -93,7 +99,7 @@ def _last_side(run: str) -> str:
 def _last_sides(statement: str) -> Iterator[str]:
     for mark in ("=", "\u2248", ": "):
         before, found, side = statement.rpartition(mark)
-        if found and before:
+        if found and before and not _RATIO.search(before + mark):
             yield side
 
 

@@ -50,12 +50,12 @@ def parse_question(
     if draft.unanswered(asked):
         return BAD_FORMAT
     question = TASKS[task].question(draft)
-    if isinstance(question, Question) and not _is_reachable(question):
+    if isinstance(question, Question) and not is_reachable(question):
         return UNREACHABLE
     return question
 
 
-def _is_reachable(question: Question) -> bool:
+def is_reachable(question: Question) -> bool:
     """Whether a response that states the reference as it is asked to would be right."""
     return bool(rule_reward(question.task, f"The correct answer is ({question.answer}).", question))
 

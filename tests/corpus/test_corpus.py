@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import random
 import re
 import sqlite3
 from collections import Counter
@@ -279,6 +280,20 @@ def test_short_texts_that_differ_in_one_figure_are_both_kept(tmp_path: Path) -> 
     assert sum(len(cluster.documents) for cluster in whole_epoch(sampler)) == 10
 
 
+def test_a_chain_of_near_duplicates_does_not_end_with_its_first_text(tmp_path: Path) -> None:
+    """Each version changes a few words of the one before: the last has nothing in common with the first."""
+    draw, words = random.Random(1), [f"w{i}" for i in range(5000)]
+    version, lines = draw.choices(words, k=400), []
+    for _ in range(80):
+        lines.append(json.dumps({"text": " ".join(version)}) + "\n")
+        start = draw.randrange(388)
+        version[start : start + 12] = draw.choices(words, k=12)
+    (tmp_path / "versions.jsonl").write_text("".join(lines) + lines[0])
+    facts = sampler_of(tmp_path, tokens=20_000).facts[tmp_path.name]
+    assert facts["documents"] + facts["duplicates"] == len(lines) + 1
+    assert 10 < facts["documents"] < 30
+
+
 # ---- clusters
 
 
@@ -336,6 +351,24 @@ def test_similarity_keeps_topics_apart(tmp_path: Path) -> None:
     clusters = whole_epoch(sampler)
     assert len(clusters) == 4
     assert all(len({document.title for document in cluster.documents}) == 1 for cluster in clusters)
+
+
+def test_similarity_reads_scripts_that_put_no_blank_between_words() -> None:
+    topics = (
+        "鱼 钓竿 河流 湖泊 渔网 鲈鱼 鲤鱼 水面",
+        "贷款 利率 存款 银行 资本 股票 债券 市场",
+        "病人 医生 药物 手术 医院 治疗 疾病 血压",
+    )
+    common, draw = "的 了 在 是 和 有 这 我们 他们 今天 昨天 一个 可以 因为", random.Random(0)
+    about = [draw.randrange(len(topics)) for _ in range(30)]
+
+    def clause(topic: int) -> str:
+        return "".join(draw.choice(draw.choice((topics[topic], common)).split()) for _ in range(12))
+
+    block = [(i, 1, "。".join(clause(topic) for _ in range(40))) for i, topic in enumerate(about)]
+    clusters = list(similar(block, 5, 5))
+    alone = sum(len({about[document] for document in cluster}) == 1 for cluster in clusters)
+    assert alone >= len(clusters) - len(topics)
 
 
 @pytest.mark.parametrize("group_by", ["given", "similarity", "random"])
@@ -646,6 +679,9 @@ def test_held_out_questions_are_read_as_json_lines_are_written(tmp_path: Path) -
         ({"answer": None}, "answer is NoneType"),
         ({"answer": " "}, "answer is empty"),
         ({"question": 5.5, "task": None}, "task is NoneType"),
+        ({"question": "Who \ud83d?"}, "question has half a character"),
+        ({"documents": ["Nora \ude00 did it."]}, "a document has half a character"),
+        ({"labels": {"\ud83d": "x"}}, "a name in labels has half a character"),
         ({"task": "doc_mc"}, "no letter of options"),
         ({"task": "doc_mc", "options": {"A": "x", "B": "y"}, "answer": "C"}, "no letter of options"),
         ({"task": "my_tasks:SIX", "options": {"E": "x", "F": "y"}, "answer": "A"}, "no letter of options"),

@@ -498,8 +498,54 @@ def test_values_are_told_apart_wherever_blocks_end(
             return super().read(size)
 
     skipped = Skipped()
-    assert list(tables._items(Small(written.encode()), "x", skipped, in_array=in_array)) == values  # type: ignore[arg-type]
+    assert list(tables._items(Small(written.encode()), "x", skipped)) == values  # type: ignore[arg-type]
     assert not skipped.counts
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(
+    ("content", "texts", "counts"),
+    [
+        ('[{"text": "a"}, {"text": "b"}]\n[{"text": "c"}, {"text": "d"}]', "abcd", {}),
+        ('\ufeff[{"text": "a"}]\n\ufeff[{"text": "b"}]', "ab", {}),
+        ('[{"text": "a"}, {"text": "b"]}, {"text": "c"}, {"text": "d"}]', "acd", {"not JSON": 2}),
+        ('[{"text": "a"}] and so on', "a", {"not JSON": 1}),
+        ('["a"]\n{"text": "b"}\n{"text": "c"}', "bc", {"not a JSON object": 1}),
+    ],
+)
+def test_what_stands_behind_an_array_is_read_or_counted(
+    tmp_path: Path, name: str, content: str, texts: str, counts: dict[str, int]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    found, skipped = texts_of(tmp_path)
+    assert "".join(text.text for text in found) == texts
+    assert skipped.counts == counts
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([0, 2**62, 1], pyarrow.timestamp("us")),
+        pyarrow.array([0, 2**62, 1], pyarrow.duration("s")),
+        pyarrow.array([b"x", b"\xff", b"z"], pyarrow.binary()).view(pyarrow.string()),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_row_with_a_value_that_python_cannot_hold_is_lost_alone(
+    tmp_path: Path, kind: str, column: pyarrow.Array
+) -> None:
+    table = pyarrow.table({"text": ["one", "two", "three"], "cluster": column})
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "rows.parquet")
+    else:
+        with ipc.new_stream(tmp_path / "rows.arrow", table.schema) as stream:
+            stream.write_table(table)
+    for options in ({}, {"text_field": "*"}):
+        found, skipped = texts_of(tmp_path, **options)
+        assert [text.text for text in found if len(text.text) > 1] == ["one", "three"]
+        assert skipped.counts == {"with a value that cannot be read": 1}
+        assert f"rows.{kind} row 2: " in skipped.first["with a value that cannot be read"]
 
 
 def test_a_file_that_ends_within_a_value_is_said_to(tmp_path: Path) -> None:
@@ -515,6 +561,17 @@ def test_a_page_that_is_furniture_as_a_whole_ends_nothing(tmp_path: Path, attrib
     (tmp_path / "b.txt").write_text("Words of a text.")
     found, _ = texts_of(tmp_path)
     assert [text.text.strip() for text in found] == ["Words of a page.", "Words of a text."]
+
+
+def test_a_page_within_a_form_and_one_with_an_empty_main_part_have_their_text(tmp_path: Path) -> None:
+    asked = "<form action='/find'><label>Find it</label><input></form>"
+    (tmp_path / "form.html").write_text(
+        f"<title>News</title><nav>Home</nav><form id='aspnetForm'><div>{'Words of a page. ' * 9}</div></form>{asked}"
+    )
+    (tmp_path / "main.html").write_text(f"<main> </main>{asked}<p>{'Words of a page. ' * 9}</p>")
+    found, skipped = texts_of(tmp_path)
+    assert [" ".join(text.text.split()) for text in found] == [" ".join(["Words of a page."] * 9)] * 2
+    assert not skipped.counts
 
 
 def test_tables_of_an_ordinary_page_are_laid_out(tmp_path: Path) -> None:
@@ -541,3 +598,4 @@ def test_a_cell_without_an_end_is_no_burden(tmp_path: Path) -> None:
     (text,), skipped = texts_of(tmp_path)
     assert text.text == "fine"
     assert skipped.counts == {"damaged": 1}
+    assert "what follows is not read" in skipped.first["damaged"]

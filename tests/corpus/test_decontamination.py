@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
+import unicodedata
+from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -15,7 +18,7 @@ import pytest
 from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import ConfigError, CorpusConfig, SourceConfig, load_config
 from spell_megatron.corpus import ClusterSampler, survey
-from spell_megatron.corpus.cleaning import sketch
+from spell_megatron.corpus.cleaning import fingerprint, sketch
 from spell_megatron.corpus.decontamination import SHINGLE, Benchmarks
 from spell_megatron.corpus.survey import meant
 from spell_megatron.types import SpellError
@@ -83,6 +86,29 @@ def test_a_question_is_found_where_a_text_holds_it(index: Benchmarks):
     assert (asked.kind, asked.place) == ("question", "frames/test.jsonl#1.Prompt")
     assert index.match(f"{around} In which year did the older of the two bridges open? {around}") is None
     assert index.match("A short one") is None  # an answer of three words stands in texts of every kind
+
+
+def softened(text: str) -> str:
+    """With a hyphen in every word that shows only where a line is broken."""
+    return re.sub(r"(\w{2})(\w)", "\\1\u00ad\\2", text)
+
+
+def widened(text: str) -> str:
+    return "".join(chr(ord(sign) + 0xFEE0) if "!" <= sign <= "~" else sign for sign in text)
+
+
+@pytest.mark.parametrize("spelling", [softened, widened, partial(unicodedata.normalize, "NFD")])
+def test_a_text_is_found_however_its_characters_are_written(tmp_path: Path, spelling):
+    question = "Où le préfet a-t-il signé le décret créé à l'été 1998 près de la frontière ?"
+    page = [f"été{i}" for i in random.Random(9).choices(range(5000), k=400)]
+    row = {"question": question, "page": " ".join(page)}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    index, written = Benchmarks([str(tmp_path)]), spelling(question)
+    assert written != question
+    assert index.match(f"Avant. {written} Après.").place == "asked.jsonl#1.question"
+    assert index.match(spelling(" ".join(page))).place == "asked.jsonl#1.page"
+    assert set(sketch(" ".join(page))) == set(sketch(spelling(" ".join(page))))
+    assert fingerprint(question) == fingerprint(written)
 
 
 @pytest.mark.parametrize("length", [20, 60, 150, 390])

@@ -214,6 +214,20 @@ def test_choices(response: str, letter: str | None) -> None:
         ("The answer is (ten).", None),
         ("The answer is (5 apples and 3 pears).", None),
         ("The answer is (12 apples and some pears).", "12"),
+        ("The answer is (2019: 42).", "42"),
+        ("The answer is 2019: $42 million.", "42"),
+        ("The answer is 2019: that is when it ended.", "2019"),
+        ("The answer is 2019: 42; 2020: 43.", None),
+        ("The answer is $1.5 trillion in 2019.", "1500000000000"),
+        ("The answer is 1 million 200 thousand.", None),
+        ("The answer is $1 million $200 thousand.", None),
+        ("The answer is 42 thousand 500.", None),
+        ("The answer is 42 million [1].", "42"),
+        ("The answer is $3-$5 million.", None),
+        ("The answer is log(100).", None),
+        ("The answer is 2 \\cdot \\log_{10}(100).", None),
+        ("The answer is \\log_{10}(100) = 2.", "2"),
+        ("The answer is 5 : 10.", None),
     ],
 )
 def test_numbers_in_sentences(response: str, number: str | None) -> None:
@@ -272,6 +286,30 @@ def test_words_in_sentences(response: str, answer: str | None) -> None:
 def test_dates_ranges_and_names_are_no_numbers(text: str) -> None:
     assert parse_number(text) is None
     assert parse_number(f"({text})") is None
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [
+        *(("1.5 trillion", "1,500 billion"), ("1.5 trillion", "1500000000000"), ("$1.5$ trillion", "1.5e12")),
+        *(("½ trillion", "500 billion"), ("(1.5) trillion", "1.5e12"), ("2 × 10^3 trillion", "2e15")),
+        *(("1 1/2 trillion", "1.5e12"), ("-5 trillion", "-5e12"), ("1,234-trillion", "1.234e15")),
+        *(("5万", "50000"), ("3亿元", "300000000"), ("1.2亿", "12000万"), ("3万亿", "3 trillion")),
+        *(("2 crore", "20000000"), ("5 lakh", "500000"), ("5 lakhs", "0.5 million")),
+    ],
+)
+def test_words_of_scale_are_worth_what_they_say(written: str, number: str) -> None:
+    assert math_equal(written, number)
+    assert math_equal(number, written)
+    assert not math_equal(written, f"{parse_number(number)!r} * 20")
+
+
+@pytest.mark.parametrize(
+    "text", ["3-5 trillion", "$3-$5 trillion", "3 to 5万", "3万5000", "1 trillion 200 billion"]
+)
+def test_ranges_and_compounds_of_scaled_numbers_are_no_numbers(text: str) -> None:
+    assert parse_number(text) is None
+    assert extract_answer("docmath_qa", f"The answer is ({text}).") is None
 
 
 NO_BREAK = ("\u00a0", "\u2009", "\u202f", "\u2007", " ")

@@ -10,12 +10,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from spell_megatron import config
+from spell_megatron.selfplay.heldout import known
 from spell_megatron.selfplay.parsing import parse_question
 from spell_megatron.selfplay.prompts import Prompts
 from spell_megatron.selfplay.reading.objects import last_object
 from spell_megatron.selfplay.rewards import questioner_reward
 from spell_megatron.selfplay.tasks import Failure
-from spell_megatron.types import Question
+from spell_megatron.types import Cluster, Question, SpellError
 
 pytestmark = pytest.mark.unit
 
@@ -226,6 +227,19 @@ SAME = [
     ("3\u20135", "3-5"),
     ("\u22125", "-5"),
     ("the cat", "cat"),
+    *(
+        ("50%", "50 %"),
+        ("5 km", "5km"),
+        ("Apollo 11", "Apollo11"),
+        ("x = 5", "x=5"),
+        ("1 000 km", "1,000 km"),
+    ),
+    *(
+        ("$5 million", "$5,000,000"),
+        ("5.50 Million dollars", "5,500,000 dollars"),
+        ("1.5 trillion", "1.5万亿"),
+    ),
+    *(("5万元", "50,000元"), ("0.5 million", "500 thousand")),
     ("[[x", "[ [x"),  # as the verifier is shown them
 ]
 OTHER = [
@@ -239,6 +253,18 @@ OTHER = [
         ("a", "an"),
     ),
     *((".5", "5"), ("10\u2076", "106"), ("x\u00b2", "x2"), (".NET", "NET"), ("5!", "5"), ("3.1", "3.10")),
+    *(
+        ("5 km", "5 miles"),
+        ("5 km", "5 m"),
+        ("1 1/2", "11/2"),
+        ("no one", "noone"),
+        ("5 6", "56"),
+    ),
+    *(
+        ("-$5 million", "$5 million"),
+        ("5 million", "5"),
+        ("5 millionth", "5000000th"),
+    ),
     ("9" * 40, "9" * 39 + "8"),
 ]
 
@@ -306,6 +332,27 @@ def test_examples_are_those_of_the_style() -> None:
 )
 def test_reasons_of_references(answer: str, task: str, kind: str) -> None:
     assert outcome(json.dumps({"question": "Which?", "answer": answer}), task) == kind
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "letters"),
+    [
+        ("doc_mc", "E", "ABCDE"),
+        ("doc_mc", "1", "1234"),
+        ("doc_mc", "b", "abcd"),
+        *(("docmath_qa", answer, "") for answer in ("forty-two", "3-5")),
+        ("doc_general_qa", "The", ""),
+    ],
+)
+def test_a_held_out_question_that_nobody_can_answer_is_refused(task: str, answer: str, letters: str) -> None:
+    good = (Cluster("held/1", "heldout", ()), Question("doc_general_qa", "Who?", "Nora"))
+    bad = (
+        Cluster("held/7", "heldout", ()),
+        Question(task, "Which?", answer, {x: f"is {x}" for x in letters}),
+    )
+    assert known([good]) == [good]
+    with pytest.raises(SpellError, match=f"question held/7 .*'{answer}'"):
+        known([good, bad])
 
 
 def test_only_a_fault_of_form_is_penalised() -> None:

@@ -22,7 +22,7 @@ HTML_BYTES = 32 << 20
 TABLE_CHARACTERS = 16 << 20
 """Of a page's tables, as they are laid out."""
 _FURNITURE = (
-    "//script|//style|//noscript|//template|//nav|//header|//footer|//aside|//form|//svg|//*[@hidden]"
+    "//script|//style|//noscript|//template|//nav|//header|//footer|//aside|//svg|//*[@hidden]"
     "|//*[@role='navigation' or @role='banner' or @role='contentinfo' or @role='search']"
 )
 """What surrounds a page's text."""
@@ -51,7 +51,8 @@ def html_page(file: BufferedReader, name: str, source: SourceConfig, skipped: Sk
         for furniture in page.xpath(_FURNITURE):
             if furniture.getparent() is not None:
                 furniture.drop_tree()
-        bodies = page.xpath(_BODY)
+        _drop_forms(page)
+        bodies = [part for part in page.xpath(_BODY) if part.text_content().strip()]
         body = bodies[0] if len(bodies) == 1 else page
         _narrow(body)
         text = Inscriptis(body, ParserConfig()).get_text()
@@ -60,6 +61,14 @@ def html_page(file: BufferedReader, name: str, source: SourceConfig, skipped: Sk
     if not text.strip():
         return skipped.add("empty", name)
     yield from Text(name, textwrap.dedent(text), os.path.dirname(name), title).parts()
+
+
+def _drop_forms(page: HtmlElement) -> None:
+    """A form is furniture, unless it is most of the page: some servers wrap every page in one."""
+    whole = len(page.text_content())
+    for form in page.xpath("//form"):
+        if form.getparent() is not None and 2 * len(form.text_content()) < whole:
+            form.drop_tree()
 
 
 def _narrow(page: HtmlElement) -> None:

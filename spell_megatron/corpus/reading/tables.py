@@ -7,10 +7,11 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from io import BufferedReader
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -27,6 +28,7 @@ ROW_BYTES = 64 << 20
 _AT_ONCE = 16 << 20
 """Bytes of rows that are unpacked together, about."""
 _BOM = b"\xef\xbb\xbf"
+_MARGIN = b" \t\r\n" + _BOM
 
 _CELL_BYTES = 16 << 20
 """Bytes of CSV read at once: its parser takes four for each."""
@@ -35,9 +37,9 @@ csv.field_size_limit(_CELL_BYTES)
 
 
 def json_lines(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]:
-    """One object a line; a file that begins with a bracket is one array, whatever it is called."""
+    """One object a line; a file that begins with a bracket holds arrays, whatever it is called."""
     if _head(file)[:1] == b"[":
-        yield from _items(file, name, skipped, in_array=True)
+        yield from _items(file, name, skipped)
         return
     number = 0
     while line := file.readline(ROW_BYTES):
@@ -60,7 +62,7 @@ def json_file(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row
         spread = bool(end) and line[:1] == b"{" and not _decoded(line)
     except (ValueError, RecursionError):
         spread = True
-    yield from _items(file, name, skipped, in_array=False) if spread else json_lines(file, name, skipped)
+    yield from _items(file, name, skipped) if spread else json_lines(file, name, skipped)
 
 
 def csv_rows(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]:
@@ -79,19 +81,20 @@ def csv_rows(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]
             elif row:
                 yield dict(zip_longest(columns, row, fillvalue=""))
     except csv.Error as error:
-        skipped.add("damaged", name, str(error))
+        skipped.add("damaged", name, f"{error}; what follows is not read")
 
 
 def parquet_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Row]:
     """Only the columns that are needed, a row at a time: what a value takes that many rows share, and that is written
     once, nothing in the file says."""
-    from pyarrow import ArrowException, RecordBatch, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             if columns := _columns(file.schema_arrow, name, source, skipped):
                 batches = file.iter_batches(batch_size=1, columns=columns, use_threads=False)
-                for unpacked in map(RecordBatch.to_pylist, batches):  # no batch stays while its row is used
+                unpack = partial(_rows, name=name, skipped=skipped)
+                for unpacked in map(unpack, batches, count()):  # no batch stays while its row is used
                     yield from unpacked
     except ArrowException as error:
         skipped.add("damaged", name, said(error))
@@ -105,13 +108,15 @@ def arrow_rows(path: Path, name: str, source: SourceConfig, skipped: Skipped) ->
         with pyarrow.memory_map(str(path)) as mapped:
             try:
                 batches = pyarrow.ipc.open_stream(mapped)
-                count = None
+                size = None
             except pyarrow.ArrowInvalid:
                 batches = pyarrow.ipc.open_file(mapped)
-                count = batches.num_record_batches
+                size = batches.num_record_batches
             if columns := _columns(batches.schema, name, source, skipped):
-                for batch in batches if count is None else map(batches.get_batch, range(count)):
-                    yield from _unpacked(batch.select(columns))
+                before = 0
+                for batch in batches if size is None else map(batches.get_batch, range(size)):
+                    yield from _unpacked(batch.select(columns), before, name, skipped)
+                    before += batch.num_rows
     except pyarrow.ArrowException as error:
         skipped.add("damaged", name, said(error))
 
@@ -124,14 +129,27 @@ def _columns(schema: Schema, name: str, source: SourceConfig, skipped: Skipped) 
     return wanted_columns(schema.names, source)
 
 
-def _unpacked(batch: RecordBatch) -> Iterator[Row]:
-    """Rows of a batch as Python has them, a slice at a time; one row where their values may be shared."""
+def _unpacked(batch: RecordBatch, before: int, name: str, skipped: Skipped) -> Iterator[Row]:
+    """Rows of a batch, a slice at a time; one row where their values may be shared."""
     from pyarrow import types
 
     shared = any(types.is_dictionary(field.type) or types.is_nested(field.type) for field in batch.schema)
     rows = 1 if shared else max(1, _AT_ONCE // (batch.nbytes // max(batch.num_rows, 1) + 1))
     for start in range(0, batch.num_rows, rows):
-        yield from batch.slice(start, rows).to_pylist()
+        yield from _rows(batch.slice(start, rows), before + start, name, skipped)
+
+
+def _rows(batch: RecordBatch, before: int, name: str, skipped: Skipped) -> list[Row]:
+    """Rows of a batch, behind so many others, as Python has them. One that it cannot hold is skipped alone: a text
+    that is not UTF-8, a time of a year that Python has not or of nanoseconds."""
+    try:
+        return cast("list[Row]", batch.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows > 1:
+            each = range(batch.num_rows)
+            return [row for at in each for row in _rows(batch.slice(at, 1), before + at, name, skipped)]
+        skipped.add("with a value that cannot be read", f"{name} row {before + 1}", said(error))
+        return []
 
 
 def _decoded(line: bytes) -> Any:
@@ -156,10 +174,10 @@ def _row(raw: bytes, where: str, skipped: Skipped) -> Iterator[Row]:
             skipped.add("not a JSON object", where, f"found {type(value).__name__}")
 
 
-def _items(file: BufferedReader, name: str, skipped: Skipped, *, in_array: bool) -> Iterator[Row]:
-    """The objects of one array, or those that follow each other. One that cannot be read is skipped alone."""
+def _items(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]:
+    """The objects of arrays, and those that follow each other. One that cannot be read is skipped alone."""
     try:
-        for number, item in enumerate(_split(file, in_array), start=1):
+        for number, item in enumerate(_split(file), start=1):
             yield from _row(item, f"{name} value {number}", skipped)
     except _TooLong:
         skipped.add(f"longer than {ROW_BYTES >> 20} MiB", name, "a value; what follows it is not read")
@@ -167,10 +185,12 @@ def _items(file: BufferedReader, name: str, skipped: Skipped, *, in_array: bool)
         skipped.add("not JSON", name, "it ends within a value")
 
 
-def _split(file: BufferedReader, in_array: bool) -> Iterator[bytes]:
-    """The bytes of each value, told apart by brackets and commas outside of strings. What stands in a value is not
-    looked at: neither its depth nor its numbers end the file. Raises _TooLong, or EOFError within a value."""
-    held, at, begin, depth = b"", 0, 0, 0
+def _split(file: BufferedReader) -> Iterator[bytes]:
+    """The bytes of each value, in an array or outside of any, told apart by brackets and commas outside of strings.
+    What stands in a value is not looked at: neither its depth nor its numbers end the file. Raises _TooLong, or
+    EOFError within a value."""
+    held, at, begin = b"", 0, 0
+    depth = home = 0  # brackets that are open; 1 of them where values stand in an array
     while block := file.read(max(1 << 20, len(held))):
         held = held[begin:] + block
         at, begin = at - begin, 0
@@ -178,26 +198,24 @@ def _split(file: BufferedReader, in_array: bool) -> Iterator[bytes]:
             mark = token[0]
             if mark == b'"':  # its end is still to come
                 break
-            at = token.end()
-            if mark in b"[{":
-                depth += 1
-                begin = at if in_array and depth == 1 else begin
-            elif mark in b"]}":
-                depth = max(depth - 1, 0)
-                if depth == 0:
-                    if item := held[begin : token.start() if in_array else at].strip():
-                        yield item
-                    if in_array:
-                        return
-                    begin = at
-            elif mark == b"," and in_array and depth == 1:
-                if item := held[begin : token.start()].strip():
-                    yield item
-                begin = at
+            at, end = token.end(), token.start()
+            opens_array = mark == b"[" and depth == 0
+            depth = max(depth + (mark in b"[{") - (mark in b"]}"), 0)
+            if opens_array:
+                home = 1
+            elif mark in b"]}" and depth == 0:
+                home, end = 0, end if home else at
+            elif mark != b"," or depth != home:
+                continue
+            if item := held[begin:end].strip(_MARGIN):
+                yield item
+            begin = at
         if len(held) - begin > ROW_BYTES:
             raise _TooLong
-    if held[begin:].strip():
-        raise EOFError
+    if rest := held[begin:].strip(_MARGIN):
+        if depth:
+            raise EOFError
+        yield rest
 
 
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},"]', re.DOTALL)

@@ -2,7 +2,8 @@
 
 What is left is for the grammar of `selfplay.numbers`. Groups of digits may stand apart by commas, blanks of any
 width, apostrophes, underscores or points (two and more, or with a decimal comma behind them); a lone comma that
-groups nothing is a decimal one.
+groups nothing is a decimal one. Words of scale leave what they say beyond the factors that numeric equality allows
+(`tasks.number.SCALES`): 5 million is 5, 5 trillion 5e3, and 5万, fifty thousand, 5e1.
 """
 
 from __future__ import annotations
@@ -30,9 +31,20 @@ _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
 _HTML_SPACES = re.compile(r"&(?:nbsp|thinsp|ensp|emsp|#160|#8239);")
 _WORDS = re.compile(
     r"(?<![a-z])(?:approximately|approx\.?|about|around|roughly|nearly|almost|circa|ca\.|exactly|equal to|equals"
-    r"|thousands?|millions?|billions?|trillions?|per ?cent|percentage points?"
+    r"|thousands?|millions?|billions?|trillions?|lakhs?|crores?|per ?cent|percentage points?"
     r"|us\$|hk\$|ca?\$|au?\$|usd|eur|gbp|rmb|cny|jpy|chf|inr|krw|cad|aud|hkd|sgd|rs\.?|us"
     r"|dollars?|euros?|pounds?|yuan|yen|rupees?|cents?|and(?= \d{1,4} ?/ ?\d))(?![a-z])",
+    re.IGNORECASE,
+)
+ZEROS = {
+    **{"thousand": 3, "million": 6, "billion": 9, "trillion": 12, "lakh": 5, "crore": 7},
+    **{"万亿": 12, "万": 4, "萬": 4, "亿": 8, "億": 8},
+}
+"""Of the powers of ten that words of scale stand for."""
+SCALE = rf"(?P<scale>{'|'.join(ZEROS)})s?(?![a-z])"
+_SCALED = re.compile(
+    rf"(?P<sign>[/^*] ?)?(?<![\d.e])(?P<number>\d+(?:\.\d+)?|\.\d+)(?P<close>[\s)\]}}$*_-]{{0,8}}){SCALE}"
+    r"(?P<another>\s*[$£€¥]?(?=\d))?",
     re.IGNORECASE,
 )
 _SIGNS = re.compile(r"[$£€¥₹₩₽%‰°~{}\[\]\"\u201c\u201d\u00ab\u00bb]|\\")
@@ -59,11 +71,15 @@ _DATES = re.compile(
     r"|\b(?:[QqHh][1-4]|[1-4][QqHh]|FY|CY)[ -]?'?(?:\d{4}|\d\d)?\b"  # Q3, 2H 2020, FY19
     r"|\b(?:quarter|half|year|years)(?: of)?(?: fiscal)?(?: year)? \d{4}\b"
     r"|\b\d+(?:st|nd|rd|th)\b"
-    r"|\d+(?::\d+)+"  # 12:30, 3:1
+    r"|\d+(?::\d+| : \d+)+"  # 12:30, 3 : 1
     r"|(?<![\d.-])\d+(?:-\d+){2,}(?![\d.])"  # 555-12-34
 )
 DATE = "\u00a7"
 """Stands for one of them: neither a number nor nothing."""
+_FUNCTIONS = re.compile(
+    r"(?<![a-z])(?:log|ln|lg|exp|sin|cos|tan)(?: ?_ ?\d+|\d+)?(?=\s*[(\d])", re.IGNORECASE
+)
+"""Whose value is not that of what they are of."""
 
 
 def tidy(text: str) -> str:
@@ -75,10 +91,21 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<=\d)[\s~](?=\d)", " ", text).strip(" \t\r\n*").rstrip(" .*;,!")
     text = _DATES.sub(_dated, text)
     text = _GROUPS.sub(lambda match: re.sub(r"[^\d]", "", match[0]), text)
-    text = _COMMA.sub(r"\1.\2", text)
+    text = _SCALED.sub(_scaled, _COMMA.sub(r"\1.\2", text))
+    text = _FUNCTIONS.sub(f" {DATE}*", text)
     text = _SIGNS.sub(" ", _WORDS.sub(" ", text))
     text = _MIXED.sub(r"\1 \2/\3", _TIMES.sub("*", text))
     return _LOOSE_SIGN.sub(r"\1", text).strip()
+
+
+def _scaled(match: re.Match[str]) -> str:
+    """A number without its word of scale. One more behind it is another number, since "1 million 200" is neither."""
+    zeros = ZEROS[match["scale"].lower()]
+    sign, number, close = match["sign"] or "", match["number"], match["close"]
+    if beyond := zeros - min(zeros // 3 * 3, 9):
+        close = ")" * close.count(")")
+        close = f"{close}*1e{beyond}" if sign or close else f"e{beyond}"  # 1/2 trillion, 3-5 trillion
+    return f"{sign}{number}{close}{' and ' if match['another'] is not None else ' '}"
 
 
 def _raised(match: re.Match[str]) -> str:

@@ -85,6 +85,8 @@ def opened(statement: str) -> tuple[str, str] | None:
         end = _closing(statement, start, statement[start - 1], closer)
     else:
         end = statement.lower().find(closer, start)
+        if closer == "$" and statement[end + 1 : end + 2].isdigit():  # "$3-$5": a price
+            return None
     return (statement[start:end], statement[end + len(closer) :]) if end >= start else None
 
 

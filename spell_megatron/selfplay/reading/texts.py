@@ -11,6 +11,7 @@ import string
 import unicodedata
 
 from spell_megatron.selfplay.reading.latex import plain
+from spell_megatron.selfplay.reading.notation import SCALE, ZEROS
 from spell_megatron.selfplay.reading.statements import Statement, opened
 
 _LONGEST = 1_000
@@ -73,8 +74,13 @@ class _Styles(dict[int, str]):
 _STYLES = _Styles()
 _RAISED = re.compile("(?=[\u00b2\u00b3\u00b9\u2070-\u207f])")
 """Before a superscript, which is an ordinary character to NFKC."""
-_NO_DECIMALS = re.compile(r"\.0+$")
-_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,12})(?:\.\d{1,40})?", re.ASCII)
+_LOOSE = re.compile(r"(?<![^\W\d]) (?=[^\W\d])|(?<!\d) (?=\d)| (?=\W)")
+"""A blank that does not part two words or two numbers: "50 %", "5 km"."""
+_NUMBER = re.compile(
+    rf"(?P<before>[^\w.]*)(?P<whole>\d{{1,40}}|\d{{1,3}}(?:[, ]\d{{3}}){{1,12}})(?:\.(?P<decimals>\d{{1,40}}))?"
+    rf"(?: ?{SCALE})?(?P<unit>\D*)",
+    re.ASCII,
+)
 _DROPPED = _Dropped()
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -109,12 +115,23 @@ def normalise(text: str) -> str:
 
 def seen(text: str) -> str:
     """What a reader sees in a text: case, width, blanks, an article before it, styles of quotes and dashes, and what
-    ends it make no difference; other signs do, since -5 is not 5, and C++ not C. A number may have zeros for decimals.
+    ends it make no difference; other signs do, since -5 is not 5, and C++ not C. A number is written out: it may have
+    zeros for decimals, and words of scale.
     """
     text = unicodedata.normalize("NFKC", _RAISED.sub("^", text.translate(_ACCENTS))).casefold()
     text = " ".join(text.translate(_STYLES).split()).strip("'").rstrip(" .,;:'")
     text = text.removeprefix("the ").removeprefix("an ").removeprefix("a ")
-    return _NO_DECIMALS.sub("", text.replace(",", "")) if _PLAIN_NUMBER.fullmatch(text) else text
+    return _LOOSE.sub("", _written_out(number) if (number := _NUMBER.fullmatch(text)) else text)
+
+
+def _written_out(number: re.Match[str]) -> str:
+    """$5.50 million as $5500000."""
+    whole, decimals = re.sub("[, ]", "", number["whole"]), number["decimals"] or ""
+    if scale := number["scale"]:
+        decimals = decimals.ljust(ZEROS[scale], "0")
+        whole, decimals = str(int(whole + decimals[: ZEROS[scale]])), decimals[ZEROS[scale] :]
+    point = f".{decimals}" if decimals.strip("0") else ""
+    return f"{number['before']}{whole}{point}{number['unit']}"
 
 
 def _answer(text: str) -> str | None:
