@@ -18,7 +18,7 @@ from spell_megatron.policy.head import token_logprobs
 from spell_megatron.policy.model import build_chunks
 from spell_megatron.policy.spans import plan_spans
 from spell_megatron.policy.world import World
-from spell_megatron.tools.plan.workload import Work, batch_work, forward_work, group_lengths
+from spell_megatron.tools.plan.workload import Work, batch_work, forward_work, group_lengths, head_backward
 from spell_megatron.types import Group, TrainBatch
 from spell_megatron.weights.shape import ModelShape, model_shape
 
@@ -65,13 +65,15 @@ def layer_classes(
         options = {"sampled": SAMPLED, "chunk": policy.head_chunk, "tp_group": group}
         return torch.stack(token_logprobs(rows, weight, plan.targets, **options))
 
-    for name, forward, work in zip(
+    backward = head_backward(TrainBatch((group,)).response_tokens, policy.head_chunk)
+    for name, forward, work, passes in zip(
         ("attention", "experts" if shape.experts else "MLP", "head"),
         (attention, mlp, head),
         _works(shape, group),
+        (3.0, 3.0, 1 + backward),
         strict=True,
     ):
-        yield name, partial(_measured, forward, work, rounds, peak)
+        yield name, partial(_measured, forward, work, passes, rounds, peak)
 
 
 def _works(shape: ModelShape, group: Group) -> tuple[Work, Work, Work]:
@@ -84,10 +86,13 @@ def _works(shape: ModelShape, group: Group) -> tuple[Work, Work, Work]:
     return attention, Work(layer.dense - attention.dense, layer.expert, 0), head
 
 
-def _measured(forward: Callable[[], Tensor], work: Work, rounds: int, peak: float) -> dict[str, Any]:
+def _measured(
+    forward: Callable[[], Tensor], work: Work, passes: float, rounds: int, peak: float
+) -> dict[str, Any]:
+    """`passes` is what its products but for attention's take forward and backward, in forward passes."""
     seconds = median_seconds(lambda: forward().sum().backward(), rounds)
     done = 3 * work.total / seconds
-    products = 3 * (work.dense / ASSUMED.dense_rate + work.expert / ASSUMED.grouped_rate)
+    products = passes * (work.dense / ASSUMED.dense_rate + work.expert / ASSUMED.grouped_rate)
     attention = work.attention * (1 / ASSUMED.fa3_forward + 2.5 / ASSUMED.fa3_backward)
     return {
         "ms": seconds * 1e3,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import PUBLIC
 from eval.markdown import percent, plain, table
 from eval.report import Report
 from eval.results import Result
-from eval.statistics import Difference, Figure, figure, paired
+from eval.statistics import Difference, Figure, paired
 from spell_megatron.types import SpellError
 
 
@@ -80,10 +79,7 @@ def _difference(first: Result, second: Result) -> Difference:
     """Over the questions that both answered, weighed as in the headline."""
     common = [item for item in first.questions if item in second.questions]
     before, after = ([result.questions[item] for item in common] for result in (first, second))
-    macro = next((benchmark.macro for benchmark in PUBLIC if benchmark.name == first.benchmark), "")
-    strata = [first.labels[item].get(macro, "") for item in common]
-    gains = [new - old for old, new in zip(before, after, strict=True)]
-    return replace(paired(before, after), difference=figure(gains, strata))
+    return paired(before, after, [first.strata.get(item, "") for item in common])
 
 
 def _gain(value: Difference) -> str:

@@ -11,7 +11,7 @@ from eval.statistics import Figure
 from spell_megatron.base.terminal import line
 
 _MARKUP = re.compile(
-    r"(?P<interval>\[[-+\d., ]+\](?![(\[:]))|[\\`*\[\]<>!|&]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/(?=/)|(?<=www)\."
+    r"(?P<interval>\[[-+\d., %]+\](?![(\[:]))|[\\`*\[\]<>!|&]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/(?=/)|(?<=www)\."
 )
 
 

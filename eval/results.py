@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from eval.benchmark import Benchmark, Item
+from eval.benchmark import Benchmark
 from eval.runner import BenchmarkPlan
 from eval.scoring import ScoredAnswer
-from eval.statistics import Figure, figure, mean_pass, pass_at_k, pass_at_k_bootstrap
+from eval.statistics import Figure, figure, pass_at_k, pass_at_k_bootstrap
+
+Estimate = Callable[[Sequence[float]], float]
+"""What an item's samples come to."""
 
 
 @dataclass
@@ -21,7 +24,8 @@ class Result:
     `best_of[k]` is pass@k, unbiased; `best_of_bootstrap[k]` is the release's estimate of it. `subsets`
     has a figure a value of every label, `macro` the unweighted mean of a label's values. `bounds` is
     where the mean would lie if every missing or unjudged sample were wrong, or right. `questions` has the mean of
-    each question, `labels` its subsets; the items of one group are one question.
+    each question, `labels` its subsets, `strata` that by whose means the headline is a mean; the items of one group are
+    one question.
     """
 
     benchmark: str
@@ -40,6 +44,7 @@ class Result:
     problems: dict[str, int]
     questions: dict[str, float] = field(repr=False)
     labels: dict[str, dict[str, str]] = field(repr=False)
+    strata: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def label(self) -> str:
@@ -61,13 +66,25 @@ def summarise(
     """Figures of one plan. `per_question` is how many samples each item should have, `skipped` the items that did not
     fit."""
     scored = [sample for sample in samples if sample.score is not None]
-    questions = _by_question(scored)
+    given, ruled = _by_item(scored), _by_item(samples, rule=True)
     groups = {item.id: item.group or item.id for item in plan.items}
-    means = _means(questions, groups)
-    rule_means = _means(_by_question(samples, rule=True), groups)
+    means = _grouped(given, groups, fmean)
     labels = {groups[sample.item]: sample.labels for sample in reversed(samples)}
-    asked_items = [item for item in plan.items if item.id not in skipped]
-    asked = len(asked_items) * per_question
+    sets = {groups[item.id]: item.labels.get(plan.benchmark.macro, "") for item in plan.items}
+    asked = [item.id for item in plan.items if item.id not in skipped]
+
+    def headline(values: Mapping[str, Sequence[float]], estimate: Estimate) -> float:
+        return _headline(_grouped(values, groups, estimate), sets)
+
+    def best(k: int, estimate: Callable[[Sequence[float], int], float]) -> float:
+        enough = {item: scores for item, scores in given.items() if len(scores) >= k}
+        return headline(enough, lambda scores: estimate(scores, k))
+
+    def bound(missing: float) -> float:
+        every = {item: given.get(item, []) for item in asked}
+        filled = {item: [*some, *[missing] * (per_question - len(some))] for item, some in every.items()}
+        return headline(filled, fmean)
+
     ks = range(1, per_question + 1)
     return Result(
         benchmark=plan.benchmark.name,
@@ -75,16 +92,16 @@ def summarise(
         max_input=plan.max_input,
         scoring=_scoring(plan.benchmark, judge_name),
         mean=_figure(plan.benchmark, means, labels),
-        rule=_figure(plan.benchmark, rule_means, labels),
-        bounds=_bounds(plan.benchmark, asked_items, questions, per_question),
-        best_of={k: mean_pass(list(questions.values()), k, pass_at_k) for k in ks},
-        best_of_bootstrap={k: mean_pass(list(questions.values()), k, pass_at_k_bootstrap) for k in ks},
+        rule=_figure(plan.benchmark, _grouped(ruled, groups, fmean), labels),
+        bounds=(bound(0.0), bound(1.0)),
+        best_of={k: best(k, pass_at_k) for k in ks},
+        best_of_bootstrap={k: best(k, pass_at_k_bootstrap) for k in ks},
         subsets=_subsets(means, labels),
         macro=_macro(means, labels),
         metrics=_metrics(samples),
         counts={
-            "questions": len(plan.items),
-            "asked": asked,
+            "questions": len(sets),
+            "asked": len(asked) * per_question,
             "answered": len(samples),
             "scored": len(scored),
             "judged": sum(sample.judged is not None for sample in samples),
@@ -96,24 +113,35 @@ def summarise(
         problems=_problems(plan, samples),
         questions=means,
         labels={item: dict(labels[item]) for item in means},
+        strata={item: sets[item] for item in means},
     )
 
 
-def _by_question(samples: Sequence[ScoredAnswer], rule: bool = False) -> dict[str, list[float]]:
-    questions: dict[str, list[float]] = defaultdict(list)
+def _by_item(samples: Sequence[ScoredAnswer], rule: bool = False) -> dict[str, list[float]]:
+    items: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         value = sample.rule if rule else sample.score
         if value is not None:
-            questions[sample.item].append(value)
-    return dict(questions)
+            items[sample.item].append(value)
+    return dict(items)
 
 
-def _means(samples: Mapping[str, Sequence[float]], groups: Mapping[str, str]) -> dict[str, float]:
-    """The mean of every question: of its samples, then of the items of its group."""
-    items: dict[str, list[float]] = defaultdict(list)
-    for item, scores in samples.items():
-        items[groups[item]].append(fmean(scores))
-    return {group: fmean(means) for group, means in items.items()}
+def _grouped(
+    items: Mapping[str, Sequence[float]], groups: Mapping[str, str], estimate: Estimate
+) -> dict[str, float]:
+    """Of every question the mean over its items of what is estimated from an item's samples."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for item, scores in items.items():
+        values[groups[item]].append(estimate(scores))
+    return {group: fmean(found) for group, found in values.items()}
+
+
+def _headline(questions: Mapping[str, float], sets: Mapping[str, str]) -> float:
+    """The mean over sets of the mean over a set's questions; nan where there is none."""
+    strata: dict[str, list[float]] = defaultdict(list)
+    for question, value in questions.items():
+        strata[sets[question]].append(value)
+    return fmean(map(fmean, strata.values())) if strata else math.nan
 
 
 def _figure(
@@ -171,23 +199,6 @@ def _problems(plan: BenchmarkPlan, samples: Sequence[ScoredAnswer]) -> dict[str,
     problems.update(f"not judged: {sample.unjudged}" for sample in samples if sample.unjudged)
     problems.update(sample.fault for sample in samples if sample.fault)
     return dict(problems)
-
-
-def _bounds(
-    benchmark: Benchmark, items: Sequence[Item], questions: Mapping[str, Sequence[float]], per_question: int
-) -> tuple[float, float]:
-    """The headline with every missing sample wrong, and right."""
-    if not items:
-        return (math.nan, math.nan)
-    strata: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for item in items:
-        scores = questions.get(item.id, ())
-        total, missing = sum(scores), per_question - len(scores)
-        strata[item.labels.get(benchmark.macro, "")].append(
-            (total / per_question, (total + missing) / per_question)
-        )
-    low, high = (fmean(fmean(pair[end] for pair in group) for group in strata.values()) for end in (0, 1))
-    return (low, high)
 
 
 def _scoring(benchmark: Benchmark, judge_name: str) -> str:

@@ -6,7 +6,7 @@ pass@k where they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -86,18 +86,13 @@ class Difference:
     worse: int
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
+def paired(
+    first: Sequence[float], second: Sequence[float], strata: Sequence[str] | None = None
+) -> Difference:
     """Compare two lists of per-question scores in the same order: questions are resampled as pairs."""
     gains = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    return Difference(figure(gains.tolist()), int((gains > 1e-12).sum()), int((gains < -1e-12).sum()))
-
-
-def mean_pass(
-    questions: Sequence[Sequence[float]], k: int, estimate: Callable[[Sequence[float], int], float]
-) -> float:
-    """Mean of an estimate over the questions that have k samples; nan where none has."""
-    values = [estimate(scores, k) for scores in questions if len(scores) >= k]
-    return float(np.mean(values)) if values else float("nan")
+    better, worse = int((gains > 1e-12).sum()), int((gains < -1e-12).sum())
+    return Difference(figure(gains.tolist(), strata), better, worse)
 
 
 def _resampled(group: Floats, random: np.random.Generator) -> Floats:

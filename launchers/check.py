@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from launchers import script
 from launchers.job import read_by
 from launchers.machines import Machines
 from launchers.profile import Profile
@@ -62,8 +63,9 @@ def check_nemo_run(config: Config, profile: Profile) -> None:
             f"--executor slurm needs nemo-run, which does not import ({error}):"
             " pip install --no-deps -r requirements/launch.lock"
         ) from None
-    needs = read_by(config) if profile.container else []
-    if faults := nemo.refusals(Path(config.runs) / config.name, needs, contained=bool(profile.container)):
+    folder = Path(config.runs) / config.name
+    mounted = script.unmounted(profile, (folder, *read_by(config))) if profile.container else []
+    if faults := nemo.refusals(folder, mounted):
         raise SpellError("; ".join(faults))
 
 

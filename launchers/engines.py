@@ -50,6 +50,8 @@ class _Kept:
     server: Server
     started: float
     failed_starts: int = 0
+    ended: float | None = None
+    """When it was first seen to have ended."""
 
     @classmethod
     def start(cls, launch: Launch, port: int, secret: str) -> _Kept:
@@ -57,11 +59,14 @@ class _Kept:
 
     def mend(self, has_room: Callable[[], bool]) -> bool:
         """Start an ended server again as soon as there is room; False where it ends at once, time after time."""
-        if self.server.running() or not has_room():
+        if self.server.running():
+            return True
+        self.ended = self.ended or time.monotonic()
+        if not has_room():
             return True
         _log.warning("the server on port %d has ended; %s", self.port, self.server.tail())
         self.server.stop()
-        quick = time.monotonic() - self.started < _QUICK_SECONDS
+        quick, self.ended = self.ended - self.started < _QUICK_SECONDS, None
         self.failed_starts = self.failed_starts + 1 if quick else 0
         if self.failed_starts > self.launch.settings.servers.max_restarts:
             return False

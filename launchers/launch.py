@@ -33,9 +33,9 @@ def launch(
     """Run a recipe to its end; returns the exit code of the job. A run on this machine takes this process' place.
 
     `overrides` are the recipe's `key=value`; `cluster.key=value` changes a key of the profile, where it has
-    that key, and `cluster={…}` several. With `dryrun` the sbatch file (or the local command) is printed and
-    nothing started; the run folder it names is there, so that the printed file works. Raises SpellError where
-    the launch cannot work.
+    that key, and `cluster={…}` several. With `dryrun` the sbatch file (or the local command) is printed, without
+    the values of its secrets, and nothing started; the run folder is there, and in it the file that works. Raises
+    SpellError where the launch cannot work.
     """
     if executor not in ("local", "slurm"):
         raise ProfileError(f"no executor {executor!r}: give local or slurm")

@@ -2,7 +2,7 @@
 
 Of nemo-run the executor and its template are used, not its runner: `Experiment.run` neither raises nor fails
 when a job does, follows the log of the first attempt only, and asks `sacct` alone. What is submitted is the
-written file, so that `--dryrun` shows exactly what would run, and anyone may edit it and `sbatch` it.
+written file, so that `--dryrun` shows what would run, and anyone may edit it and `sbatch` it.
 
 The template quotes nothing: variables are exported as they stand and upper-cased, mounts and srun's arguments
 are split by the shell. So the environment goes into `setup_lines`, and what is handed over is quoted here.
@@ -53,18 +53,19 @@ class _Logs(SlurmJobDetails):
         return Path(str(self.folder)) / f"{self.step}-%j-${{SLURM_RESTART_COUNT:-0}}.log"
 
 
-def refusals(job_folder: Path, needs: Sequence[Path] = (), *, contained: bool = False) -> list[str]:
-    """Why nemo-run could not write a working script for a run in this folder, which reads the folders `needs`."""
+def refusals(job_folder: Path, mounted: Sequence[Path] = ()) -> list[str]:
+    """Why nemo-run could not write a working script for a run in this folder, for which paths are to be mounted."""
     text, faults = str(job_folder), []
     if shlex.quote(text) != text or "%" in text:
         faults.append(
             f"the run folder {text!r} holds characters that a shell, or SLURM in a log's name, takes apart; choose"
             " another, runs=… name=…"
         )
-    for folder in (job_folder, *needs) if contained else ():
-        if set(str(folder)) & _MOUNTING:
+    for path in mounted:
+        if set(str(path)) & _MOUNTING:
             faults.append(
-                f"{str(folder)!r} is mounted into the container, and pyxis takes it apart at ',' and ':': rename it"
+                f"{str(path)!r} is mounted into the container, and pyxis takes it apart at ',' and ':': rename it, or"
+                " mount a folder above it (`mounts` of the profile)"
             )
     if _RESERVED in text:
         faults.append(

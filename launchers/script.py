@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from string import Template
 
 from launchers.job import REQUEUED, PreparedRun
+from launchers.profile import Profile
 from spell_megatron.base.secret import is_secret
 from spell_megatron.base.terminal import tidy
 from spell_megatron.run.preemption import REQUEUE
@@ -43,19 +44,26 @@ ask() {  # a controller that is busy does not answer at once
         scontrol "$$@" && return 0  # by itself it would return what the trap came from
         sleep $pause
     done
-    echo "scontrol $$* was not answered: by hand, sbatch $$run/job.sbatch goes on with the run" >&2
+    echo "scontrol $$* was not answered" >&2
     return 1
 }
 requeue() {
     touch "$$run/logs/$requeued$$attempt"
-    ask requeue "$$SLURM_JOB_ID" || rm "$$run/logs/$requeued$$attempt"
+    ask requeue "$$SLURM_JOB_ID" || {
+        rm "$$run/logs/$requeued$$attempt"
+        echo "sbatch $$run/job.sbatch goes on with the run" >&2
+    }
 }
 ended() {
     code=$$?
     set +e
     first="$$run/logs/$failed$$attempt"
     if [ "$$code" -ne 0 ] && [ -s "$$first" ]; then code=$$(cat "$$first"); fi
-    case "$$(ask show job "$$SLURM_JOB_ID")" in *JobState=RUNNING*) ;; *) exit "$$code" ;; esac
+    if [ "$$code" -eq 0 ] && [ ! -e "$$run/$flag" ]; then exit 0; fi
+    case "$$(ask show job "$$SLURM_JOB_ID" || echo "sbatch $$run/job.sbatch goes on with the run" >&2)" in
+        *JobState=RUNNING*) ;;
+        *) exit "$$code" ;;
+    esac
     if [ -e "$$run/$flag" ]; then
         held=$$(cd "$$run" && find checkpoints rollouts eval -type f -printf "%p %s\\n" 2>/dev/null | sort | cksum)
         echo "$$held" >>"$$run/requeues"
@@ -173,11 +181,18 @@ def _export(name: str, value: str) -> str:
 
 def mounts(job: PreparedRun) -> list[str]:
     """The profile's mounts, and what the run needs besides, under the paths that it has on the host."""
-    given = list(job.profile.mounts)
-    for path in (job.run, *job.needs):
-        if not any(_covers(mount, path) for mount in given):
-            given.append(f"{path}:{path}")
-    return given
+    added = unmounted(job.profile, (job.run, *job.needs))
+    return [*job.profile.mounts, *(f"{path}:{path}" for path in added)]
+
+
+def unmounted(profile: Profile, paths: Iterable[Path]) -> list[Path]:
+    """Those of the paths that lie in no mount of the profile, nor in one another."""
+    added: list[Path] = []
+    for path in paths:
+        mounted = any(_covers(mount, path) for mount in profile.mounts)
+        if not mounted and not any(path.is_relative_to(other) for other in added):
+            added.append(path)
+    return added
 
 
 def _python(job: PreparedRun) -> str:

@@ -76,7 +76,7 @@ def require() -> None:
     if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
         raise SpellError(
             "no sbatch and scontrol here: launch from a login node of the cluster, or use --dryrun and take"
-            " the printed file there"
+            " the file that it names there"
         )
 
 

@@ -15,7 +15,7 @@ from eval.benchmarks.reading import Reading, prompt
 from eval.data import BadRow, Data, Row, Source, identity, text, texts
 from spell_megatron.selfplay.grading import extract_answer
 from spell_megatron.selfplay.numbers import parse_number
-from spell_megatron.selfplay.tasks.number import TOLERANCE, _ceil, math_equal
+from spell_megatron.selfplay.tasks.number import TOLERANCE, math_equal, rounded_up
 
 SUBSETS = ("complong", "compshort", "simplong", "simpshort")
 SHOWN = 300
@@ -67,7 +67,7 @@ def official_equal(prediction: str, reference: str) -> bool:
             return True
         if any(small * scale <= 2 * large and _near(small * scale, large) for scale in (100.0, 1e3, 1e5)):
             return True
-    return _ceil(small) == _ceil(large) or _near(predicted, wanted)
+    return rounded_up(small) == rounded_up(large) or _near(predicted, wanted)
 
 
 def _near(value: float, wanted: float) -> bool:

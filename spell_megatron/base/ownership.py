@@ -31,9 +31,12 @@ def own(folder: Path) -> bool:
 
 def make_own(folder: Path) -> None:
     """Make a folder for what is executed later. Raises SpellError where one stands there that others can write to."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpellError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from None
     if not own(folder):
         raise SpellError(
-            f"{folder} is another user's, or others can write to it, and what stands there would be executed:"
+            f"{folder} is a link, another user's, or others can write to it, and what stands there would be executed:"
             " remove it, or choose another place"
         )

@@ -21,8 +21,8 @@ _SHORTEST = 16
 """Characters of a secret: fewer could be guessed."""
 _PRINTABLE = re.compile(r"[!-~]+")
 _NAMED = re.compile(
-    r"(?i)(?:^|[\W_])(?:(?:api)?key|token|secret|\w*passw(?:or)?d|\w*passphrase|pwd|credentials?)(?:$|[\W\d_])"
-    r"|[\W_](?:pass|pat)$|_apikey$"
+    r"(?i)api[\W_]?keys?(?![a-z])|secret|passw(?:or)?d|passphrase|credentials?"
+    r"|(?:^|[\W_])(?:key|token|pwd)(?:[\W_]?\d+)?$|[\W_](?:pass|pat)$"
 )
 _IN_URL = re.compile(r"://[^/\s]*@")
 

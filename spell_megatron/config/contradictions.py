@@ -20,19 +20,42 @@ def check_contradictions(config: Config, where: str) -> None:
 
 def untrainable(config: Config) -> str:
     """Why no run should begin with a configuration, though what it has made can be looked at; empty where it may."""
+    return "\n".join(_untrainable(config))
+
+
+def _untrainable(config: Config) -> Iterator[str]:
     stream, sequence = config.policy.stream_tokens, config.rollout.max_model_len
     if sequence > stream:
-        return (
+        yield (
             f"policy.stream_tokens={stream} cannot hold a sequence of rollout.max_model_len={sequence}: raise the"
             " first to the second at least"
         )
-    decay = config.policy.optimizer.decay_steps
-    if 0 < decay < config.steps and config.policy.optimizer.min_lr == 0:
-        return (
+    optimizer, play, record = config.policy.optimizer, config.selfplay, config.record
+    decay = optimizer.decay_steps
+    if 0 < decay < config.steps and optimizer.min_lr == 0:
+        yield (
             f"steps={config.steps} goes on after policy.optimizer.decay_steps={decay}, where the rate is"
             " policy.optimizer.min_lr=0: raise the second to the first, or the rate that it ends at"
         )
-    return ""
+    if 0 < decay <= optimizer.warmup_steps:
+        yield (
+            f"policy.optimizer.decay_steps={decay} ends before warmup_steps={optimizer.warmup_steps} do: both count"
+            " from the first step"
+        )
+    if optimizer.min_lr and not decay:
+        yield (
+            f"policy.optimizer.min_lr={optimizer.min_lr:g} is what a decay ends at: set policy.optimizer.decay_steps"
+        )
+    if play.combine == "sum" and (play.train_questioner or play.memory):
+        yield (
+            "selfplay.combine=sum makes rewards above 1, by which neither a question's difficulty nor what memory"
+            " keeps can be told: set selfplay.combine=mean, or selfplay.train_questioner=false and selfplay.memory=0"
+        )
+    if record.keep_every and (not record.checkpoint_every or record.keep_every % record.checkpoint_every):
+        yield (
+            f"record.keep_every={record.keep_every} keeps checkpoints that record.checkpoint_every="
+            f"{record.checkpoint_every} does not write: make the first a multiple of the second"
+        )
 
 
 def _corpus(config: Config) -> Iterator[str]:
@@ -88,11 +111,6 @@ def _selfplay(config: Config) -> Iterator[str]:
             f"selfplay.beyond.stages reach {longer[0]} tokens, clusters have corpus.cluster_tokens="
             f"{config.corpus.cluster_tokens} at most: raise it to the last stage"
         )
-    if play.combine == "sum" and (play.train_questioner or play.memory):
-        yield (
-            "selfplay.combine=sum makes rewards above 1, by which neither a question's difficulty nor what memory keeps"
-            " can be told: set selfplay.combine=mean, or selfplay.train_questioner=false and selfplay.memory=0"
-        )
     if holds_secret(play.external_judge.url):
         yield (
             "selfplay.external_judge.url holds a user or a parameter (a key?), which would be written into the run's"
@@ -128,13 +146,6 @@ def _rollout(config: Config) -> Iterator[str]:
 def _policy(config: Config) -> Iterator[str]:
     policy = config.policy
     optimizer = policy.optimizer
-    if 0 < optimizer.decay_steps <= optimizer.warmup_steps:
-        yield (
-            f"policy.optimizer.decay_steps={optimizer.decay_steps} ends before warmup_steps={optimizer.warmup_steps}"
-            " do: both count from the first step"
-        )
-    if optimizer.min_lr and not optimizer.decay_steps:
-        yield f"policy.optimizer.min_lr={optimizer.min_lr:g} is what a decay ends at: set policy.optimizer.decay_steps"
     if optimizer.overlap and not optimizer.distributed:
         yield "policy.optimizer.overlap needs policy.optimizer.distributed=true"
     if optimizer.cpu_offload and not (optimizer.distributed and policy.master_weights):
@@ -168,11 +179,6 @@ def _policy(config: Config) -> Iterator[str]:
 
 def _bounds(config: Config) -> Iterator[str]:
     play, optimizer, record = config.selfplay, config.policy.optimizer, config.record
-    if record.keep_every and (not record.checkpoint_every or record.keep_every % record.checkpoint_every):
-        yield (
-            f"record.keep_every={record.keep_every} keeps checkpoints that record.checkpoint_every="
-            f"{record.checkpoint_every} does not write: make the first a multiple of the second"
-        )
     for key, low, high in (
         ("selfplay.verifier_agreement", *play.verifier_agreement),
         ("selfplay.memory_range", *play.memory_range),

@@ -546,7 +546,7 @@ class ClusterConfig:
 
     @property
     def gpus(self) -> int:
-        """Ranks of the trainer."""
+        """GPUs of the trainer's nodes: its ranks, unless engines have some for themselves."""
         return self.nodes * self.gpus_per_node
 
 

@@ -15,15 +15,15 @@ from spell_megatron.policy.scores import Scores
 from spell_megatron.types import Group, Sample, TrainBatch, version_spans
 
 _FEWEST = 0.01
-"""Share of a batch's tokens below which those of the learner's weights say nothing of all."""
+"""Share of the tokens of a batch, or a group, below which those of the learner's weights say nothing of all."""
 
 
 def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str], version: int) -> dict[str, float]:
     """Gaps of the batch's response tokens; `labels` has one a group. Empty where no engine made any.
 
     `mismatch/mean` and `/max` are absolute, in nats; `/newest` is the mean over tokens that engines made by the
-    learner's own weights, those of `version`, and missing where these are too few; `/k3` is Schulman's estimator of
-    KL(engine ‖ learner); and there is the mean for each label.
+    learner's own weights, those of `version`, and missing where these are too few; `/compared` is their share; `/k3`
+    is Schulman's estimator of KL(engine ‖ learner); and there is the mean for each label.
     """
     by_label: dict[str, list[np.ndarray]] = defaultdict(list)
     same: list[np.ndarray] = [np.zeros(0)]
@@ -36,11 +36,12 @@ def mismatch(batch: TrainBatch, scores: Scores, labels: Sequence[str], version: 
         return {}
     gaps = {label: np.concatenate(parts) for label, parts in by_label.items()}
     every, newest = np.concatenate(list(gaps.values())), np.concatenate(same)
-    enough = len(newest) >= _FEWEST * len(every)
+    share = len(newest) / len(every)
     return {
         "mismatch/mean": float(np.abs(every).mean()),
         "mismatch/max": float(np.abs(every).max()),
-        **({"mismatch/newest": float(np.abs(newest).mean())} if enough else {}),
+        **({"mismatch/newest": float(np.abs(newest).mean())} if share >= _FEWEST else {}),
+        "mismatch/compared": share,
         "mismatch/k3": float(np.mean(np.expm1(every) - every)),
         **{f"mismatch/{label}": float(np.abs(gap).mean()) for label, gap in sorted(gaps.items())},
     }
@@ -50,9 +51,11 @@ def groups_beyond(batch: TrainBatch, scores: Scores, bound: float, version: int)
     """Places of the groups whose mean absolute gap, over tokens of the learner's own weights, is above `bound` nats."""
 
     def beyond(group: Group, learned: Sequence[np.ndarray]) -> bool:
-        gaps = zip(group.samples, gaps_of(group, learned), strict=True)
-        same = np.concatenate([np.zeros(0), *(_of_version(sample, gap, version) for sample, gap in gaps)])
-        return len(same) > 0 and not np.abs(same).mean() <= bound
+        gaps = gaps_of(group, learned)
+        pairs = zip(group.samples, gaps, strict=True)
+        same = np.concatenate([np.zeros(0), *(_of_version(sample, gap, version) for sample, gap in pairs)])
+        enough = len(same) > 0 and len(same) >= _FEWEST * sum(map(len, gaps))
+        return enough and not np.abs(same).mean() <= bound
 
     pairs = zip(batch.groups, scores.logprobs, strict=True)
     return frozenset(place for place, pair in enumerate(pairs) if beyond(*pair))

@@ -41,6 +41,7 @@ from spell_megatron.run.record.folder import replace_text, writing
 from spell_megatron.selfplay import Episode, Play, SelfPlay, accuracy, known, prompts_of, step_metrics
 from spell_megatron.selfplay.batch import Batch
 from spell_megatron.selfplay.ports import Judge
+from spell_megatron.selfplay.rewards import UNJUDGED
 from tokenizer.chat import ChatTokenizer
 
 _log = logging.getLogger(__name__)
@@ -132,8 +133,9 @@ class Driver:
         self._stack.callback(self._archive.close)
         self._archive.begin(step)
         row = next((row for row in read_metrics(self.run) if row["step"] == step), {})
-        ends = bool(self._questions) and step >= self.settings.steps
-        self.owes = bool(row.get(_OWED)) or (ends and row.get(_MEAN) is None)
+        due = bool(self._questions) and row.get(_MEAN) is None
+        due |= self._benchmarks is not None and not any(name.startswith("eval/") for name in row)
+        self.owes = bool(row.get(_OWED)) or (step >= self.settings.steps and due)
         if step:
             self.live.note(f"resumed after step {step}")
 
@@ -158,6 +160,8 @@ class Driver:
         # One that broke off and begins again counts from its first beginning.
         began, before = self._beginnings.setdefault(step, (time.monotonic(), self.engine.stats()))
         self._journal, self._before = Journal(self.run, step), before
+        if self.run.recorded_steps[-1:] == [step]:  # later ones were played by what this step has trained
+            self._journal.forget(UNJUDGED)  # a judge who was down may answer by now
         self._kept = self._asked = self._rollouts = 0
         try:
             play = await self.selfplay.play(step, finished=self._journal.read())

@@ -146,6 +146,7 @@ class Run:
             lost=lock.lost if lock else lambda: None,
         )
         stack.callback(self._checkpoints.close)
+        self._lost = lock.lost if lock else lambda: None
         self._skipped = 0
         self.step = self._resume(origin)
         self._state = self.lead.state()
@@ -213,12 +214,13 @@ class Run:
         Of weights that go from every rank to its own device no copy is kept: where all engines ended and came
         back, they are sent again, and the work is done again. Raises EnginesLostError where that does not help.
         """
-        for _ in range(_LOSSES):
+        for loss in range(_LOSSES):
+            if loss:
+                self.resync(step)
             self._placement.enter(Phase.GENERATE)
             value, done = self._main.work(doing, lambda: self._once(work))
             if done:
                 return cast("Value", value)
-            self.resync(step)
         raise EnginesLostError(
             f"rank 0 {doing}, and lost all engines {_LOSSES} times over it, though they came back each time: a request"
             f" may be what ends them. Their logs, in {self.folder.path / 'engines'}, say more"
@@ -337,6 +339,7 @@ class Run:
     def record(self, collected: Collected, updated: Updated, scores: Mapping[str, float]) -> None:
         """Write the step's row, then its checkpoint if one is due: a resumed run forgets rows beyond its
         checkpoint, but could not make up for one that is missing."""
+        self._check_lock()
         step, played = collected.step, collected.played
         gap = self._main.work(
             f"records step {step}",
@@ -349,6 +352,11 @@ class Run:
         if drifted:
             self._save()
             raise self._mismatch(step, f"by {gap:.3f} on average")
+
+    def _check_lock(self) -> None:
+        """Raise, on every rank, where rank 0 has lost the lock of the run's folder."""
+        if gone := self._main.work("looks whether the run is still its own", self._lost):
+            raise gone
 
     def _report(self) -> None:
         self.lead.report()
@@ -369,6 +377,7 @@ class Run:
 
     def _save(self) -> None:
         """The state after the last step is on disk when this returns."""
+        self._check_lock()
         if self._checkpoints.saved != self.step:
             self.commit(self.step)
         self.lead.say("saving")

@@ -26,7 +26,7 @@ from spell_megatron.selfplay.memory import Memory
 from spell_megatron.selfplay.pipeline import play_episode
 from spell_megatron.selfplay.ports import Codec, Generator, Judge
 from spell_megatron.selfplay.prompts import Prompts
-from spell_megatron.selfplay.rewards import OUTVOTED, UNJUDGED
+from spell_megatron.selfplay.rewards import OUTVOTED
 from spell_megatron.selfplay.roles import Role, roles_of
 from spell_megatron.selfplay.round import Round
 from spell_megatron.selfplay.seeds import random_of
@@ -119,8 +119,7 @@ class SelfPlay:
         )
 
     async def play(self, step: int, finished: Iterable[Episode] = ()) -> Play:
-        """Fill one batch. Episodes in `finished` (of an interrupted run of this step) are not run again, unless what
-        they lacked was a judge, who may answer by now.
+        """Fill one batch. Episodes in `finished` (of an interrupted run of this step) are not run again.
 
         Raises StarvedError where `max_rounds` rounds do not keep enough questions; what they taught
         the memory stays. Any other error leaves the state somewhere inside the step: restore it.
@@ -130,7 +129,6 @@ class SelfPlay:
             (episode.round, episode.index): episode
             for episode in finished
             if episode.step == step and min(episode.versions, default=oldest) >= oldest
-            if episode.outcome != UNJUDGED
         }
         episodes: list[Episode] = []
         wanted, tally = self._settings.questions, Tally()

@@ -99,6 +99,7 @@ def test_what_is_a_secret_by_its_name() -> None:
         "SSH_PASSPHRASE",
         "HF_TOKEN_2",
         "NGC_API_KEY_PROD",
+        "OPENAI_API_KEYS",
     ]
     harmless = [
         "VLLM_ATTENTION_BACKEND",
@@ -111,6 +112,9 @@ def test_what_is_a_secret_by_its_name() -> None:
         "PYTHONPATH",
         "skip_tokenizer_init",
         "pass_config",
+        "long_prefill_token_threshold",
+        "VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD",
+        "HF_TOKEN_PATH",
     ]
     assert [name for name in secret if not names_secret(name)] == []
     assert [name for name in harmless if names_secret(name)] == []

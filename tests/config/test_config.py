@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from spell_megatron.base.secret import names_secret
-from spell_megatron.config import RECIPES, Config, ConfigError, dump_config, load_config, parse_config
+from spell_megatron.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    dump_config,
+    load_config,
+    parse_config,
+    untrainable,
+)
 from spell_megatron.config.reading import override
 from spell_megatron.config.yamltext import load_yaml
 
@@ -96,11 +104,6 @@ def test_a_recipe_inherits_several_and_the_later_have_the_say(tmp_path: Path) ->
         ("policy.layout.virtual_pipeline=0", "policy.layout.virtual_pipeline: "),
         ("policy.optimizer.betas=[0.9, 1.0]", "policy.optimizer.betas.1: "),
         ("policy.optimizer.min_lr=1", "policy.optimizer.min_lr"),
-        ("policy.optimizer={decay_steps: 4, warmup_steps: 4}", "ends before warmup_steps=4"),
-        ("policy.optimizer.min_lr=1e-7", "set policy.optimizer.decay_steps"),
-        ("record={checkpoint_every: 10, keep_every: 25}", "a multiple"),
-        ("record={checkpoint_every: 0, keep_every: 5}", "a multiple"),
-        ("selfplay.combine=sum", "selfplay.combine=mean"),
         ("heldout.limit=-1", "heldout.limit: "),
     ],
 )
@@ -108,6 +111,24 @@ def test_a_mistake_is_named_with_its_remedy(override: str, hint: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config("toy", [override])
     assert hint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("policy.stream_tokens=256", "rollout.max_model_len"),
+        ("policy.optimizer={decay_steps: 4, warmup_steps: 4, min_lr: 1e-7}", "ends before warmup_steps=4"),
+        ("policy.optimizer.decay_steps=4", "steps=20 goes on"),
+        ("policy.optimizer.min_lr=1e-7", "set policy.optimizer.decay_steps"),
+        ("record={checkpoint_every: 10, keep_every: 25}", "a multiple"),
+        ("record={checkpoint_every: 0, keep_every: 5}", "a multiple"),
+        ("selfplay.combine=sum", "selfplay.combine=mean"),
+    ],
+)
+def test_what_no_run_should_begin_with_can_be_read_all_the_same(override: str, hint: str) -> None:
+    """The folder of a run that was begun with it is watched, exported and reported."""
+    assert hint in untrainable(load_config("toy", ["steps=20", override]))
+    assert untrainable(load_config("toy")) == ""
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

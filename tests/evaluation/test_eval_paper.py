@@ -58,7 +58,12 @@ def test_items_of_one_group_are_one_question():
     found = summarise(BenchmarkPlan(benchmark, benchmark.terms("paper"), LIMIT, items), samples, 1, (), "")
     assert found.questions == {"q-0": 0.5, "q-1": 1.0}
     assert (found.mean.value, found.mean.questions, found.bounds) == (0.75, 2, (0.75, 0.75))
+    assert (found.best_of[1], found.best_of_bootstrap[1], found.counts["questions"]) == (0.75, 0.75, 2)
     assert found.complete
+    fewer = summarise(
+        BenchmarkPlan(benchmark, benchmark.terms("paper"), LIMIT, items), samples[:3], 1, ("q-1-1",), ""
+    )
+    assert (fewer.mean.value, fewer.bounds, fewer.best_of[1]) == (0.75, (0.75, 0.75), 0.75)
 
 
 SIX = [

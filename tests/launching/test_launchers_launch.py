@@ -374,7 +374,9 @@ def test_a_controller_that_is_busy_is_asked_again(tmp_path: Path, saved: str) ->
     attempt = Attempt(tmp_path, crash_retries=1)
     assert attempt.end(saved, silent=7)[1]
     assert not attempt.end(saved, silent=1000)[1]
-    assert f"by hand, sbatch {attempt.run}/job.sbatch" in attempt.said
+    assert f"sbatch {attempt.run}/job.sbatch goes on with the run" in attempt.said
+    assert attempt.end("exit 0", silent=1000) == (0, False)
+    assert not attempt.said, "there is nothing to go on with"
 
 
 def test_the_flag_of_the_attempt_before_does_not_count(tmp_path: Path) -> None:
@@ -585,6 +587,10 @@ class TestSbatch:
         assert not (tmp_path / "runs").exists()
         if fault != "corpus":  # which would have to be read
             assert launch("toy", changes, "slurm", "cpu", dryrun=True) == 0
+
+    def test_what_lies_in_a_mount_is_not_mounted_by_itself(self) -> None:
+        paths = [Path("/data/v2,en"), Path("/runs/a:b"), Path("/runs/a:b/c"), Path("/database")]
+        assert script.unmounted(Profile(mounts=("/data:/data",)), paths) == [paths[1], paths[3]]
 
     @pytest.mark.parametrize("name", ["with space", "a;b", "x$HOME", "a/nemo_run/b", "mix50%u"])
     def test_a_folder_that_nemo_run_would_garble_is_refused(self, tmp_path: Path, name: str) -> None:
@@ -831,6 +837,9 @@ def test_a_server_that_ends_while_there_is_no_room_is_started_when_there_is(
     assert (started, kept.failed_starts) == ([], 0)
     assert [kept.mend(lambda: True) for _ in range(3)] == [True, False, False]
     assert started == ["again"]
+    kept.started = time.monotonic() - 90
+    kept.ended = kept.started + 5  # after which there was no room
+    assert not kept.mend(lambda: True), "it had not served"
 
 
 def test_servers_listen_where_the_trainer_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import LeaseCompromise
 
 from spell_megatron.base.ownership import private
 from spell_megatron.run.record import RunFolder, lock, locked
 from spell_megatron.run.record.folder import JsonLines, RunLockedError
+from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
 
@@ -112,7 +114,7 @@ def test_a_lock_that_is_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
         rows.append({"index": 0})
         (tmp_path / "LOCK").unlink()
         assert told.wait(60)
-        assert "nothing more is written by this one" in str(held.lost())
+        assert "no more records, checkpoints or models" in str(held.lost())
         for write in (lambda: rows.append({"index": 1}), lambda: run.save_config("steps: 1\n")):
             with pytest.raises(RunLockedError, match="another process may have gone on"):
                 write()
@@ -121,6 +123,15 @@ def test_a_lock_that_is_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
     with locked(tmp_path):  # whoever has it again may write
         rows.append({"index": 1})
     rows.close()
+
+
+@pytest.mark.parametrize(("reason", "code"), [("owner-changed", 2), ("refresh-failed", 1)])
+def test_a_run_whose_file_server_was_away_may_be_tried_again(tmp_path: Path, reason: str, code: int) -> None:
+    held = lock.RunLock(tmp_path, lambda: None)
+    held.lose(LeaseCompromise(str(tmp_path / "LOCK"), "token", reason))  # type: ignore[arg-type]
+    assert held.lost().exit_code == code  # type: ignore[union-attr]
+    with pytest.raises(SpellError, match=reason):
+        RunFolder(tmp_path).save_config("steps: 1\n")
 
 
 @pytest.mark.parametrize(("group", "folder", "file"), [(False, 0o700, 0o600), (True, 0o750, 0o640)])

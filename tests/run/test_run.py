@@ -16,13 +16,15 @@ from launchers.launch import launch
 from spell_megatron.base.placement import Phase
 from spell_megatron.config import ConfigError, load_config, untrainable
 from spell_megatron.corpus import ClusterSampler
-from spell_megatron.rollout.engine import EngineError, WeightsWanted
+from spell_megatron.rollout.engine import EngineError, EngineStats, WeightsWanted
 from spell_megatron.run.driver import Driver, _warn_of_rare_visits
 from spell_megatron.run.preemption import Preempted, Stop
 from spell_megatron.run.prefetch import Prefetcher
-from spell_megatron.run.record import Metrics, RunFolder, read_metrics
+from spell_megatron.run.record import Journal, Metrics, RunFolder, read_metrics
 from spell_megatron.run.run import Run
 from spell_megatron.run.train import train
+from spell_megatron.selfplay import Episode
+from spell_megatron.selfplay.rewards import UNJUDGED
 from spell_megatron.types import SpellError
 
 pytestmark = pytest.mark.unit
@@ -108,20 +110,23 @@ def test_weights_that_nobody_has_measured_are_measured_first(step: int, owes: bo
 
 
 @pytest.mark.parametrize(
-    ("row", "steps", "owes"),
+    ("row", "steps", "benchmarks", "owes"),
     [
-        ({"heldout/mean": 0.5}, 4, False),
-        ({"policy/loss": 0.5}, 4, True),  # by `resume RUN steps=4`, of a run of nine
-        ({"policy/loss": 0.5}, 9, False),
-        ({"measure/owed": 1.0}, 9, True),
+        ({"heldout/mean": 0.5}, 4, False, False),
+        ({"policy/loss": 0.5}, 4, False, True),  # by `resume RUN steps=4`, of a run of nine
+        ({"policy/loss": 0.5}, 9, False, False),
+        ({"measure/owed": 1.0}, 9, False, True),
+        ({"heldout/mean": 0.5}, 4, True, True),
+        ({"heldout/mean": 0.5, "eval/toy": 0.5}, 4, True, False),
     ],
 )
 def test_the_last_weights_are_measured_whenever_they_became_the_last(
-    tmp_path: Path, row: dict[str, float], steps: int, owes: bool
+    tmp_path: Path, row: dict[str, float], steps: int, benchmarks: bool, owes: bool
 ) -> None:
     driver = Driver.__new__(Driver)
     driver.run = RunFolder.create(tmp_path, "run")
     driver.settings = load_config("toy", [f"steps={steps}", "heldout.every=0"])
+    driver._benchmarks = (lambda *_: None) if benchmarks else None  # type: ignore[assignment, return-value]
     driver._questions, driver.live = [object()], SimpleNamespace(note=lambda text: None)  # type: ignore[assignment, list-item]
     with ExitStack() as driver._stack:
         before = Metrics(driver.run)
@@ -148,6 +153,29 @@ def test_a_play_that_ran_ahead_is_not_trained_on_after_a_stop() -> None:
     assert driver.play(5) == "play of 5"
     driver._stop.ask("SIGUSR1")
     assert driver.play(6) is None
+
+
+@pytest.mark.parametrize("played_on", [False, True])
+def test_a_judge_who_is_back_is_asked_in_the_step_that_he_ended(tmp_path: Path, played_on: bool) -> None:
+    """In an earlier step, which a resumed run makes again, other questions would make other weights than it had."""
+    run = RunFolder.create(tmp_path, "run")
+    for step in (3, 4) if played_on else (3,):
+        journal = Journal(run, step)
+        for index, outcome in enumerate(("kept", UNJUDGED, "bad_ground")):
+            journal.append(Episode(step, 0, index, "c", "doc_mc", (), (), outcome=outcome))
+        journal.close()
+    seen: list[str] = []
+
+    async def play(step: int, finished: list[Episode]) -> None:
+        seen.extend(episode.outcome for episode in finished)
+
+    driver = Driver.__new__(Driver)
+    driver.run, driver._beginnings = run, {}
+    driver.engine = SimpleNamespace(stats=EngineStats)  # type: ignore[assignment]
+    driver.selfplay = SimpleNamespace(play=play, state=dict)  # type: ignore[assignment]
+    asyncio.run(driver._play(3))
+    assert seen == (["kept", UNJUDGED, "bad_ground"] if played_on else ["kept", "bad_ground"])
+    assert len(Journal(run, 3).read()) == len(seen), "no question stands there twice"
 
 
 def test_a_rate_that_would_become_nothing_is_refused_before_anything_is_made(tmp_path: Path) -> None:

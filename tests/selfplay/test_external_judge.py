@@ -192,30 +192,6 @@ def test_failures_drop_the_question_and_are_never_a_zero():
         assert not known & {entry["question"]["text"] for ring in rings for entry in ring["questions"]}
 
 
-def test_a_resumed_step_asks_a_judge_who_is_back():
-    """What is in the journal is not asked again, but for what only the judge's failure had ended."""
-    up = False
-
-    def behave(kind, body, number):
-        return strict(kind, body, number) if up else (400, {"error": "no"})
-
-    with StandIn(behave) as server:
-        with pytest.raises(StarvedError) as starved:
-            played(server, place="rule", max_rounds=1, round_questions=12)
-        journal = starved.value.episodes
-        assert {e.outcome for e in journal} > {UNJUDGED}
-        up = True
-        judge = external(server, place="rule")
-        room = selfplay(
-            settings(external_judge=judge, max_rounds=1, round_questions=12),
-            judge=RewardJudge(judge),
-            clusters=Corpus(tasks=["doc_general_qa"]),
-        )
-        play = asyncio.run(room.play(0, finished=journal))
-        assert play.tally.journaled == sum(e.outcome != UNJUDGED for e in journal)
-        assert not play.outcomes[UNJUDGED] and play.outcomes["kept"] == 6
-
-
 def test_a_judge_that_is_down_ends_the_run_with_its_name():
     with StandIn(lambda *_: (400, {"error": "no"})) as server:
         with pytest.raises(StarvedError, match=r"unjudged.*selfplay\.external_judge"):

@@ -143,7 +143,7 @@ def test_an_offloaded_optimizer_holds_the_planned_host_memory(
 
 
 def test_layers_of_transformer_engine_are_planned_without_it(folders: dict[str, Path]) -> None:
-    """They hold what torch's hold, and so do those that compute in FP8."""
+    """Where there is none, they are taken to hold what torch's hold, and so are those that compute in FP8."""
     policies = PolicyConfig(), PolicyConfig(spec="te"), PolicyConfig(fp8="blockwise")
     plain, *others = rehearse([Build(policy, folders["moe"], 1) for policy in policies])
     assert others == [plain, plain]

@@ -86,6 +86,8 @@ class Checkpoints:
         if self._writing is not None:
             (partial, write), self._writing = self._writing, None
             if fault := write.wait():
+                if gone := agreed(self._lost(), self._group):
+                    raise gone  # whose the folder is now may be writing under that very name
                 raise _unwritten(partial, fault)
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ from spell_megatron.types import SpellError
 logger = logging.getLogger(__name__)
 
 _TAIL = 1 << 20
-_taken: dict[Path, str] = {}
+_left: dict[Path, SpellError] = {}
 
 
 class RunLockedError(SpellError):
@@ -42,22 +42,22 @@ class RunLockedError(SpellError):
     exit_code = 2  # another attempt would end alike
 
 
-def leave(run: Path, why: str) -> None:
-    """From here on this process writes nothing in a run's folder: another one may be at work there."""
-    _taken[run] = why
+def leave(run: Path, why: SpellError) -> None:
+    """From here on this process writes no record and no model in a run's folder: another one may be at work there."""
+    _left[run] = why
 
 
 def enter(run: Path) -> None:
     """A run's folder is this process' again."""
-    _taken.pop(run, None)
+    _left.pop(run, None)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the faults of a file system into one clear message. Raises RunLockedError where a run was to be left."""
-    for run, why in _taken.items():
+    """Turn the faults of a file system into one clear message. Raises why a run was to be left, if it was."""
+    for run, why in _left.items():
         if path.is_relative_to(run):
-            raise RunLockedError(why)
+            raise why
     try:
         yield
     except OSError as error:
@@ -192,9 +192,11 @@ class JsonLines:
 
     def close(self) -> None:
         if self._file is not None:
-            self.sync()
-            self._file.close()
-            self._file = None
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+                self._file = None
 
     def _opened(self) -> BinaryIO:
         if self._file is None:

@@ -6,7 +6,9 @@ run's by then (`record/stale.py`).
 
 from __future__ import annotations
 
-from spell_megatron.run.record.folder import JsonLines, RunFolder, read_lines
+import json
+
+from spell_megatron.run.record.folder import JsonLines, RunFolder, read_lines, replace_text
 from spell_megatron.selfplay.episode import Episode
 
 
@@ -24,6 +26,13 @@ class Journal:
     def read(self) -> list[Episode]:
         """Episodes in the order of their completion; one that was cut short is dropped with a warning."""
         return [Episode.from_dict(row) for row in read_lines(self.path)]
+
+    def forget(self, outcome: str) -> None:
+        """Have the episodes that ended so asked anew."""
+        rows = list(read_lines(self.path))
+        kept = [row for row in rows if row.get("outcome") != outcome]
+        if len(kept) < len(rows):
+            replace_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def sync(self) -> None:
         self._lines.sync()

@@ -21,11 +21,13 @@ from pathlib import Path
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from spell_megatron.run.record.folder import RunLockedError, enter, leave, replace_text, writing
+from spell_megatron.types import SpellError
 
 LEASE_SECONDS = 60.0
 """A holder on another machine that is not heard of for so long is gone."""
 _MARGIN = 15.0
 _LARGEST = 4096
+_UNTOUCHED = "refresh-failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +71,19 @@ class RunLock:
     """A lock that is held. `lost` says how it was lost, if it was; `on_loss` is told, from a thread of its own."""
 
     def __init__(self, run: Path, on_loss: Callable[[], object]) -> None:
-        self._run, self._on_loss, self._lost = run, on_loss, ""
+        self._run, self._on_loss = run, on_loss
+        self._lost: SpellError | None = None
 
-    def lost(self) -> RunLockedError | None:
-        return RunLockedError(self._lost) if self._lost else None
+    def lost(self) -> SpellError | None:
+        return self._lost
 
     def lose(self, how: LeaseCompromise) -> None:
-        self._lost = (
+        said = (
             f"the lock of {self._run} is lost ({how.reason}): another process may have gone on with this run;"
-            " nothing more is written by this one"
+            " no more records, checkpoints or models are written by this one"
         )
+        # Where it could not be touched for a while, another attempt may well go on.
+        self._lost = SpellError(said) if how.reason == _UNTOUCHED else RunLockedError(said)
         leave(self._run, self._lost)
         self._on_loss()
 
@@ -91,10 +96,10 @@ def locked(run: Path, on_loss: Callable[[], object] = lambda: None) -> Iterator[
     to be written in the folder raises it.
     """
     held, me, name = RunLock(run, on_loss), Holder.here(), run / "LOCK.json"
-    enter(run)
     lease = SoftFileLease(
         run / "LOCK", lease_duration=LEASE_SECONDS, on_compromise=held.lose, thread_local=False
     )
+    enter(run)
     with writing(run / "LOCK"):
         try:
             lease.acquire(timeout=0)

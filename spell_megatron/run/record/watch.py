@@ -142,7 +142,8 @@ def application(watched: Watched, secret: str, hosts: Sequence[str]) -> Starlett
 
 
 def names_of(host: str) -> list[str]:
-    """What stands in the address of a page that is served at `host`: of all of this machine's, its names and theirs."""
+    """What stands in the address of a page that is served at `host`: where that is all addresses, the machine's names
+    and what they stand for."""
     if host not in ("0.0.0.0", "::"):
         return [_literal(host)]
     name = socket.gethostname()

@@ -31,10 +31,10 @@ def math_equal(prediction: str, reference: str) -> bool:
     small, large = sorted((abs(p), abs(r)))
     if any(small > 0 and abs(small * scale - large) <= TOLERANCE * large for scale in SCALES):
         return True
-    return _ceil(small) == _ceil(large) or abs(p - r) <= TOLERANCE * abs(r)
+    return rounded_up(small) == rounded_up(large) or abs(p - r) <= TOLERANCE * abs(r)
 
 
-def _ceil(number: float) -> float:
+def rounded_up(number: float) -> float:
     """Rounded up to 3 decimals; numbers too large to have decimals stay as they are."""
     return math.ceil(number * 1000) / 1000 if number < 1e12 else number
 

@@ -95,7 +95,7 @@ def _ranks(config: Config) -> int:
 def _traffic(
     config: Config, shape: ModelShape, world: WorldShape, parts: list[StageParameters], deal: Deal
 ) -> Traffic:
-    per_node = config.cluster.gpus_per_node
+    per_node = world.size // config.cluster.nodes
     return step_traffic(shape, config.policy, world, parts, deal.tokens, deal.rows, per_node)
 
 

@@ -36,8 +36,13 @@ def _unplanned(config: Config) -> dict[str, bool]:
     measured = heldout.every and (heldout.questions or heldout.benchmarks)
     return {
         f"policy.fp8={policy.fp8}; products take time and memory as in bfloat16": policy.fp8 != "off",
+        "policy.dtype=float32, its attention's blocks of scores": policy.dtype == "float32",
+        "policy.spec=te with policy.dtype=float32; products take time as by torch": (
+            policy.spec == "te" and policy.dtype == "float32"
+        ),
         "policy.router_replay, the way of its choices to the trainer's GPUs": policy.router_replay,
         "policy.deterministic, its slower kernels": policy.deterministic,
+        "selfplay.beyond.stages; documents have their full length": bool(play.beyond.stages),
         "selfplay.beyond.answerability, its responses": play.beyond.answerability is not None,
         "selfplay.external_judge, the wait for its verdicts": bool(play.external_judge.url),
         "selfplay.static_questions; a questioner asks them": play.static_questions,

@@ -25,9 +25,8 @@ def plan_all(configs: Sequence[Config], assumed: Assumptions | None = None) -> l
     assumed = assumed or Assumptions()
     drafts = [estimate(config, assumed) for config in configs]
     jobs = [
-        Build(draft.config.policy, architecture(model.path), draft.world.size, model.families)
-        for draft in drafts
-        for model in (draft.config.model,)
+        Build(config.policy, architecture(config.model.path), draft.world.size, config.model.families)
+        for config, draft in zip(configs, drafts, strict=True)
     ]
     plans = []
     for draft, rehearsal in zip(drafts, rehearse(jobs), strict=True):

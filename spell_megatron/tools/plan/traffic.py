@@ -102,7 +102,7 @@ def link_seconds(
         "context parallelism": traffic.context / rate(layout.tensor * layout.context),
         "experts' exchange": traffic.expert
         / rate(layout.expert * layout.expert_tensor)
-        / (assumed.exchange_efficiency if _by_nccl(policy, config.cluster.gpus_per_node) else 1.0),
+        / (assumed.exchange_efficiency if _by_nccl(policy, per_node) else 1.0),
         "pipeline's sends": traffic.pipeline / rate(world.size),
         "gradients' reduction": traffic.data / rate(world.size) * (0.2 if policy.optimizer.overlap else 1.0),
     }

@@ -6,7 +6,6 @@ Products take operations over a kernel's rate; all else that a GPU does takes th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from spell_megatron.config import Config, PolicyConfig
@@ -15,7 +14,15 @@ from spell_megatron.tools.plan.activations import FullStream, layer_bytes
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.parameters import StageParameters, width
 from spell_megatron.tools.plan.traffic import Traffic, link_seconds
-from spell_megatron.tools.plan.workload import SCORING, PassCount, Work, head_work, passes, scorings
+from spell_megatron.tools.plan.workload import (
+    SCORING,
+    PassCount,
+    Work,
+    head_backward,
+    head_work,
+    passes,
+    scorings,
+)
 from spell_megatron.weights.shape import ModelShape
 
 
@@ -68,7 +75,9 @@ class _Rates:
 
     @classmethod
     def of(cls, policy: PolicyConfig, assumed: Assumptions) -> _Rates:
-        if policy.dtype == "float32":  # no flash kernel, and no tensor core: `policy/kernels/plain.py`
+        if (
+            policy.dtype == "float32"
+        ):  # no flash kernel, and by torch no tensor core: `policy/kernels/plain.py`
             return cls(*[assumed.float32_rate] * 4)
         experts = assumed.grouped_rate if policy.prefers_te else assumed.looped_rate
         if policy.attention == "fa2":
@@ -92,11 +101,9 @@ def _products(
         + back[kind] * count.backward
         for kind in there
     }
-    # The backward pass computes a stream's logits again, but for the last chunk's (`policy/head.py`).
-    chunk, of_stream = config.policy.head_chunk, rows / config.policy.layout.context / microbatches
-    again = (math.ceil(of_stream / chunk) - 1) * chunk / of_stream
+    back_passes = head_backward(rows / config.policy.layout.context / microbatches, config.policy.head_chunk)
     head = head_work(shape, rows) / _Rates.of(config.policy, assumed).dense / world.model
-    return {**seconds, "head's products": head * (1 + count.backward * (2 + again))}
+    return {**seconds, "head's products": head * (1 + count.backward * back_passes)}
 
 
 def _passes_once(

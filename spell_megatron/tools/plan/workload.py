@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -144,6 +145,12 @@ def scorings(policy: PolicyConfig) -> int:
 def head_work(shape: ModelShape, rows: float) -> float:
     """Operations of projecting hidden states to logits."""
     return 2 * rows * shape.hidden * shape.vocab
+
+
+def head_backward(rows: float, chunk: int) -> float:
+    """What the backward pass of so many rows multiplies, in forward passes: two, and the logits of all chunks but the
+    last again (`policy/head.py`)."""
+    return 2 + (math.ceil(rows / chunk) - 1) * chunk / rows
 
 
 def forward_work(shape: ModelShape, tokens: float, pairs: float, head_rows: float) -> Work:
