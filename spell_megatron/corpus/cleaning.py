@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import zlib
+from functools import cache
 from hashlib import blake2b
 
 import numpy as np
@@ -34,8 +35,16 @@ _WORD = re.compile(rf"[{TOGETHER}]|[^\s{TOGETHER}]+")
 def folded(text: str) -> str:
     """The same for texts that look alike but for case: composed, of one width, without what is invisible."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
+        text = unicodedata.normalize("NFKC", _marks().sub(r"\1", _INVISIBLE.sub("", text)))
     return text.casefold()
+
+
+@cache
+def _marks() -> re.Pattern[str]:
+    """Thirty marks on one letter and more: no language writes so many, and sorting them takes the square of their
+    number (Unicode Standard Annex 15, "stream-safe")."""
+    marks = "".join(char for char in map(chr, range(0x300, 0x20000)) if unicodedata.combining(char))
+    return re.compile(f"([{marks}]{{30}})[{marks}]+")
 
 
 def split_words(text: str) -> list[str]:

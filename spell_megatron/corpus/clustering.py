@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -114,15 +113,13 @@ def similar(block: list[tuple[int, int, str]], budget: int, limit: int) -> Itera
 
 def _vectors(texts: Iterable[str]) -> np.ndarray:
     """Unit TF-IDF vectors [documents, 256], words hashed (Weinberger et al. 2009)."""
-    counts = [Counter(zlib.crc32(word.encode()) for word in _words(text)) for text in texts]
+    counts = [_counted(text) for text in texts]
     frequency = np.zeros(_BUCKETS)
-    for words in counts:
-        frequency[[word % _BUCKETS for word in words]] += 1
+    for hashes, _ in counts:
+        frequency[hashes % _BUCKETS] += 1
     weight = np.log((1 + len(counts)) / (1 + frequency))
     vectors = np.zeros((len(counts), _DIMENSIONS), dtype=np.float32)
-    for row, words in zip(vectors, counts, strict=True):
-        hashes = np.fromiter(words.keys(), dtype=np.int64, count=len(words))
-        times = np.fromiter(words.values(), dtype=np.float64, count=len(words))
+    for row, (hashes, times) in zip(vectors, counts, strict=True):
         signs = np.where(hashes >> 31, 1.0, -1.0)
         np.add.at(row, (hashes >> 16) % _DIMENSIONS, signs * (1 + np.log(times)) * weight[hashes % _BUCKETS])
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -130,6 +127,9 @@ def _vectors(texts: Iterable[str]) -> np.ndarray:
     return unit
 
 
-def _words(text: str) -> Iterator[str]:
-    for match in _WORD.finditer(folded(text[:_READ_CHARACTERS])):
-        yield match[1] or match[0]
+def _counted(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of a text's words, and how often each is there: uint32 and int64 [words]."""
+    words = (match[1] or match[0] for match in _WORD.finditer(folded(text[:_READ_CHARACTERS])))
+    return np.unique(
+        np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint32), return_counts=True
+    )

@@ -147,9 +147,8 @@ class Driver:
         self.live.begin(step, self.settings.selfplay.questions)
         with self.phase("play"):
             played = self._plays.play(step)
-        return (
-            None if self._stop.asked else played
-        )  # one that had run ahead to its end is not begun to train on
+        # After a stop one that had run ahead to its end is not begun to train on.
+        return None if self._stop.asked else played
 
     def rewind(self, state: dict[str, Any]) -> None:
         """Have a play that broke off begin again, from a `Played.state`; its finished episodes are on disk."""

@@ -5,8 +5,8 @@ the four operations, powers, roots and brackets, and the result is a finite floa
 ranges, quarters and ordinals are no numbers.
 
 Signs of currency, percent and "thousand", "million", "billion" are read and carry no factor: numeric equality holds
-up to the factors that they stand for (see `tasks.number.math_equal`). Other words of scale carry what is beyond one
-of these: "1.5 trillion" is 1500.
+up to the factors that they stand for (see `tasks.number.math_equal`). Of other words of scale a part is left
+(`reading.notation`): "1.5 trillion" is 1500.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ _OTHER = re.compile(
     re.IGNORECASE,
 )
 """Between a number and one more."""
-_NAMED = re.compile(r"^(?:[A-Za-z]\w{0,20} ?=|[( ]*(?:1[5-9]|2[01])\d\d ?: (?=[-+( ]*\.?\d))")
-"""What a number is of: "x = 42", "2019: 42"."""
+_NAMED = re.compile(
+    r"^(?:[A-Za-z]\w{0,20} ?=|[( ]*(?:1[5-9]|2[01])\d\d ?: (?=[-+( ]*\.?\d[\d.,e ]*[^\d]{0,40}$))"
+)
+"""What a number is of: "x = 42", "2019: 42 tonnes". With more numbers behind it a year may be one of them."""
+_PRICE = re.compile(r"[\s(*]*[$£€¥]")
 _RATIO = re.compile(r"\d : $")
 _MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
 _YEARS = range(1500, 2200)
@@ -61,18 +64,16 @@ def is_calculation(text: str) -> bool:
 def first(statement: str) -> str | None:
     """The number with which a statement begins, or that it gives behind its last colon or equals sign."""
     for part in (statement, *_last_sides(statement)):
-        text, named = _NAMED.subn("", tidy(part[: 2 * _LONGEST]))
+        text = tidy(part[: 2 * _LONGEST])
+        text = text if _PRICE.match(part) else _NAMED.sub("", text)
         run = next(_runs(text), None)
         begins = run is not None and text.lstrip(" (=").startswith(run.lstrip(" (="))
         behind = text.partition(run)[2] if run is not None else ""
         if run is not None and begins and not _PRECISION.match(behind):
             number = _last_side(run)
             value = _value(number)
-            if value is not None:
-                if not _is_doubted(value, behind):
-                    return number
-                if named:  # "2019: 42; 2020: 43"
-                    return None
+            if value is not None and not _is_doubted(value, behind):
+                return number
     return None
 
 

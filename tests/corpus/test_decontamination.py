@@ -18,7 +18,7 @@ import pytest
 from spell_megatron.base.terminal import Terminal
 from spell_megatron.config import ConfigError, CorpusConfig, SourceConfig, load_config
 from spell_megatron.corpus import ClusterSampler, survey
-from spell_megatron.corpus.cleaning import fingerprint, sketch
+from spell_megatron.corpus.cleaning import fingerprint, sketch, split_words
 from spell_megatron.corpus.decontamination import SHINGLE, Benchmarks
 from spell_megatron.corpus.survey import meant
 from spell_megatron.types import SpellError
@@ -211,3 +211,10 @@ def test_benchmarks_that_hold_nothing_are_an_error(tmp_path: Path):
         Benchmarks([str(tmp_path)])
     with pytest.raises(ConfigError, match=r"did you mean 'corpus\.benchmarks'"):
         load_config("paper-16k", ["corpus.benchmark=x"])
+
+
+def test_marks_upon_marks_are_cut() -> None:
+    """Sorting them would take the square of their number, and a few of them are enough for any language."""
+    [word] = split_words("a" + "\u0301\u0316" * 200_000)
+    assert len(word) < 40
+    assert split_words("Vie\u0323\u0302t") == split_words("Việt")

@@ -65,10 +65,15 @@ def html_page(file: BufferedReader, name: str, source: SourceConfig, skipped: Sk
 
 def _drop_forms(page: HtmlElement) -> None:
     """A form is furniture, unless it is most of the page: some servers wrap every page in one."""
-    whole = len(page.text_content())
+    whole = _letters(page)
     for form in page.xpath("//form"):
-        if form.getparent() is not None and 2 * len(form.text_content()) < whole:
+        if form.getparent() is not None and 2 * _letters(form) < whole:
             form.drop_tree()
+
+
+def _letters(part: HtmlElement) -> int:
+    """Characters of a part's text, without the blanks that its markup stands apart by."""
+    return sum(map(len, part.text_content().split()))
 
 
 def _narrow(page: HtmlElement) -> None:

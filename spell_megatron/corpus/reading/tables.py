@@ -28,7 +28,7 @@ ROW_BYTES = 64 << 20
 _AT_ONCE = 16 << 20
 """Bytes of rows that are unpacked together, about."""
 _BOM = b"\xef\xbb\xbf"
-_MARGIN = b" \t\r\n" + _BOM
+_MARGIN = b" \t\r\n\v\f" + _BOM
 
 _CELL_BYTES = 16 << 20
 """Bytes of CSV read at once: its parser takes four for each."""

@@ -2,8 +2,9 @@
 
 What is left is for the grammar of `selfplay.numbers`. Groups of digits may stand apart by commas, blanks of any
 width, apostrophes, underscores or points (two and more, or with a decimal comma behind them); a lone comma that
-groups nothing is a decimal one. Words of scale leave what they say beyond the factors that numeric equality allows
-(`tasks.number.SCALES`): 5 million is 5, 5 trillion 5e3, and 5万, fifty thousand, 5e1.
+groups nothing is a decimal one. Words of scale leave so much that both the bare figure and the number written out are
+within a factor that numeric equality allows (`tasks.number.SCALES`): 5 million is 5, 5 trillion 5e3, and 5万, fifty
+thousand, 5e2.
 """
 
 from __future__ import annotations
@@ -37,14 +38,17 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 ZEROS = {
-    **{"thousand": 3, "million": 6, "billion": 9, "trillion": 12, "lakh": 5, "crore": 7},
+    **{"thousand": 3, "million": 6, "billion": 9, "trillion": 12, "lakh crore": 12, "lakh": 5, "crore": 7},
     **{"万亿": 12, "万": 4, "萬": 4, "亿": 8, "億": 8},
 }
 """Of the powers of ten that words of scale stand for."""
-SCALE = rf"(?P<scale>{'|'.join(ZEROS)})s?(?![a-z])"
+_LEFT = {12: 3, 8: 2, 5: 2, 4: 2}
+"""Zeros that stay in the number; none of 7, which is no product of two factors: the bare figure counts."""
+SCALE = rf"(?P<scale>(?ai:{'|'.join(ZEROS)}))s?(?![a-z])"
 _SCALED = re.compile(
-    rf"(?P<sign>[/^*] ?)?(?<![\d.e])(?P<number>\d+(?:\.\d+)?|\.\d+)(?P<close>[\s)\]}}$*_-]{{0,8}}){SCALE}"
-    r"(?P<another>\s*[$£€¥]?(?=\d))?",
+    r"(?P<sign>(?:(?<=\d)|(?<=\d ))/ ?|[\^*] ?)?(?<![\d.e])(?P<number>\d+(?:\.\d+)?|\.\d+)"
+    rf"(?P<close>[\s~)\]}}$*_-]{{0,8}}){SCALE}"
+    rf"(?P<another>\s*[$£€¥]?(?=\d[\d.,]*\s*(?:(?ai:{'|'.join(ZEROS)})|\W*$)))?",
     re.IGNORECASE,
 )
 _SIGNS = re.compile(r"[$£€¥₹₩₽%‰°~{}\[\]\"\u201c\u201d\u00ab\u00bb]|\\")
@@ -71,13 +75,13 @@ _DATES = re.compile(
     r"|\b(?:[QqHh][1-4]|[1-4][QqHh]|FY|CY)[ -]?'?(?:\d{4}|\d\d)?\b"  # Q3, 2H 2020, FY19
     r"|\b(?:quarter|half|year|years)(?: of)?(?: fiscal)?(?: year)? \d{4}\b"
     r"|\b\d+(?:st|nd|rd|th)\b"
-    r"|\d+(?::\d+| : \d+)+"  # 12:30, 3 : 1
+    r"|(?<![\d.])(?!(?:1[5-9]|2[01])\d\d : )\d+(?:\.\d+)?(?:(?::| : )\d+(?:\.\d+)?)+"  # 12:30, 3.5 : 1
     r"|(?<![\d.-])\d+(?:-\d+){2,}(?![\d.])"  # 555-12-34
 )
 DATE = "\u00a7"
 """Stands for one of them: neither a number nor nothing."""
 _FUNCTIONS = re.compile(
-    r"(?<![a-z])(?:log|ln|lg|exp|sin|cos|tan)(?: ?_ ?\d+|\d+)?(?=\s*[(\d])", re.IGNORECASE
+    r"(?<![a-z])(?:log|ln|lg|exp|sin|cos|tan)(?: ?_ ?\d++|\d++)?+(?=\s*[(\d])", re.IGNORECASE
 )
 """Whose value is not that of what they are of."""
 
@@ -100,11 +104,10 @@ def tidy(text: str) -> str:
 
 def _scaled(match: re.Match[str]) -> str:
     """A number without its word of scale. One more behind it is another number, since "1 million 200" is neither."""
-    zeros = ZEROS[match["scale"].lower()]
     sign, number, close = match["sign"] or "", match["number"], match["close"]
-    if beyond := zeros - min(zeros // 3 * 3, 9):
+    if left := _LEFT.get(ZEROS[match["scale"].lower()]):
         close = ")" * close.count(")")
-        close = f"{close}*1e{beyond}" if sign or close else f"e{beyond}"  # 1/2 trillion, 3-5 trillion
+        close = f"{close}*1e{left}" if sign or close else f"e{left}"  # 1/2 trillion, 3-5 trillion
     return f"{sign}{number}{close}{' and ' if match['another'] is not None else ' '}"
 
 
