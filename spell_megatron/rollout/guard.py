@@ -29,7 +29,7 @@ import sys
 import time
 from pathlib import Path
 
-GRACE_SECONDS, CLEANING_SECONDS = 5.0, 2.0
+GRACE_SECONDS, CLEANING_SECONDS = 5.0, 10.0
 LOG_BYTES, LOOK_SECONDS = 32 << 20, 5.0
 """The most of a log, and how often it is looked at."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
