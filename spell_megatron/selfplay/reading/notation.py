@@ -44,11 +44,12 @@ ZEROS = {
 """Of the powers of ten that words of scale stand for."""
 _LEFT = {12: 3, 8: 2, 5: 2, 4: 2}
 """Zeros that stay in the number; none of 7, which is no product of two factors: the bare figure counts."""
-SCALE = rf"(?P<scale>(?ai:{'|'.join(ZEROS)}))s?(?![a-z])"
+_SCALES = rf"(?ai:{'|'.join(ZEROS)})"
+SCALE = rf"(?P<scale>{_SCALES})s?(?![a-z])"
 _SCALED = re.compile(
     r"(?P<sign>(?:(?<=\d)|(?<=\d ))/ ?|[\^*] ?)?(?<![\d.e])(?P<number>\d+(?:\.\d+)?|\.\d+)"
     rf"(?P<close>[\s~)\]}}$*_-]{{0,8}}){SCALE}"
-    rf"(?P<another>\s*[$£€¥]?(?=\d[\d.,]*\s*(?:(?ai:{'|'.join(ZEROS)})|\W*$)))?",
+    rf"(?P<another>\s*[$£€¥]?(?=\d[\d.,]*\s*(?:{_SCALES}|\W*$)))?",
     re.IGNORECASE,
 )
 _SIGNS = re.compile(r"[$£€¥₹₩₽%‰°~{}\[\]\"\u201c\u201d\u00ab\u00bb]|\\")

@@ -75,9 +75,7 @@ class _Rates:
 
     @classmethod
     def of(cls, policy: PolicyConfig, assumed: Assumptions) -> _Rates:
-        if (
-            policy.dtype == "float32"
-        ):  # no flash kernel, and by torch no tensor core: `policy/kernels/plain.py`
+        if policy.dtype == "float32":  # by torch without tensor cores: `policy/kernels/plain.py`
             return cls(*[assumed.float32_rate] * 4)
         experts = assumed.grouped_rate if policy.prefers_te else assumed.looped_rate
         if policy.attention == "fa2":
