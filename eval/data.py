@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import json
-import re
 import sys
 import zipfile
 from collections import Counter
@@ -23,6 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from spell_megatron.base.files import has_halves
 from spell_megatron.types import SpellError
 
 Row = dict[str, Any]
@@ -31,8 +31,6 @@ MANIFEST = "manifest.json"
 KINDS = (".json", ".jsonl", ".parquet", ".tsv", ".csv")
 ARCHIVES = (".zip",)
 NOT_UTF8 = "not UTF-8"
-_BROKEN = re.compile("[\ud800-\udfff]")
-"""Half characters: bytes that are not UTF-8 are read as such."""
 
 
 class BadRow(Exception):
@@ -172,8 +170,8 @@ class Data:
 
 
 def broken(value: object) -> bool:
-    """Whether a JSON value holds half characters, which no tokenizer takes."""
-    return bool(_BROKEN.search(json.dumps(value, ensure_ascii=False)))
+    """Whether a JSON value holds half characters, as which bytes that are not UTF-8 are read, too."""
+    return has_halves(json.dumps(value, ensure_ascii=False))
 
 
 def text(row: Row, *names: str) -> str:

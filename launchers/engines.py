@@ -18,12 +18,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 
 from spell_megatron.base.ownership import private
-from spell_megatron.base.rendezvous import own_address
+from spell_megatron.base.rendezvous import is_loopback, own_address
 from spell_megatron.base.secret import read_secret
 from spell_megatron.base.terminal import log_to_stderr
 from spell_megatron.config import Config, ServersConfig, load_config
@@ -101,7 +100,7 @@ def _reached(host: str) -> str:
     """Where servers listen: under the node's own name, or, where that stands for 127.0.1.1 in its /etc/hosts, at the
     address that faces the trainer."""
     with suppress(OSError):
-        if ip_address(socket.getaddrinfo(host, None)[0][4][0]).is_loopback:
+        if is_loopback(host):
             return own_address(os.environ.get("MASTER_ADDR", host))
     return host
 

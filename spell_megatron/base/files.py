@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spell_megatron.types import SpellError
+
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -22,6 +25,11 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SpellError(f"{path} holds {type(value).__name__}, expected a JSON object")
     return value
+
+
+def has_halves(text: str) -> bool:
+    """Whether a text has half characters, which JSON can spell and no tokenizer takes."""
+    return _HALVES.search(text) is not None
 
 
 def hf_config(folder: Path) -> dict[str, Any]:

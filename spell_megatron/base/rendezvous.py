@@ -186,11 +186,20 @@ def _told(pipe: int, seconds: float) -> int:
     return int.from_bytes(told, "big")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name stands for an address where no other machine can come."""
+    return ip_address(_address(host).partition("%")[0]).is_loopback
+
+
+def _address(host: str) -> str:
+    return str(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4][0])
+
+
 def _interface(host: str, size: int) -> str:
     """The address to listen on for ranks that look for `host`."""
-    found = str(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4][0])
+    found = _address(host)
     named = host not in (found, "localhost")
-    if named and ip_address(found.partition("%")[0]).is_loopback and not all_here(size):
+    if named and is_loopback(host) and not all_here(size):
         _log.warning(
             "%s stands for %s on this node (/etc/hosts), where others cannot come: the ranks' store listens on all"
             " interfaces",

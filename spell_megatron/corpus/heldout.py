@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.base.files import has_halves
 from spell_megatron.config import HeldOutConfig
 from spell_megatron.corpus.worlds import WORLDS
 from spell_megatron.types import Cluster, Document, Question, SpellError
-
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 def load_heldout(settings: HeldOutConfig) -> list[tuple[Cluster, Question]]:
@@ -75,7 +73,7 @@ def _text(value: Any, what: str) -> str:
     )
     if not text.strip():
         raise ValueError(f"{what} is empty")
-    if _HALF.search(text):
+    if has_halves(text):
         raise ValueError(f"{what} has half a character: {text!r}")
     return text
 

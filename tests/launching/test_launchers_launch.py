@@ -845,7 +845,9 @@ def test_a_server_that_ends_while_there_is_no_room_is_started_when_there_is(
 def test_servers_listen_where_the_trainer_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's /etc/hosts gives a machine's own name 127.0.1.1."""
     names = {"n7": "127.0.1.1", "n8": "10.1.2.8"}
-    monkeypatch.setattr(engines.socket, "getaddrinfo", lambda host, port: [(0, 0, 0, "", (names[host], 0))])
+    monkeypatch.setattr(
+        engines.socket, "getaddrinfo", lambda host, port, **_: [(0, 0, 0, "", (names[host], 0))]
+    )
     monkeypatch.setattr(engines, "own_address", lambda host: f"facing {host}")
     monkeypatch.setenv("MASTER_ADDR", "n1")
     assert engines._reached("n7") == "facing n1"
