@@ -88,7 +88,7 @@ def _write(job: PreparedRun) -> str:
     try:
         with (
             _apart(),
-            nemo_run.Experiment(
+            _Experiment(
                 "job",
                 id="job_1",
                 base_dir=str(work),
@@ -138,16 +138,28 @@ def _placed(nodes: range, tasks: int) -> list[str]:
     ]
 
 
+class _Experiment(nemo_run.Experiment):
+    """One that takes no handler from the log when it is collected, whenever that is; `__exit__` has cleaned up."""
+
+    def __del__(self) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
-    """Keep nemo-run off standard output, which is the script's, and off standard input, which it reads."""
-    stdin = sys.stdin
+    """Keep nemo-run off standard output, which is the script's, and off standard input, which it reads.
+
+    And off the handlers of the log, which it closes to put its own in their place.
+    """
+    stdin, root = sys.stdin, logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     with Path(os.devnull).open(encoding="utf-8") as nothing, contextlib.redirect_stdout(sys.stderr):
-        sys.stdin = nothing
+        sys.stdin, root.handlers = nothing, []
         try:
             yield
         finally:
-            sys.stdin = stdin
+            sys.stdin, root.handlers = stdin, handlers
+            root.setLevel(level)
 
 
 def _headers(profile: Profile) -> dict[str, str | bool]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -445,6 +447,16 @@ class TestSbatch:
         return {
             name: " ".join(shlex.split(value)) for name, _, value in (line.partition("=") for line in lines)
         }
+
+    def test_the_log_is_left_alone(self, job: PreparedRun, caplog: pytest.LogCaptureFixture) -> None:
+        """nemo-run takes the root's handlers for its own, and one more when its experiment is collected."""
+        root = logging.getLogger()
+        before, level = root.handlers[:], root.level
+        self.written(job)
+        gc.collect()
+        assert (root.handlers, root.level) == (before, level)
+        root.warning("heard")
+        assert caplog.messages == ["heard"]
 
     def test_headers_say_what_the_profile_says(self, job: PreparedRun) -> None:
         assert self.headers(self.written(job)) == {
