@@ -32,6 +32,7 @@ from benchmarks.real import command
 from benchmarks.smollm2 import convert
 from spell_megatron.base.files import read_object, replace_text
 from spell_megatron.base.outputs import new_folder
+from spell_megatron.base.pulse import working
 from spell_megatron.config import dump_config, load_config
 from spell_megatron.corpus import ClusterSampler
 from spell_megatron.corpus.demonstrations import CLEAN, Mix
@@ -68,7 +69,7 @@ _EXAM = (
 def taught(model: Path, out: Path) -> Path:
     """The model that knows the roles' form, in the folder `out`."""
     if not out.is_dir():
-        with new_folder(out, "model") as made:
+        with new_folder(out, "model") as made, working("teaching the model form"):
             teach(model, made, lessons(ChatTokenizer.load(model)), FORM)
     return out
 
@@ -109,7 +110,7 @@ def examined(name: str, model: Path, other: Path, work: Path) -> dict[str, Any]:
         config = load_config(_RECIPE, keys)
         folder = RunFolder.create(config.runs, config.name)
         folder.save_config(dump_config(config))
-        with ExitStack() as stack:
+        with ExitStack() as stack, working(f"examining the model {name}"):
             driver = Driver(config, folder, model.resolve(), stack, backend.here(config, 1), stop=Stop())
             driver.begin(0)
             reading = driver.measure(0)

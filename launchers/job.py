@@ -21,7 +21,8 @@ from spell_megatron.corpus.worlds import WORLDS
 from spell_megatron.run.record.folder import RunFolder
 from spell_megatron.selfplay.prompts import STYLES
 
-TRAINER = ("-m", "spell_megatron.tools.cli", "resume")
+COMMAND = ("-m", "spell_megatron.tools.cli")
+TRAINER = (*COMMAND, "resume")
 ENGINES = ("-m", "launchers.engines")
 REQUEUED = "requeued-"
 """Begins the name of an empty file in `logs`, one for each attempt that sent itself back to the queue."""

@@ -51,8 +51,8 @@ class SourceConfig:
     """Documents of one kind, and what is asked about them."""
 
     path: Location = "toy"
-    """`toy`, `hard` or `hard-small` (generated worlds), a folder of text, a .jsonl or .parquet file, or a hub id
-    `org/name`."""
+    """`toy`, `hard` or `hard-small` (generated worlds), a folder or a file of texts or rows (docs/corpora.md has the
+    types), or a hub id `org/name`, `org/name:pattern`."""
     domain: str = ""
     """Name of the domain in metrics; the path's last part where empty."""
     tasks: tuple[TaskName, ...] = ("doc_general_qa", "docmath_qa", "doc_mc")
@@ -260,8 +260,8 @@ class ServersConfig:
     """A fleet of vLLM servers instead of the engine inside the trainer's process."""
 
     count: int = Field(default=0, ge=0)
-    """Servers started on this node; 0 (and no `urls`) keeps the engine in the trainer's process, or starts one
-    where that cannot be: with several ranks, or `selfplay.max_staleness` above 0."""
+    """Servers started on each node of the trainer; 0 (and no `urls`) keeps the engine in the trainer's process, or
+    starts one where that cannot be: with several ranks, or `selfplay.max_staleness` above 0."""
     urls: tuple[str, ...] = ()
     """Servers that somebody else started, besides."""
     secret_file: Location = ""
@@ -269,7 +269,8 @@ class ServersConfig:
     tensor: int = Field(default=1, gt=0)
     """Tensor-parallel size of each started server."""
     host: str = "127.0.0.1"
-    """Address that started servers, and the trainer's end of a transfer, listen on."""
+    """Address that servers which `launch` starts on other nodes, and the trainer's end of a transfer, listen on; the
+    trainer's own servers have a Unix socket."""
     transfer: Literal["auto", "gloo", "nccl", "ipc", "shm"] = "auto"
     """How weights travel. From every rank to the engines on its own device: `ipc` on a GPU, `shm` on a CPU. From rank 0
     to engines anywhere: `nccl` between GPUs, `gloo` between CPUs."""
@@ -433,14 +434,14 @@ class PolicyConfig:
     deterministic: bool = False
     """Bit-equal results on a GPU too, and so of a resumed run; slower. A CPU's always are."""
     recompute: Literal["none", "all_but_attention", "full"] = "none"
-    """What a layer computes again in the backward pass, from its input. `all_but_attention` keeps what its queries got
-    besides, a tensor as large as the input: the longer a stream, the more of the fourth pass it saves."""
+    """What a layer computes again in the backward pass, from its input. `all_but_attention` also keeps
+    attention's output, a tensor as large as the input: the longer a stream, the more time it saves."""
     recompute_layers: int | None = Field(default=None, ge=1)
-    """Of how many layers of a pipeline stage (of a chunk, where it has several) that is, the first ones; of all by
-    default. The others keep what they compute: as many as memory allows."""
+    """Layers of a pipeline stage (of a chunk, where it has several) that do so, counted from the first; all by default.
+    The others keep what they compute."""
     offload_layers: int = Field(default=0, ge=0)
-    """How many of the others keep it in host memory, one stays at least. What the way there and back takes hides behind
-    the layers between, where there are enough of them and streams are long."""
+    """How many of those others keep it in host memory; at least one keeps it on the GPU. The copies hide behind the
+    layers between them where there are enough of these and streams are long."""
     stream_tokens: int = Field(default=32_768, gt=0)
     """Token budget of one packed stream (microbatch), over all context-parallel ranks."""
     share_prompts: bool = True
@@ -533,7 +534,8 @@ class RecordConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class ClusterConfig:
-    """The machines that a recipe is meant for: read by the planner and the launchers, not by the loop."""
+    """The machines of a run: read by the planner, by the launchers, and for who computes where. A launched run has
+    those that it really got."""
 
     nodes: int = Field(default=1, gt=0)
     """Nodes of the trainer."""

@@ -113,11 +113,13 @@ def _print_json(value: dict[str, Any]) -> None:
 
 @command
 def train(recipe: Recipe, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
-    """Train a recipe: self-play, update, resync, step after step."""
+    """Train a recipe on this machine, on all its GPUs: self-play, update, resync, step after step."""
     listen()  # before torch is imported: its threads inherit the signal mask
+    from launchers.local import take_ranks
     from spell_megatron.config import load_config
 
     config = load_config(recipe, overrides or [])
+    take_ranks(config)
     from eval import live_benchmarks, reward_judge
     from spell_megatron.run.train import train as run
 
@@ -136,6 +138,10 @@ def resume(
     """Go on with a run after its newest whole checkpoint, or another one; later ones are renamed, not removed."""
     origin = _origin(from_, restart)
     listen()
+    from launchers.local import take_ranks
+    from spell_megatron.run.opening import read_run_config
+
+    take_ranks(read_run_config(run, tuple(overrides or [])))
     from eval import live_benchmarks, reward_judge
     from spell_megatron.run.train import resume as go_on
 
@@ -299,7 +305,7 @@ def seed_model(
     seed: Annotated[int, typer.Option(help="Of the weights and the lessons.")] = 0,
     world: Annotated[str, typer.Option(help="toy or hard-small.")] = "toy",
     terms: Annotated[
-        int | None, typer.Option(help="Leave school after so many terms: a less able model.")
+        int | None, typer.Option(help="Stop the warm-up after so many of its stages: a less able model.")
     ] = None,
     debug: Debug = False,
 ) -> None:

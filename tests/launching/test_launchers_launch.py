@@ -766,6 +766,7 @@ def test_without_gpus_there_are_as_many_ranks_as_the_layout_needs(monkeypatch: p
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert local.here(load_config("toy", ["policy.layout={tensor: 2, pipeline: 2}"])).world_size == 4
+    assert local.here(load_config("toy", ["policy.layout={context: 2, expert: 4}"])).world_size == 4
     assert local.here(load_config("toy")).world_size == 1
 
 
@@ -777,6 +778,40 @@ def test_on_this_machine_ranks_take_the_gpus_that_engines_of_their_own_leave(
     servers = "rollout.servers={count: 2, tensor: 2}"
     assert local.here(load_config("toy", [servers])).world_size == 8
     assert local.here(load_config("toy", [servers, "rollout.placement=disaggregated"])).world_size == 4
+
+
+class TestTakeRanks:
+    """`train` and `resume` by hand, where a run takes more than one process."""
+
+    @pytest.fixture
+    def started(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        started: list[list[str]] = []
+        monkeypatch.setattr(os, "execve", lambda path, words, environment: started.append(words))
+        monkeypatch.setattr(sys, "argv", ["spell-megatron", "resume", "a run", "--json"])
+        monkeypatch.delenv("RANK", raising=False)
+        return started
+
+    def test_the_command_is_started_again_as_ranks(self, started: list[list[str]]) -> None:
+        pytest.importorskip("torch")
+        local.take_ranks(load_config("toy", ["policy.layout.tensor=2"]))
+        (words,) = started
+        cli = ["-P", "-m", "spell_megatron.tools.cli", "resume", "a run", "--json"]
+        assert words[1:] == ["-P", "-m", "launchers.ranks", "2", *cli]
+
+    def test_a_rank_and_a_run_of_one_process_go_on(
+        self, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("torch")
+        local.take_ranks(load_config("toy"))
+        monkeypatch.setenv("RANK", "0")
+        local.take_ranks(load_config("toy", ["policy.layout.tensor=2", "cluster.nodes=2"]))
+        assert not started
+
+    def test_several_nodes_are_no_matter_of_one_machine(self, started: list[list[str]]) -> None:
+        for keys in (["cluster.nodes=2"], ["cluster.engine_nodes=1"]):
+            with pytest.raises(ProfileError, match=r"takes \d nodes.*sbatch RUN/job\.sbatch"):
+                local.take_ranks(load_config("toy", keys))
+        assert not started
 
 
 def test_a_local_dryrun_prints_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Rollouts that overlap with training, on a real server: their age, a stop in the middle of a step, and the resume.
 
-The launcher starts two ranks that share every layer; one process goes on.
+`launch` starts two ranks that share every layer, and `resume` as many.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def resumed(stopped: RunFolder) -> tuple[RunFolder, int, int]:
     last = checkpoint(stopped)
     found = {(row["round"], row["index"]) for row in episodes(stopped, last + 1)}
     command = [*CLI, "resume", str(stopped.path), f"steps={last + MORE}"]
-    command += ["policy.layout.tensor=1", "record.mismatch_action=drop"]
+    command += ["record.mismatch_action=drop"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-4000:]
     return stopped, last, len(found)
