@@ -24,6 +24,7 @@ class PartScores:
 
     scores: Sequence[float]
     strata: Sequence[str]
+    complete: bool
 
 
 def averages(results: Sequence[Result]) -> dict[str, dict[str, Figure]]:
@@ -52,6 +53,7 @@ def average(results: Sequence[Result], columns: Columns, limit: int | None) -> F
     scores: list[float] = []
     strata: list[str] = []
     weights: dict[str, float] = {}
+    complete = True
     for parts in columns.values():
         for part in parts:
             if (sample := _part(results, part, limit)) is None:
@@ -60,7 +62,8 @@ def average(results: Sequence[Result], columns: Columns, limit: int | None) -> F
             weights |= {f"{part}:{name}": 1 / (len(columns) * len(parts) * len(names)) for name in names}
             scores += sample.scores
             strata += [f"{part}:{name}" for name in sample.strata]
-    return figure(scores, strata, weights)
+            complete &= sample.complete
+    return figure(scores, strata, weights, complete)
 
 
 def _part(results: Sequence[Result], part: str, limit: int | None) -> PartScores | None:
@@ -74,7 +77,8 @@ def _part(results: Sequence[Result], part: str, limit: int | None) -> PartScores
                 item for item in result.questions if not label or result.labels[item].get(label) == value
             ]
             strata = [_stratum(result.labels[item], macro) for item in chosen]
-            return PartScores([result.questions[item] for item in chosen], strata) if chosen else None
+            scores = [result.questions[item] for item in chosen]
+            return PartScores(scores, strata, result.complete) if chosen else None
     return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eval.averages import average, limits
-from eval.markdown import literal, number, percent, plain, table
+from eval.markdown import literal, marked, number, percent, plain, table
 from eval.paper import SOURCE, Row, Table, rows, tables
 from eval.report import Report
 from eval.statistics import Figure
@@ -34,10 +34,11 @@ class PaperTable:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A report and the paper's rows of its model; `scoring` says how ours were scored."""
+    """A report and the paper's rows of its model; `asked` and `scoring` say how ours came about."""
 
     name: str
     model: str
+    asked: str
     scoring: Sequence[str]
     parts: Sequence[PaperTable]
 
@@ -53,17 +54,28 @@ class Beside:
             }
             for part in self.parts
         ]
-        return plain({"source": SOURCE, "model": self.model, "ours": self.name, "tables": parts})
+        return plain(
+            {
+                "source": SOURCE,
+                "model": self.model,
+                "ours": self.name,
+                "asked": self.asked,
+                "tables": parts,
+            }
+        )
 
     def markdown(self) -> str:
-        lines = [f"# {literal(self.name)} beside {self.model} in the paper ({SOURCE}), protocol paper"]
+        lines = [f"# {literal(self.name)} beside {self.model} in the paper ({SOURCE}), {self.asked}"]
         for part in self.parts:
             at = f" at {part.max_input} tokens of input" if part.max_input else ""
             head = [f"{part.table.name}{at}", *part.table.columns, part.table.average]
             theirs = [[f"{training}, paper", *map(_points, row)] for training, row in part.paper]
-            ours = [self.name, *("–" if mean is None else percent(mean) for mean in part.ours)]
-            gains = ["ours − SPELL", *("–" if gain is None else f"{gain:+.1f}" for gain in part.gains)]
-            lines += ["", *table(head, [*theirs, ours, gains])]
+            ours = ["–" if mean is None else marked(percent(mean), mean) for mean in part.ours]
+            gains = [
+                "–" if mean is None or gain is None else marked(f"{gain:+.1f}", mean)
+                for mean, gain in zip(part.ours, part.gains, strict=True)
+            ]
+            lines += ["", *table(head, [*theirs, [self.name, *ours], ["ours − SPELL", *gains]])]
         lines += [
             "",
             f"Ours scored by: {literal('; '.join(self.scoring))}. The paper's: max(rule, judge gpt-oss-120b).",
@@ -94,7 +106,7 @@ def beside(report: Report, model: str) -> Beside:
             + "; ".join(known)
         )
     scoring = dict.fromkeys(f"{result.label}: {result.scoring}" for result in report.results)
-    return Beside(report.model, model, list(scoring), parts)
+    return Beside(report.model, model, report.asked, list(scoring), parts)
 
 
 def _points(value: float | None) -> str:

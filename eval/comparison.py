@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.markdown import percent, plain, table
+from eval.markdown import marked, percent, plain, table
 from eval.report import Report
 from eval.results import Result
 from eval.statistics import Difference, Figure, paired
@@ -17,9 +17,10 @@ from spell_megatron.types import SpellError
 
 @dataclass
 class Comparison:
-    """Every later model against the first one, on the questions that both answered."""
+    """Every later model against the first one, on the questions that both answered. `asked` says how."""
 
     protocol: str
+    asked: str
     models: list[str]
     rows: list[tuple[str, list[Figure], list[Difference]]]
 
@@ -32,7 +33,7 @@ class Comparison:
             }
             for label, means, differences in self.rows
         ]
-        return plain({"protocol": self.protocol, "models": self.models, "rows": rows})
+        return plain({"protocol": self.protocol, "asked": self.asked, "models": self.models, "rows": rows})
 
     def write(self, folder: Path) -> None:
         """`comparison.json` and `comparison.md` below `folder`."""
@@ -41,9 +42,9 @@ class Comparison:
 
     def markdown(self) -> str:
         later = self.models[1:]
-        head = [f"protocol {self.protocol}", *self.models, *(f"{name} − {self.models[0]}" for name in later)]
+        head = [self.asked, *self.models, *(f"{name} − {self.models[0]}" for name in later)]
         body = [
-            [label, *(percent(mean) for mean in means), *(_gain(difference) for difference in differences)]
+            [label, *(marked(percent(mean), mean) for mean in means), *map(_gain, differences)]
             for label, means, differences in self.rows
         ]
         note = "Differences are paired by question: mean [95 % interval], questions that got better/worse."
@@ -72,14 +73,16 @@ def compare(reports: Sequence[Report]) -> Comparison:
             continue
         differences = [_difference(result, match) for match in found]
         rows.append((result.label, [result.mean, *(match.mean for match in found)], differences))
-    return Comparison(first.protocol, [report.model for report in reports], rows)
+    asked = "; ".join(dict.fromkeys(report.asked for report in reports))
+    return Comparison(first.protocol, asked, [report.model for report in reports], rows)
 
 
 def _difference(first: Result, second: Result) -> Difference:
     """Over the questions that both answered, weighed as in the headline."""
     common = [item for item in first.questions if item in second.questions]
     before, after = ([result.questions[item] for item in common] for result in (first, second))
-    return paired(before, after, [first.strata.get(item, "") for item in common])
+    strata = [first.strata.get(item, "") for item in common]
+    return paired(before, after, strata, first.complete and second.complete)
 
 
 def _gain(value: Difference) -> str:
@@ -87,4 +90,4 @@ def _gain(value: Difference) -> str:
     if not mean.questions:
         return "–"
     interval = f"[{100 * mean.low:+.1f}, {100 * mean.high:+.1f}]"
-    return f"{100 * mean.value:+.1f} {interval}, {value.better}/{value.worse}"
+    return marked(f"{100 * mean.value:+.1f} {interval}, {value.better}/{value.worse}", mean)

@@ -15,6 +15,7 @@ import io
 import json
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from spell_megatron.base.files import has_halves
+from spell_megatron.base.terminal import said
 from spell_megatron.types import SpellError
 
 Row = dict[str, Any]
@@ -31,10 +33,16 @@ MANIFEST = "manifest.json"
 KINDS = (".json", ".jsonl", ".parquet", ".tsv", ".csv")
 ARCHIVES = (".zip",)
 NOT_UTF8 = "not UTF-8"
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError)
+"""What reading a damaged archive raises, or a file on a damaged disk."""
 
 
 class BadRow(Exception):
     """This row cannot be used; the message says why and is what the rows are counted by."""
+
+
+class NotFound(SpellError):
+    """There is no file of a source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +78,15 @@ class Data:
         return items
 
     def rows(self, source: Source) -> Iterator[Row]:
-        """Rows as dictionaries. Raises SpellError where no file of the source is found."""
+        """Rows as dictionaries. Raises NotFound, or SpellError for a file that cannot be read."""
         for path, member in self._files(source):
             yield from self._read(path, member)
 
     def has(self, source: Source) -> bool:
-        """Whether the files of an optional source are there."""
+        """Whether the files of an optional source are there. Raises SpellError where they are not what was pinned."""
         try:
             return bool(self._files(source))
-        except SpellError:
+        except NotFound:
             return False
 
     def _files(self, source: Source) -> list[tuple[Path, str]]:
@@ -89,7 +97,7 @@ class Data:
                     _verify(folder, self.root, [path for path, _ in found])
                     return found
         looked = ", ".join(str(folder) for folder in folders)
-        raise SpellError(
+        raise NotFound(
             f"no data of {source.hub}: looked in {looked} for {' or '.join(source.patterns)}."
             f" Download it with: hf download --repo-type dataset {source.hub} --local-dir DIR/{source.hub}"
         )
@@ -106,6 +114,13 @@ class Data:
         if kind == ".parquet":
             yield from self._parquet(path)
             return
+        try:
+            yield from self._texts(path, member, kind)
+        except _DAMAGED as error:
+            raise _unreadable(path, error) from None
+
+    def _texts(self, path: Path, member: str, kind: str) -> Iterator[Row]:
+        """Rows of a file of text, or of one in an archive."""
         with zipfile.ZipFile(path).open(member) if member else path.open("rb") as stream:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
             if kind == ".jsonl":
@@ -239,8 +254,12 @@ def _members(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return sorted(archive.namelist())
-    except zipfile.BadZipFile:
-        raise SpellError(f"{path} is not a zip archive: download it again") from None
+    except _DAMAGED as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> SpellError:
+    return SpellError(f"{path} cannot be read ({said(error)}): download it again")
 
 
 def _download(source: Source) -> Path:

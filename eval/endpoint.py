@@ -155,7 +155,7 @@ class Endpoint:
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
-            "top_k": -1,  # or the server takes the one of generation_config.json
+            **_NEUTRAL,
         }
         if self.stop:
             body["stop_token_ids"] = list(self.stop)
@@ -163,15 +163,18 @@ class Endpoint:
             body["skip_special_tokens"] = False
         return await self._post("/v1/completions", body, _completion)
 
-    async def chat(self, prompt: str, *, max_tokens: int, seed: int) -> str:
-        """The reply to one user message, temperature 0. Raises Refused or Unanswered."""
-        body = {
+    async def chat(self, prompt: str, *, max_tokens: int, seed: int) -> str | None:
+        """The reply to one user message, temperature 0; None where it was cut at `max_tokens`. Raises Refused or
+        Unanswered."""
+        body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "seed": seed,
             "max_tokens": max_tokens,
             "temperature": 0.0,
         }
+        if self.max_model_len is not None:  # vLLM and its kin say so; others may refuse what is not OpenAI's
+            body |= _NEUTRAL
         return await self._post("/v1/chat/completions", body, _reply)
 
     async def alive(self) -> bool:
@@ -258,8 +261,18 @@ class Endpoint:
         return response.status_code, bytes(answer)
 
 
+_NEUTRAL = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""What a server takes from the model's generation_config.json where a request does not say it."""
 _JSON = {"Content-Type": "application/json"}
 _MODELS = "/v1/models"
+_ENDS = {"length": "length", **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence"), "stop")}
+"""How an answer ended, by the words of vLLM and OpenAI, of Together and of TGI."""
 
 
 def _completion(value: dict[str, Any]) -> Completion:
@@ -269,11 +282,14 @@ def _completion(value: dict[str, Any]) -> Completion:
         raise _Transient("the answer holds no text")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     counted = tokens if isinstance(tokens, int) and 0 < tokens < LARGEST else 0
-    return Completion(text, str(choice.get("finish_reason") or ""), counted)
+    return Completion(text, _finish(choice.get("finish_reason")), counted)
 
 
-def _reply(value: dict[str, Any]) -> str:
-    message = _choice(value).get("message")
+def _reply(value: dict[str, Any]) -> str | None:
+    choice = _choice(value)
+    if _finish(choice.get("finish_reason", "stop")) == "length":
+        return None
+    message = choice.get("message")
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, str):
         raise _Transient("the answer holds no message")
@@ -285,6 +301,14 @@ def _choice(value: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise _Transient("the answer holds no choices")
     return choices[0]
+
+
+def _finish(reason: Any) -> str:
+    """How an answer ended. A server that is ended sends what it has of those in flight, as aborted: they are none."""
+    word = reason if isinstance(reason, str) else None
+    if word not in _ENDS:
+        raise _Transient(f"the answer is not whole (finish_reason {word and word[:40]!r})")
+    return _ENDS[word]
 
 
 def _parsed(answer: bytes) -> Any:

@@ -3,7 +3,8 @@
 It is asked only where the rule failed, at temperature 0, and sees the question, the extracted answer
 and the gold answer (the verifier's own prompt). Two readings of its reply are kept: the official one
 (YES occurs and NO does not, as substrings, so that "NOT" flips it) and the last bracketed decision.
-A reply without the reading that counts is no verdict: it is asked again, and after that the sample is unjudged.
+A reply without the reading that counts, or one that was cut, is no verdict: it is asked again, and after that the
+sample is unjudged.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ class JudgeModel:
         if self._gone:
             raise Unjudged(self._gone)
         reply = await self.endpoint.chat(prompt, max_tokens=MAX_TOKENS, seed=seed)
-        parsed = parse(reply)
-        if parsed is None:
+        if reply is None:
+            raise Unreadable("the judge's reply was cut at its output limit")
+        if (parsed := parse(reply)) is None:
             raise Unreadable("no verdict in the judge's reply")
         self.journal.append(key, {"reply": reply})
         return parsed

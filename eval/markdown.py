@@ -27,10 +27,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
 
 
+INCOMPLETE = " (incomplete)"
+
+
 def percent(value: Figure) -> str:
     if not value.questions:
         return "–"
     return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def marked(shown: str, value: Figure) -> str:
+    """How a figure is shown, with a word where it is incomplete."""
+    return shown if value.complete else shown + INCOMPLETE
 
 
 def number(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -101,10 +101,22 @@ def plan(
     plans = []
     for benchmark, items, bad in loaded:
         terms = benchmark.terms(settings.protocol)
-        chosen = benchmark.select(items, codec.count, terms)[: settings.limit]
+        chosen = _first(benchmark.select(items, codec.count, terms), settings.limit)
         for limit in sorted(set(limits)) if benchmark.long else [None]:
             plans.append(BenchmarkPlan(benchmark, terms, limit, chosen, Counter(bad)))
     return plans
+
+
+def _first(items: list[Item], limit: int | None) -> list[Item]:
+    """So many items, of every subset its share, the first ones: files hold one subset behind the other. Those of a
+    limit are among those of a larger one."""
+    if limit is None:
+        return items
+    subsets: defaultdict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
+    for at, item in enumerate(items):
+        subsets[tuple(sorted(item.labels.items()))].append(at)
+    turns = sorted(((n + 0.5) / len(own), at) for own in subsets.values() for n, at in enumerate(own))
+    return [items[at] for _, at in turns[:limit]]
 
 
 async def _score(

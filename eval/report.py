@@ -9,11 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.markdown import literal, number, percent, plain, table
+from eval.averages import averages
+from eval.markdown import INCOMPLETE, literal, marked, number, percent, plain, table
 from eval.plot import plot
-from eval.results import Result
+from eval.results import Result, whole
+from eval.runner import Settings
 from eval.statistics import Figure
 from spell_megatron.base.terminal import tidy
+
+_SAMPLING = {
+    "samples": "samples",
+    "temperature": "temperature",
+    "top_p": "top-p",
+    "max_tokens": "output tokens",
+}
+"""Settings that tables name where they are not the protocol's."""
 
 
 @dataclass
@@ -29,6 +39,20 @@ class Report:
     @property
     def protocol(self) -> str:
         return str(self.settings["protocol"])
+
+    @property
+    def asked(self) -> str:
+        """How the questions were asked and scored, as the tables' heads name it."""
+        usual = asdict(Settings())
+        given = {**usual, **self.settings}
+        limit = given["limit"]
+        named = [
+            *(f"{name} {given[name]}" for name in ("protocol", "mode")),
+            *(["thinking"] if given["thinking"] else []),
+            *([f"at most {limit} questions of each"] if limit else []),
+            *(f"{words} {given[key]}" for key, words in _SAMPLING.items() if given[key] != usual[key]),
+        ]
+        return ", ".join(named)
 
     @property
     def complete(self) -> bool:
@@ -53,35 +77,39 @@ class Report:
 
 
 def read_report(path: Path) -> Report:
-    """A report from its `report.json`."""
+    """A report from its `report.json`. One of an earlier version does not say of each figure whether it is complete:
+    its counts do."""
     values = json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-    results = [
-        Result(
-            **{
-                **row,
-                "mean": _from_json(row["mean"]),
-                "rule": _from_json(row["rule"]),
-                "bounds": tuple(map(_number_or_nan, row["bounds"])),
-                "best_of": {int(k): _number_or_nan(v) for k, v in row["best_of"].items()},
-                "best_of_bootstrap": {int(k): _number_or_nan(v) for k, v in row["best_of_bootstrap"].items()},
-                "macro": {n: _from_json(f) for n, f in row["macro"].items()},
-                "subsets": {n: {k: _from_json(f) for k, f in s.items()} for n, s in row["subsets"].items()},
-            }
-        )
-        for row in values["results"]
-    ]
-    averages = {
-        name: {limit: _from_json(value) for limit, value in figures.items()}
-        for name, figures in values["averages"].items()
-    }
-    return Report(values["model"], values["settings"], results, averages)
+    results = [_result(row) for row in values["results"]]
+    said = values["averages"]
+    if all("complete" in value for figures in said.values() for value in figures.values()):
+        means = {name: _figures(figures, True) for name, figures in said.items()}
+    else:
+        means = averages(results)
+    return Report(values["model"], values["settings"], results, means)
+
+
+def _result(row: Mapping[str, Any]) -> Result:
+    complete = whole(row["counts"])
+    return Result(
+        **{
+            **row,
+            "mean": _from_json(row["mean"], complete),
+            "rule": _from_json(row["rule"], complete),
+            "bounds": tuple(map(_number_or_nan, row["bounds"])),
+            "best_of": {int(k): _number_or_nan(v) for k, v in row["best_of"].items()},
+            "best_of_bootstrap": {int(k): _number_or_nan(v) for k, v in row["best_of_bootstrap"].items()},
+            "macro": _figures(row["macro"], complete),
+            "subsets": {name: _figures(values, complete) for name, values in row["subsets"].items()},
+        }
+    )
 
 
 def _main_table(report: Report) -> list[str]:
     most = max((len(result.best_of) for result in report.results), default=0)
     ks = sorted({k for k in (1, 2, 4, most) if 1 < k <= most})
     head = [
-        f"protocol {report.protocol}",
+        report.asked,
         "score [95 %]",
         "rule only",
         *(f"pass@{k}" for k in ks),
@@ -92,7 +120,7 @@ def _main_table(report: Report) -> list[str]:
     for result in report.results:
         passes = [number(result.best_of.get(k, math.nan)) for k in ks]
         size = f"{result.mean.questions} × {len(result.best_of)}"
-        name = result.label + ("" if result.complete else " (incomplete)")
+        name = result.label + ("" if result.complete else INCOMPLETE)
         rows.append([name, percent(result.mean), number(result.rule.value), *passes, size, result.scoring])
     return table(head, rows)
 
@@ -101,10 +129,10 @@ def _averages(report: Report) -> list[str]:
     known = list(dict.fromkeys(limit for figures in report.averages.values() for limit in figures))
     if not known:
         return []
-    head = [f"protocol {report.protocol}", *("" if limit == "None" else f"at {limit}" for limit in known)]
+    head = [report.asked, *("" if limit == "None" else f"at {limit}" for limit in known)]
     rows = [
-        [name, *(percent(figures[limit]) if limit in figures else "–" for limit in known)]
-        for name, figures in report.averages.items()
+        [name, *(marked(percent(mean), mean) if (mean := of.get(limit)) else "–" for limit in known)]
+        for name, of in report.averages.items()
     ]
     return ["", *table(head, rows)]
 
@@ -112,7 +140,7 @@ def _averages(report: Report) -> list[str]:
 def _details(report: Report) -> list[str]:
     lines: list[str] = []
     for result in report.results:
-        lines += ["", f"## {literal(result.label)} (protocol {report.protocol})", ""]
+        lines += ["", f"## {literal(result.label)} ({literal(report.asked)})", ""]
         counts = ", ".join(f"{count} {name}" for name, count in result.counts.items() if count)
         lines.append(f"{counts}.")
         if not result.complete:
@@ -144,9 +172,14 @@ def _details(report: Report) -> list[str]:
     return lines
 
 
-def _from_json(value: Mapping[str, Any]) -> Figure:
+def _figures(values: Mapping[str, Any], complete: bool) -> dict[str, Figure]:
+    return {name: _from_json(value, complete) for name, value in values.items()}
+
+
+def _from_json(value: Mapping[str, Any], complete: bool) -> Figure:
+    """A figure; `complete` holds where it does not say."""
     numbers = {name: _number_or_nan(value[name]) for name in ("value", "low", "high")}
-    return Figure(**numbers, questions=value["questions"])
+    return Figure(**numbers, questions=value["questions"], complete=value.get("complete", complete))
 
 
 def _number_or_nan(value: float | None) -> float:

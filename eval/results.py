@@ -53,7 +53,12 @@ class Result:
     @property
     def complete(self) -> bool:
         """There was something to ask, and every sample was answered and scored."""
-        return 0 < self.counts["asked"] == self.counts["scored"]
+        return whole(self.counts)
+
+
+def whole(counts: Mapping[str, int]) -> bool:
+    """Whether the counts of a result are those of a complete one."""
+    return 0 < counts["asked"] == counts["scored"]
 
 
 def summarise(
@@ -72,6 +77,7 @@ def summarise(
     labels = {groups[sample.item]: sample.labels for sample in reversed(samples)}
     sets = {groups[item.id]: item.labels.get(plan.benchmark.macro, "") for item in plan.items}
     asked = [item.id for item in plan.items if item.id not in skipped]
+    complete = 0 < len(asked) * per_question == len(scored)
 
     def headline(values: Mapping[str, Sequence[float]], estimate: Estimate) -> float:
         return _headline(_grouped(values, groups, estimate), sets)
@@ -91,13 +97,13 @@ def summarise(
         title=plan.benchmark.title,
         max_input=plan.max_input,
         scoring=_scoring(plan.benchmark, judge_name),
-        mean=_figure(plan.benchmark, means, labels),
-        rule=_figure(plan.benchmark, _grouped(ruled, groups, fmean), labels),
+        mean=_figure(plan.benchmark, means, labels, complete),
+        rule=_figure(plan.benchmark, _grouped(ruled, groups, fmean), labels, complete),
         bounds=(bound(0.0), bound(1.0)),
         best_of={k: best(k, pass_at_k) for k in ks},
         best_of_bootstrap={k: best(k, pass_at_k_bootstrap) for k in ks},
-        subsets=_subsets(means, labels),
-        macro=_macro(means, labels),
+        subsets=_subsets(means, labels, complete),
+        macro=_macro(means, labels, complete),
         metrics=_metrics(samples),
         counts={
             "questions": len(sets),
@@ -145,14 +151,14 @@ def _headline(questions: Mapping[str, float], sets: Mapping[str, str]) -> float:
 
 
 def _figure(
-    benchmark: Benchmark, means: Mapping[str, float], labels: Mapping[str, Mapping[str, str]]
+    benchmark: Benchmark, means: Mapping[str, float], labels: Mapping[str, Mapping[str, str]], complete: bool
 ) -> Figure:
     strata = [labels[item].get(benchmark.macro, "") for item in means] if benchmark.macro else None
-    return figure(list(means.values()), strata)
+    return figure(list(means.values()), strata, complete=complete)
 
 
 def _subsets(
-    means: Mapping[str, float], labels: Mapping[str, Mapping[str, str]]
+    means: Mapping[str, float], labels: Mapping[str, Mapping[str, str]], complete: bool
 ) -> dict[str, dict[str, Figure]]:
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for item, mean in means.items():
@@ -160,17 +166,19 @@ def _subsets(
             values[name][value].append(mean)
     return {
         name: {
-            value: figure(group)
+            value: figure(group, complete=complete)
             for value, group in sorted(groups.items(), key=lambda pair: _natural(pair[0]))
         }
         for name, groups in values.items()
     }
 
 
-def _macro(means: Mapping[str, float], labels: Mapping[str, Mapping[str, str]]) -> dict[str, Figure]:
+def _macro(
+    means: Mapping[str, float], labels: Mapping[str, Mapping[str, str]], complete: bool
+) -> dict[str, Figure]:
     names = {name for item in means for name in labels[item]}
     return {
-        name: figure(list(means.values()), [labels[item].get(name, "") for item in means])
+        name: figure(list(means.values()), [labels[item].get(name, "") for item in means], complete=complete)
         for name in sorted(names)
     }
 

@@ -78,9 +78,12 @@ class RewardJudge:
                 except (Refused, Unanswered) as error:
                     fault = str(error)
                     break
-                if (verdict := bracketed_verdict(reply)) is not None:
+                if reply is None:
+                    fault = "the reply was cut at selfplay.external_judge.max_tokens"
+                elif (verdict := bracketed_verdict(reply)) is not None:
                     return Opinion(float(verdict))
-                fault = "no verdict in the reply"
+                else:
+                    fault = "no verdict in the reply"
         if fault not in self._faults:
             self._faults.add(fault)
             _log.warning("the external judge at %s: %s (counted in judge/failed)", self._endpoint.url, fault)

@@ -102,6 +102,9 @@ def evaluate(
         raise SpellError("--max-input takes limits of at least 16 tokens, for example 16384 100000")
     if settings.samples < 1 or settings.concurrency < 1:
         raise SpellError("--samples and the concurrency are at least 1")
+    for option, value in (("--limit", settings.limit), ("--max-tokens", settings.max_tokens)):
+        if value is not None and value < 1:
+            raise SpellError(f"{option} is at least 1, found {value}")
     folders = [Path(model) for model in models]
     for folder in folders:
         hf_config(folder)  # it is a model's
@@ -189,13 +192,14 @@ class _Work:
         config = hf_config(folder)
         window = int(config.get("max_position_embeddings") or 0)
         output = max(self._output(benchmark) for benchmark, _, _ in self.loaded)
-        longest = max(self.max_input) if any(benchmark.long for benchmark, _, _ in self.loaded) else SHORT
-        if window and longest > window and longest != SHORT:
+        limit = max(self.max_input)
+        inputs = {limit if benchmark.long else SHORT for benchmark, _, _ in self.loaded}
+        if window and limit > window and any(benchmark.long for benchmark, _, _ in self.loaded):
             raise SpellError(
-                f"{folder} has a window of {window} tokens (max_position_embeddings), --max-input {longest}"
+                f"{folder} has a window of {window} tokens (max_position_embeddings), --max-input {limit}"
                 " is longer: extend it in config.json (rope_parameters: yarn), or give a smaller limit"
             )
-        wanted = longest + output + RESERVE
+        wanted = max(inputs) + output + RESERVE
         if window and wanted > window:
             say(self.console, f"{folder}: outputs end at the model's window of {window} tokens")
         return RolloutConfig(

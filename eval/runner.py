@@ -35,13 +35,14 @@ from spell_megatron.base.terminal import Terminal
 
 PATIENCE = 20
 """Samples that fail one after the other before the endpoint counts as dead although it lists its models."""
+_WHOLE = ("stop", "length")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to ask and to score.
 
-    `max_tokens` overrides every benchmark's own output limit; `limit` takes the first items alone.
+    `max_tokens` overrides every benchmark's own output limit; `limit` takes so many items, of every subset its share.
     """
 
     samples: int = 8
@@ -96,7 +97,7 @@ class Runner:
         """What the journal has of one item: sample index and record."""
         base = self._item_key(plan, item)
         for index in range(self.samples(plan)):
-            if (record := self.journal.get(self._sample_key(plan, item, base, index))) is not None:
+            if (record := self._record(self._sample_key(plan, item, base, index))) is not None:
                 yield index, record
 
     def skipped(self, plan: BenchmarkPlan, item: Item) -> bool:
@@ -197,9 +198,14 @@ class Runner:
 
     def _answered(self, plan: BenchmarkPlan, item: Item, key: str) -> bool:
         """Whether the journal has an answer, and not one that the source's window cut before it grew."""
-        if (record := self.journal.get(key)) is None:
+        if (record := self._record(key)) is None:
             return False
         return not window_cut(record) or self._room(plan, item, record["sent"]) <= int(record["room"])
+
+    def _record(self, key: str) -> Record | None:
+        """A sample of the journal; None for what is no whole answer: journals may hold aborted ones."""
+        record = self.journal.get(key)
+        return record if record is not None and record.get("finish") in _WHOLE else None
 
     def _room(self, plan: BenchmarkPlan, item: Item, sent: int) -> int:
         """Output tokens that are asked for: what was wanted, or what a prompt leaves of the source's window."""

@@ -21,12 +21,16 @@ _SEED = 20250923
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A mean over questions with its bootstrap interval. `questions` is how many it rests on."""
+    """A mean over questions with its bootstrap interval. `questions` is how many it rests on.
+
+    Not `complete` where answers or verdicts of its measurement are missing: what is there may be the easier part.
+    """
 
     value: float
     low: float
     high: float
     questions: int
+    complete: bool = True
 
 
 def pass_at_k(scores: Sequence[float], k: int) -> float:
@@ -55,7 +59,10 @@ def pass_at_k_bootstrap(scores: Sequence[float], k: int) -> float:
 
 
 def figure(
-    values: Sequence[float], strata: Sequence[str] | None = None, weights: Mapping[str, float] | None = None
+    values: Sequence[float],
+    strata: Sequence[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+    complete: bool = True,
 ) -> Figure:
     """Mean over questions, percentile interval of a bootstrap over questions.
 
@@ -65,7 +72,7 @@ def figure(
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0:
         nan = float("nan")
-        return Figure(nan, nan, nan, 0)
+        return Figure(nan, nan, nan, 0, complete)
     names = np.asarray(strata if strata is not None else [""] * data.size)
     order = sorted(set(names.tolist()))
     groups = [data[names == name] for name in order]
@@ -74,7 +81,7 @@ def figure(
     random = np.random.default_rng(_SEED)
     means = shares @ np.stack([_resampled(group, random) for group in groups])
     low, high = _interval(means)
-    return Figure(value, low, high, int(data.size))
+    return Figure(value, low, high, int(data.size), complete)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +94,15 @@ class Difference:
 
 
 def paired(
-    first: Sequence[float], second: Sequence[float], strata: Sequence[str] | None = None
+    first: Sequence[float],
+    second: Sequence[float],
+    strata: Sequence[str] | None = None,
+    complete: bool = True,
 ) -> Difference:
     """Compare two lists of per-question scores in the same order: questions are resampled as pairs."""
     gains = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     better, worse = int((gains > 1e-12).sum()), int((gains < -1e-12).sum())
-    return Difference(figure(gains.tolist(), strata), better, worse)
+    return Difference(figure(gains.tolist(), strata, complete=complete), better, worse)
 
 
 def _resampled(group: Floats, random: np.random.Generator) -> Floats:

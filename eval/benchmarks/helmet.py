@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark import Ask, Benchmark, Grade, Item, Mode, Terms, Unjudged, Verdict, fill
-from eval.data import BadRow, Data, Row, Source, identity, text, texts
+from eval.data import Data, Row, Source, identity, text, texts
 from spell_megatron.selfplay.reading.thoughts import strip_thinking
 
 BOOKS = Source(
@@ -168,18 +168,13 @@ class Helmet(Benchmark):
 
     @staticmethod
     def _cases(data: Data) -> list[Item]:
-        rows = data.items(CASES, lambda index, row: (identity(row, index, "id"), _case(row), row))
-        shown, rows = (
-            rows[-SHOTS:],
-            rows[:-SHOTS],
-        )  # the training split is not published beside the key points
-        demonstrations = "\n\n".join(f"Summary: {text(row, 'summary/short').strip()}" for _, _, row in shown)
+        rows = data.items(CASES, _case)
+        # The training split is not published beside the key points.
+        shown, rows = rows[-SHOTS:], rows[:-SHOTS]
+        demonstrations = "\n\n".join(f"Summary: {summary.strip()}" for _, _, summary, _ in shown)
         return [
-            _item(
-                *("cases", name, CASE_PROMPT, demonstrations, context, (text(row, "summary/short"),), 400),
-                {"points": _points(row, "summary/short_keypoints"), "expert": row.get("summary/long") or ""},
-            )
-            for name, context, row in rows
+            _item("cases", name, CASE_PROMPT, demonstrations, context, (summary,), 400, facts)
+            for name, context, summary, facts in rows
         ]
 
 
@@ -247,16 +242,16 @@ def _reader(*names: str, most: float = 9_999) -> Callable[[str], tuple[float, ..
     return read
 
 
-def _case(row: Row) -> str:
-    text(row, "summary/short")  # rows without a short summary are not part of the task
-    return "\n\n".join(texts(row, "sources"))
+def _case(index: int, row: Row) -> tuple[str, str, str, dict[str, Any]]:
+    """Id, documents, short summary and facts of a case; one without a short summary is not part of the task."""
+    facts = {"points": _points(row, "summary/short_keypoints"), "expert": str(row.get("summary/long") or "")}
+    return identity(row, index, "id"), "\n\n".join(texts(row, "sources")), text(row, "summary/short"), facts
 
 
 def _points(row: Row, name: str) -> list[str]:
+    """Key points; none where the row has none, and its summaries cannot be judged."""
     value = row.get(name)
-    if not isinstance(value, list):
-        raise BadRow(f"no {name}")
-    return [str(point) for point in value]
+    return [str(point) for point in value] if isinstance(value, list) else []
 
 
 def shuffled(count: int, seed: int = SEED) -> list[int]:

@@ -2,19 +2,22 @@
 
 As in the paper (arXiv 2509.23863): a document that repeats one of a benchmark is found by MinHash, 128 permutations,
 at a Jaccard similarity of 0.8 of five-word sequences (Broder 1997). A question is too short for that, or a part of a
-page that holds more: a document is left out that holds it word by word. Of a benchmark's files every text of every row
-counts, whatever it is called.
+page that holds more: a document is left out that holds it word by word. Of a benchmark's files every long text of every
+row counts, whatever it is called, and so does a paragraph of some lines. A shorter one may stand anywhere, "(in
+thousands, except per share amounts)": it counts where a question stands.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 from rensa import RMinHash, RMinHashLSH
@@ -31,6 +34,12 @@ SHORTEST = MIN_SHINGLES + SHINGLE - 1
 """Words of the shortest text that is compared as a document."""
 QUESTION, LONGEST_QUESTION = 8, 400
 """Words of the shortest and the longest question: fewer stand in texts that have nothing to do with it."""
+PARAGRAPH = 30
+"""Words of the shortest text that is compared word by word whatever its column: an article's introduction."""
+OFTEN = 10
+"""A short text that stands in more rows of a file than this is what its questions have in common."""
+_ROW = re.compile(r".*?#\d+(?=[.#]|\Z)")
+"""The row of a place: its file and number."""
 _SIGN = re.compile(r"[^\w\s]|_")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _PASSAGE = re.compile(r"^\s*(?:Passage|Document) \d+:?\s*$", re.MULTILINE)
@@ -51,7 +60,7 @@ class Match:
     @property
     def benchmark(self) -> str:
         """The benchmark's file."""
-        return self.place.partition("#")[0]
+        return _file(self.place)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.place}, similarity {self.similarity:.2f}"
@@ -66,6 +75,7 @@ class Benchmarks:
         self._starts: set[Words] = set()
         self._questions: dict[Words, dict[int, dict[bytes, str]]] = {}
         """A question's place, by its first words, its length and its digest."""
+        short = _Short()
         for path in paths:
             if packed := _packed(path):
                 raise SpellError(
@@ -74,13 +84,16 @@ class Benchmarks:
             skipped, empty = Skipped(), True
             for text in read(SourceConfig(path=path, text_field=EVERY_TEXT), skipped):
                 empty = False
-                for piece in _pieces(text.text):
-                    self._add(text.name, piece)
+                self._add(text.name, _words(text.text), short, least=QUESTION if text.asks else PARAGRAPH)
+                for passage in _passages(text.text):
+                    self._add(text.name, _words(passage), short, least=PARAGRAPH)
             if empty:
                 why = str(skipped) if skipped.counts else "it has no files"
                 raise SpellError(f"corpus.benchmarks: {path} holds no text to compare with ({why})")
             if skipped.counts:
                 _log.warning("parts of the benchmarks in %s are left out and not compared: %s", path, skipped)
+        for place, question in short.rare():
+            self._add_question(place, question)
 
     def match(self, text: str) -> Match | None:
         """The benchmark's text that this one repeats or holds."""
@@ -102,16 +115,57 @@ class Benchmarks:
         similarity, place = max(((sketch.jaccard(other), place) for place, other in near), default=(0.0, ""))
         return Match("document", place, similarity) if similarity >= SIMILARITY else None
 
-    def _add(self, place: str, text: str) -> None:
-        words = _words(text)
-        if len(words) >= SHORTEST:
-            sketch = _sketch(words)
-            self._similar.insert(len(self._documents), sketch)
-            self._documents.append((place, sketch))
-        if QUESTION <= len(words) <= LONGEST_QUESTION and _says_enough(words):
-            self._starts.add(words[:2])
-            by_length = self._questions.setdefault(words[:QUESTION], {})
-            by_length.setdefault(len(words), {}).setdefault(_digest(words), place)
+    def _add(self, place: str, words: Words, short: _Short, least: int) -> None:
+        """A text as a document, a question or both; one for `short` where it says as much as `least` words."""
+        long, tells = len(words) >= SHORTEST, _tells(words)
+        if long:
+            self._add_document(place, words)
+        if tells >= (QUESTION if long else least) and len(words) <= LONGEST_QUESTION:
+            question = _Question(words[:QUESTION], len(words), _digest(words))
+            if long:
+                self._add_question(place, question)
+            else:
+                short.add(place, question)
+
+    def _add_document(self, place: str, words: Words) -> None:
+        sketch = _sketch(words)
+        self._similar.insert(len(self._documents), sketch)
+        self._documents.append((place, sketch))
+
+    def _add_question(self, place: str, question: _Question) -> None:
+        self._starts.add(question.start[:2])
+        by_length = self._questions.setdefault(question.start, {})
+        by_length.setdefault(question.length, {}).setdefault(question.digest, place)
+
+
+class _Question(NamedTuple):
+    """What a question is known by: its first words, how many it has, and a digest of them all."""
+
+    start: Words
+    length: int
+    digest: bytes
+
+
+class _Short:
+    """Short texts in the order of their rows, each with a place, and of each in how many rows of a file it stands."""
+
+    def __init__(self) -> None:
+        self._places: dict[_Question, str] = {}
+        self._rows: defaultdict[str, Counter[_Question]] = defaultdict(Counter)
+        self._row, self._of_row = "", set[_Question]()
+
+    def add(self, place: str, question: _Question) -> None:
+        if (row := _row(place)) != self._row:
+            self._row, self._of_row = row, set()
+        if question not in self._of_row:
+            self._of_row.add(question)
+            self._places.setdefault(question, place)
+            self._rows[_file(place)][question] += 1
+
+    def rare(self) -> Iterator[tuple[str, _Question]]:
+        """Those that stand in at most OFTEN rows of every file."""
+        often = {text for rows in self._rows.values() for text, count in rows.items() if count > OFTEN}
+        return ((place, text) for text, place in self._places.items() if text not in often)
 
 
 def _packed(path: str) -> Path | None:
@@ -133,21 +187,32 @@ def _members(archive: Path) -> set[str]:
     return {Path(name).name for name in names if not name.startswith("__MACOSX/")}
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text, and each of its passages where it is several."""
-    yield text
+def _file(place: str) -> str:
+    return place.partition("#")[0]
+
+
+def _row(place: str) -> str:
+    return found[0] if (found := _ROW.match(place)) else place
+
+
+def _passages(text: str) -> Iterator[str]:
+    """The passages of a text that is several; each without its first line, too, which may be its title."""
     passages = _PASSAGE.split(text)
-    if len(passages) > 1:
-        yield from passages
+    for passage in passages if len(passages) > 1 else ():
+        yield passage
+        yield passage.strip().partition("\n")[2]
 
 
 def _words(text: str) -> Words:
     return tuple(split_words(_SIGN.sub(" ", folded(text))))
 
 
-def _says_enough(words: Words) -> bool:
-    """Characters of a script without blanks count for half a word."""
-    return sum(1.0 if word.isascii() or len(word) > 1 else 0.5 for word in words) >= QUESTION
+def _tells(words: Words) -> float:
+    """As many words as a text says: 0 for numbers and `1 + 2 = x`, which have no two letters; characters of a script
+    without blanks say half as much as a word."""
+    if sum(map(str.isalpha, "".join(words))) < 2:
+        return 0.0
+    return sum(1.0 if word.isascii() or len(word) > 1 else 0.5 for word in words)
 
 
 def _digest(words: Words) -> bytes:

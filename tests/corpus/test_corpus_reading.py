@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -12,7 +13,8 @@ import random
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -260,6 +262,91 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     texts, skipped = texts_of(tmp_path)
     assert [(t.title, t.text) for t in texts] == [("A", 'two\r\nlines; and a "quote"'), ("B", "short")]
     assert skipped.counts == {"with more fields than the header": 1, "empty": 1}
+
+
+def test_csv_begins_where_something_stands(tmp_path: Path) -> None:
+    (tmp_path / "late.csv").write_bytes(b"\r\n \r\n\ntitle,text\r\nA,one\r\n")
+    (tmp_path / "blank.csv").write_bytes(b"\n\n")
+    texts, skipped = texts_of(tmp_path)
+    assert [(t.title, t.text) for t in texts] == [("A", "one")]
+    assert skipped.counts == {"empty": 1}
+
+
+def test_a_row_of_csv_that_cannot_be_decoded_is_lost_alone(tmp_path: Path) -> None:
+    rows = ["title,text", 'A,"one\nand more"', "B,caf\xe9", "C,three", "D\xff,four"]
+    (tmp_path / "mixed.csv").write_bytes("\n".join(rows).encode("latin-1"))
+    texts, skipped = texts_of(tmp_path)
+    assert [t.text for t in texts] == ["one\nand more", "three"]
+    assert skipped.counts == {"not UTF-8": 2}
+    assert skipped.first == {"not UTF-8": "mixed.csv line 4: not UTF-8"}
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_csv_as_excel_writes_unicode(tmp_path: Path, order: str) -> None:
+    """Of the third, a half of a character is all that is left; Gurmukhi has the byte of a line's end in each letter."""
+    content = "\ufefftitle\ttext\r\nA\tGrüße 😀\r\nB\tਅਆ\r\nC\thalf \ud83d\r\nD\tfour\r\n"
+    (tmp_path / "unicode.csv").write_bytes(content.encode(order, "surrogatepass"))
+    texts, skipped = texts_of(tmp_path)
+    assert [(t.title, t.text) for t in texts] == [("A", "Grüße 😀"), ("B", "ਅਆ"), ("D", "four")]
+    assert skipped.first == {"not UTF-8": "unicode.csv line 4: not UTF-8"}
+
+
+def test_a_row_of_csv_beyond_the_bound_is_skipped_or_ends_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that goes on over lines has no end that could be told without reading it."""
+    monkeypatch.setattr(tables, "ROW_BYTES", 1 << 20)
+    size, long = 1 << 20, "x" * (1 << 20)
+    just = "A," + "y" * (size - 3)
+    (tmp_path / "a.csv").write_text(f"title,text\n{just}\nB,{long}\nC,{long * 3}\r\nD,four\nE,{long}")
+    (tmp_path / "b.csv").write_text(f'title,text\nA,one\nB,"two\n{long}"\nC,three\n')
+    lines = "\n".join(["z" * 999] * 1_100)
+    (tmp_path / "c.csv").write_text(f'title,text\nA,one\nB,"{lines}"\nC,three\n')
+    texts, skipped = texts_of(tmp_path)
+    assert [(t.name, t.title) for t in texts] == [
+        ("a.csv#1", "A"),
+        ("a.csv#2", "D"),
+        ("b.csv#1", "A"),
+        ("c.csv#1", "A"),
+    ]
+    assert skipped.counts == {"longer than 1 MiB": 3, "damaged": 2}
+    assert skipped.first == {
+        "longer than 1 MiB": "a.csv line 3: longer than 1 MiB",
+        "damaged": "b.csv: damaged (a row of more than 1 MiB; what follows is not read)",
+    }
+
+
+@pytest.fixture
+def cell_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of the corpus' cells, while another reader of the process has none."""
+    monkeypatch.setattr(tables, "_CELL_BYTES", 1000)
+    before = csv.field_size_limit(sys.maxsize)
+    yield 1000
+    csv.field_size_limit(before)
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_a_cell_of_csv_beyond_the_bound_ends_its_file(tmp_path: Path, cell_limit: int, header: bool) -> None:
+    long = "x" * (cell_limit + 1)
+    rows = f"{long},text\nA,one\n" if header else f"title,text\nA,one\nB,{long}\nC,three\n"
+    (tmp_path / "a.csv").write_text(rows)
+    (tmp_path / "b.csv").write_text("title,text\nD,four\n")
+    texts, skipped = texts_of(tmp_path)
+    assert [text.title for text in texts] == (["D"] if header else ["A", "D"])
+    assert skipped.counts == {"damaged": 1}
+
+
+def test_a_line_of_csv_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROW_BYTES", 1 << 20)
+    (tmp_path / "a.csv").write_bytes(b"text\none\n" + b"x" * (30 << 20) + b"\ntwo\n")
+    tracemalloc.start()
+    try:
+        texts, _ = texts_of(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [text.text for text in texts] == ["one", "two"]
+    assert peak < 12 << 20
 
 
 @pytest.mark.long

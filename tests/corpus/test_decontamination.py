@@ -88,6 +88,124 @@ def test_a_question_is_found_where_a_text_holds_it(index: Benchmarks):
     assert index.match("A short one") is None  # an answer of three words stands in texts of every kind
 
 
+BOILERPLATE = "Revenue of the segments (in thousands, except share and per share amounts)"
+
+
+def test_what_stands_short_beside_a_question_is_none(tmp_path: Path):
+    """Captions of tables, options, answers: texts that have nothing to do with the question hold them, too."""
+    page = " ".join(prose(3, 60))
+    row = {
+        "question_id": "simplong-testmini-3",
+        "question": QUESTION,
+        "paragraphs": [BOILERPLATE, "2018 | 2017", page],
+        "options": [str(number) for number in range(1, 11)],
+        "answer": "It opened in the same year as the older of both, so they say.",
+    }
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    index, around = Benchmarks([str(tmp_path)]), " ".join(prose(4, 90))
+    for harmless in (BOILERPLATE, "1 2 3 4 5 6 7 8 9 10", row["answer"]):
+        assert index.match(f"{around} {harmless} {around}") is None, harmless
+    assert index.match(f"{around} {QUESTION} {around}").place == "asked.jsonl#1.question"
+    assert index.match(f"{around} {page} {around}").place == "asked.jsonl#1.paragraphs.2"
+
+
+def test_sentences_of_a_list_are_a_document_together(tmp_path: Path):
+    """HotpotQA's own layout."""
+    sentences = [" ".join(prose(seed, 20)) for seed in range(4)]
+    row = {"question": QUESTION, "context": {"title": ["Nile"], "sentences": [sentences]}}
+    (tmp_path / "asked.json").write_text(json.dumps([row]))
+    index = Benchmarks([str(tmp_path)])
+    assert index.match(" ".join(sentences)).place == "asked.json#1.context.sentences.0.*"
+    assert index.match(f"{' '.join(prose(8))} {sentences[1]}") is None
+
+
+LONG_QUESTION = "Which of the two bridges over the Nile did the older of the engineers build?"
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"Prompt": QUESTION}, True),
+        ({"problem_statement": QUESTION, "solution": LONG_QUESTION}, True),
+        ({"originalQuestion": QUESTION, "question 2": LONG_QUESTION}, True),
+        ({"prompt": [{"role": "user", "content": QUESTION}], "note": LONG_QUESTION}, True),
+        ({"question_id": "a 1", "turns": [QUESTION, LONG_QUESTION]}, True),  # the id of a question is none
+        ({"text": QUESTION, "label": "place"}, True),
+        ({"input": "", "text": QUESTION}, True),
+        ({"question_en": QUESTION, "prompt": "Answer it."}, True),
+        ({"question_id": "an id", "text": QUESTION}, True),
+        ({"question_no": "12", "text": QUESTION}, True),
+        ({"question": "Who?", "text": QUESTION}, False),
+        ({"query": LONG_QUESTION, "question_type": QUESTION}, False),
+        ({"label": "place", "labels": QUESTION.split()}, False),  # names in a list are no sentence
+        ({"question": "1 + 2 + 3 + 4 + 5 + 6 + 7 = x"}, False),
+    ],
+)
+def test_questions_are_told_by_their_column_where_there_is_one(tmp_path: Path, row: dict, found: bool):
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    index, around = Benchmarks([str(tmp_path)]), " ".join(prose(8, 60))
+    asked = QUESTION if "=" not in str(row) else str(row["question"])
+    assert (index.match(f"{around} {asked} {around}") is not None) is found
+
+
+NUMBERS = [
+    ("What is the value of 2^3 − 1^3 + 4^3 − 3^3 + 6^3 − 5^3 + 18^3 − 17^3?", True),
+    ("Let f(x)=2x²+3x−7. Find f(−4).", True),
+    ("Compute: 1 − 2 + 3 − 4 + 5 − 6 + 99 − 100", True),
+    ("1 2 3 4 5 6 7 8 9 10", False),
+    ("1 + 2 + 3 + 4 + 5 + 6 + 7 = x", False),
+]
+
+
+@pytest.mark.parametrize(("asked", "found"), NUMBERS)
+def test_a_question_may_be_mostly_numbers(tmp_path: Path, asked: str, found: bool):
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"question": asked}) + "\n")
+    index, around = Benchmarks([str(tmp_path)]), " ".join(prose(8, 60))
+    assert (index.match(f"{around} {asked} {around}") is not None) is found
+
+
+@pytest.mark.parametrize("times", [10, 11])
+def test_what_many_rows_ask_alike_is_no_question(tmp_path: Path, times: int):
+    """An instruction; HELMET has each question six times."""
+    rows = [{"instruction": LONG_QUESTION, "input": f"Text {i}"} for i in range(times)]
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = Benchmarks([str(tmp_path)])
+    assert (index.match(f"{LONG_QUESTION} {' '.join(prose(8, 60))}") is not None) is (times == 10)
+
+
+def test_a_row_that_asks_twice_counts_once(tmp_path: Path):
+    """As a question and as a prompt, of six places of the gold passage."""
+    (tmp_path / "b#1").mkdir()
+    rows = [{"question": LONG_QUESTION, "prompt": LONG_QUESTION, "text": f"Text {i}"} for i in range(6)]
+    (tmp_path / "b#1" / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Benchmarks([str(tmp_path)]).match(f"{LONG_QUESTION} {' '.join(prose(8, 60))}") is not None
+
+
+@pytest.mark.parametrize(
+    ("length", "times", "found"), [(29, 1, False), (30, 1, True), (53, 10, True), (53, 11, False)]
+)
+def test_an_introduction_is_found_word_by_word(tmp_path: Path, length: int, times: int, found: bool):
+    """Gold paragraphs of multi-hop sets: texts of their own, or passages of one."""
+    gold, passage, around = (
+        " ".join(prose(seed, size)) for seed, size in ((1, length), (2, length), (8, 90))
+    )
+    context = f"Passage 1:\nA title\n{passage}\nPassage 2:\nAnother\nAnd few words."
+    row = {"question": QUESTION, "paragraph": gold, "context": context}
+    (tmp_path / "asked.jsonl").write_text((json.dumps(row) + "\n") * times)
+    index = Benchmarks([str(tmp_path)])
+    for text in (gold, passage):
+        assert (index.match(f"{around} {text} {around}") is not None) is found
+
+
+def test_a_passage_is_found_without_its_title(tmp_path: Path):
+    passages = [f"Passage {i}:\nThe {i}th article's title\n{' '.join(prose(i, 80))}" for i in (1, 2)]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"input": "Who?", "context": "\n".join(passages)}))
+    index, around = Benchmarks([str(tmp_path)]), " ".join(prose(8, 60))
+    for seed in (1, 2):
+        assert index.match(f"{around} {' '.join(prose(seed, 80))} {around}").place == "asked.jsonl#1.context"
+
+
 def softened(text: str) -> str:
     """With a hyphen in every word that shows only where a line is broken."""
     return re.sub(r"(\w{2})(\w)", "\\1\u00ad\\2", text)

@@ -1,11 +1,13 @@
 """Loaders over samples in each public set's own layout, and what becomes of broken rows."""
 
+import asyncio
 import json
 import random
 import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ import pytest
 from eval_samples import write_samples
 
 from eval import list_benchmarks
+from eval.benchmark import Unjudged
 from eval.benchmarks import find, helmet, helmet_rag
 from eval.benchmarks.helmet_icl import balanced
 from eval.benchmarks.mrcr import o200k
@@ -324,6 +327,54 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(SpellError, match=r"rows\.parquet cannot be read"):
             list(Data(tmp_path).rows(HELD))
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    chance, (folder, path) = random.Random(0), (tmp_path / "LongBench", tmp_path / "LongBench" / "data.zip")
+    folder.mkdir()
+    row = {"input": "Who?", "answers": ["Ada"]}
+    rows = [{**row, "context": "".join(chance.choices("abcdef", k=50))} for _ in range(200)]
+    with ZipFile(path, "w", ZIP_DEFLATED) as archive:
+        archive.writestr("data/musique.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    whole = path.read_bytes()
+    assert len(load("musique", tmp_path)[1]) == 200
+    middle = len(whole) // 2
+    for damaged in (
+        whole[:middle] + b"\xff" * 99 + whole[middle + 99 :],  # the compressed data
+        b"XXXX" + whole[4:],  # the member's own header
+        whole.replace(b"\x08\x00", b"\x63\x00"),  # the kind of compression
+        whole[:middle],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(SpellError, match=r"data\.zip cannot be read .*download it again"):
+            load("musique", tmp_path)
+
+
+def test_key_points_that_are_not_what_was_pinned_are_no_missing_ones(samples, tmp_path):
+    folder = shutil.copytree(samples / "helmet", tmp_path / "helmet")
+    path = folder / "infbench" / "longbook_sum_eng_keypoints.jsonl"
+    assert Data(tmp_path).has(helmet.BOOK_POINTS)
+    pin(folder)
+    path.write_text("{}\n", encoding="utf-8")
+    with pytest.raises(SpellError, match="manifest"):
+        load("helmet", tmp_path)
+    path.unlink()
+    assert not Data(tmp_path).has(helmet.BOOK_POINTS)
+
+
+def test_a_case_without_key_points_is_a_question_that_cannot_be_judged(samples, tmp_path):
+    folder = shutil.copytree(samples / "helmet", tmp_path / "helmet")
+    path = folder / "multi_lexsum" / "multi_lexsum_val.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[0]["summary/short_keypoints"] = rows[0]["summary/long"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    benchmark, items, _ = load("helmet", tmp_path)
+    first, second = (item for item in items if item.labels["task"] == "cases")
+    assert first.facts == {"points": [], "expert": ""}
+    assert second.facts["points"] == ["The court met."]
+    grade = benchmark.grade(first, "Summary: The court met.", "spell")
+    with pytest.raises(Unjudged, match="no key points"):
+        asyncio.run(benchmark.judge(first, grade, None, "spell"))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,87 @@ def test_a_checkpoint_beside_the_papers_row():
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def unjudged(name: str, scores, missing: int):
+    """A result without a verdict for some of its samples, the last ones."""
+    [benchmark] = find([name])
+    items = [Item(str(i), (), "?", ("x",)) for i in range(len(scores))]
+    known = [None if i >= len(scores) - missing else score for i, score in enumerate(scores)]
+    samples = [
+        ScoredAnswer(str(i), 0, {}, 0.0, score, "x", "stop", 1, False) for i, score in enumerate(known)
+    ]
+    return summarise(BenchmarkPlan(benchmark, benchmark.terms("paper"), LIMIT, items), samples, 1, (), "")
+
+
+def test_what_rests_on_a_part_of_the_questions_says_so_everywhere():
+    """A judge that failed for some: the mean of the others is right where the rule was."""
+    whole = report(SIX)
+    partly = report([unjudged("docmath", [1.0, 0.0, 0.0], 1), *SIX[1:]])
+    both = partly.averages["Avg of four"]["16384"], partly.averages["mean of six"]["16384"]
+    assert [mean.complete for mean in both] == [False, False]
+    assert all(mean.complete for of in whole.averages.values() for mean in of.values())
+    averages_of_it = [line for line in partly.markdown().splitlines() if line.startswith(("| Avg", "| mean"))]
+    assert [line.count("(incomplete)") for line in averages_of_it] == [1, 1]
+    found = beside(partly, "Qwen2.5-7B-Instruct")
+    ours, gains = found.markdown().splitlines()[-4:-2]
+    for row in (ours, gains):
+        cells = row.split(" | ")
+        assert ["(incomplete)" in cell for cell in cells] == [False, True, False, False, False, True]
+    assert [mean["complete"] for mean in found.to_json()["tables"][0]["ours"]] == [False, *[True] * 3, False]
+    for reports, marks in (([whole, partly], [False, True, True]), ([partly, whole], [True, False, True])):
+        compared = compare(reports)
+        rows = [line for line in compared.markdown().splitlines() if "@" in line]
+        marked = [["(incomplete)" in cell for cell in row.strip("| ").split(" | ")[1:]] for row in rows]
+        assert marked == [marks, *[[False] * 3] * 5]
+    assert "(incomplete)" not in whole.markdown() + beside(whole, "Qwen2.5-7B-Instruct").markdown()
+
+
+def test_an_incomplete_figure_stays_so_in_its_file(tmp_path):
+    partly = report([unjudged("docmath", [1.0, 0.0, 0.0], 1), *SIX[1:]])
+    partly.write(tmp_path)
+    assert read_report(tmp_path) == partly
+    assert not read_report(tmp_path).averages["Avg of four"]["16384"].complete
+
+
+def without_complete(value):
+    """As earlier versions wrote it."""
+    if isinstance(value, dict):
+        return {name: without_complete(part) for name, part in value.items() if name != "complete"}
+    return [without_complete(part) for part in value] if isinstance(value, list) else value
+
+
+def test_a_report_that_does_not_say_what_is_complete_is_told_by_its_counts(tmp_path):
+    partly = report([unjudged("docmath", [1.0, 0.0, 0.0], 1), *SIX[1:]])
+    (tmp_path / "report.json").write_text(json.dumps(without_complete(partly.to_json())))
+    read = read_report(tmp_path)
+    assert [found.mean.complete for found in read.results] == [False, *[True] * 5]
+    assert read == partly
+
+
+def test_heads_of_tables_name_what_differs_from_the_protocol():
+    usual = {"protocol": "paper", "mode": "spell"}
+    other = {
+        "protocol": "paper",
+        "mode": "strict",
+        "thinking": True,
+        "limit": 20,
+        "samples": 2,
+        "temperature": 1.0,
+        "max_tokens": 99,
+    }
+    asked = (
+        "protocol paper, mode strict, thinking, at most 20 questions of each, samples 2, temperature 1.0,"
+        " output tokens 99"
+    )
+    for settings, head in ((usual, "protocol paper, mode spell"), (other, asked)):
+        one = Report("runs/qwen2.5-7b/hf", settings, SIX, averages(SIX))
+        heads = [line for line in one.markdown().splitlines() if line.startswith("| protocol")]
+        assert [line.split(" | ")[0] for line in heads] == [f"| {head}"] * 2
+        details = [line for line in one.markdown().splitlines() if line.startswith("## ")]
+        assert len(details) == 6 and all(line.endswith(f" ({head})") for line in details)
+        assert beside(one, "Qwen2.5-7B").markdown().splitlines()[0].endswith(f"(arXiv 2509.23863v4), {head}")
+        assert compare([one, one]).markdown().startswith(f"| {head} |")
+
+
 def test_a_part_of_a_table_has_no_average():
     [part] = beside(report(SIX[:1]), "Qwen2.5-14B").parts
     assert [mean is not None for mean in part.ours] == [True, False, False, False, False]

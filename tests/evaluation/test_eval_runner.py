@@ -25,6 +25,7 @@ from markdown_it import MarkdownIt
 
 from eval import endpoint as endpoint_module
 from eval.benchmark import Completion, Item, Terms
+from eval.benchmarks import find
 from eval.benchmarks.helmet import Helmet
 from eval.comparison import compare
 from eval.data import Data
@@ -36,11 +37,13 @@ from eval.markdown import literal, table
 from eval.measure import measure, plan
 from eval.prompting import build, prefills_thinking
 from eval.report import Report, read_report
+from eval.reward import RewardJudge
+from eval.run import JudgeSettings, _Work, evaluate
 from eval.runner import Settings
 from spell_megatron.base.terminal import Terminal, line
-from spell_megatron.config import load_config
+from spell_megatron.config import ExternalJudgeConfig, load_config
 from spell_megatron.rollout.engine import EngineError, WeightsWanted
-from spell_megatron.types import Rollout, SpellError
+from spell_megatron.types import Question, Rollout, SpellError
 
 pytestmark = pytest.mark.unit
 PATIENCE = 60.0
@@ -165,6 +168,56 @@ def test_a_slow_answer_times_out_and_is_counted(tmp_path):
     assert "Incomplete: 50.0 if all that is missing were wrong, 60.0 if right" in report.markdown()
 
 
+@pytest.mark.parametrize("reason", ["abort", None, "error"])
+def test_what_a_server_has_when_it_is_ended_is_no_answer(tmp_path, reason):
+    """vLLM sends the first words of what was in flight, with 200."""
+
+    def behave(kind, body, number):
+        land, half = chr(body["prompt"][-2]), text_reply("The correct answer is city", finish=reason)
+        again = standin.asked[tuple(body["prompt"]), body["seed"]] > 1
+        return half if land == "4" or (land == "8" and not again) else right(kind, body, number)
+
+    with StandIn(behave) as standin:
+        report = run(standin, tmp_path, Settings(samples=1, concurrency=2))
+        assert standin.asked.total() == 8 + 2 + QUICK.tries
+    [result] = report.results
+    problem = f"request failed: the answer is not whole (finish_reason {reason!r})"
+    assert result.problems == {problem: 1}
+    assert result.mean.value == pytest.approx(4 / 9)
+    with StandIn(right) as standin:
+        assert run(standin, tmp_path, Settings(samples=1, concurrency=2)).results[0].mean.value == 0.5
+        assert standin.asked.total() == 1
+
+
+@pytest.mark.parametrize("reason", ["eos", "eos_token", "stop_sequence"])
+def test_servers_have_other_words_for_an_end(tmp_path, reason):
+    def behave(kind, body, number):
+        status, answer = right(kind, body, number)
+        answer["choices"][0]["finish_reason"] = reason
+        return status, answer
+
+    with StandIn(behave) as standin:
+        assert run(standin, tmp_path, Settings(samples=1, concurrency=2)).complete
+    journal = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert {json.loads(line)["finish"] for line in journal} == {"stop"}
+
+
+def test_an_aborted_answer_in_a_journal_is_none(tmp_path):
+    settings = Settings(samples=1, concurrency=2)
+    with StandIn(right) as standin:
+        whole = run(standin, tmp_path, settings)
+    path = tmp_path / "journal.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0] |= {"text": "The correct", "finish": "abort"}
+    del lines[1]["finish"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with StandIn(lambda *_: (400, {"error": "no"})) as standin:
+        assert run(standin, tmp_path, settings).results[0].counts["answered"] == 8
+    with StandIn(right) as standin:
+        assert run(standin, tmp_path, settings) == whole
+        assert standin.asked.total() == 2
+
+
 def test_a_refused_sample_is_counted_and_not_retried(tmp_path):
     def behave(kind, body, number):
         if chr(body["prompt"][-2]) == "2" and body["seed"] == 1:
@@ -223,6 +276,34 @@ def test_several_served_models_must_be_told_apart():
         asyncio.run(_enter(standin.url + "/v1"))
 
 
+CUT = "the judge's reply was cut at its output limit"
+
+
+def cut_reply(text: str):
+    return 200, {"choices": [{"message": {"content": text}, "finish_reason": "length"}]}
+
+
+def test_half_a_reply_of_a_judge_is_no_verdict(tmp_path):
+    settings = Settings(samples=1, concurrency=1)
+
+    def judge(kind, body, number):
+        return cut_reply("It does NOT") if number == 1 else chat_reply("It is the same: [[YES]]")
+
+    with StandIn(right) as standin, StandIn(judge) as judging:
+        report = run(standin, tmp_path, settings, benchmark=Capitals(), judge=judging)
+        assert judging.chats == 5 + 1
+    assert (report.complete, report.results[0].mean.value) == (True, 1.0)
+    with StandIn(lambda *_: cut_reply("NO doubt. [[YES]]")) as judging:
+        asked = ExternalJudgeConfig(url=judging.url, tries=2)
+        opinion = asyncio.run(_opinion(RewardJudge(asked)))
+        assert judging.chats == 2
+    assert (opinion.score, "cut" in opinion.fault) == (None, True)
+
+
+async def _opinion(judge: RewardJudge):
+    return await judge(Question("doc_general_qa", "Who?", "plum"), "pear")
+
+
 @pytest.mark.long
 def test_the_judge_is_asked_only_where_the_rule_failed_and_once(tmp_path):
     def judge(kind, body, number):
@@ -263,6 +344,7 @@ def test_official_and_bracketed_verdicts_are_both_kept(tmp_path):
         (lambda *_: (500, b""), "the judge is silent: HTTP 500"),
         (lambda *_: (401, {"error": "no key"}), "the judge refused: HTTP 401: no key"),
         (None, "the judge is silent: timed out"),
+        (lambda *_: cut_reply("So it is NOT the same, or is [[YES]]"), CUT),
     ],
 )
 def test_a_judge_that_fails_leaves_samples_unjudged_not_wrong(judge, reason, tmp_path):
@@ -594,9 +676,15 @@ def nowhere() -> Endpoint:
 @example(200, b'{"choices":' + b"[" * 200_000)
 @example(400, b'{"error":' + b"[" * 200_000)
 @example(400, b'{"error":{"message":"\\ud800 \\u001b[2J"}}')
-@example(200, b'{"choices":[{"text":"5"}],"usage":{"completion_tokens":' + b"9" * 5000 + b"}}")
-@example(200, b'{"choices":[{"text":"5"}],"usage":{"completion_tokens":' + b"9" * 400 + b"}}")
-@example(200, b'{"choices":[{"text":"5"}],"usage":{"completion_tokens":-5}}')
+@example(
+    200,
+    b'{"choices":[{"text":"5","finish_reason":"stop"}],"usage":{"completion_tokens":' + b"9" * 5000 + b"}}",
+)
+@example(
+    200,
+    b'{"choices":[{"text":"5","finish_reason":"stop"}],"usage":{"completion_tokens":' + b"9" * 400 + b"}}",
+)
+@example(200, b'{"choices":[{"text":"5","finish_reason":"stop"}],"usage":{"completion_tokens":-5}}')
 def test_whatever_an_endpoint_answers_is_a_completion_or_a_fault_in_words(
     nowhere: Endpoint, status: int, answer: bytes
 ) -> None:
@@ -758,6 +846,94 @@ def test_weights_that_an_engine_wants_again_are_for_the_run_to_send(tmp_path):
 
     with pytest.raises(WeightsWanted, match="send them again"):
         asyncio.run(go())
+
+
+NEUTRAL = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+def test_no_sampling_is_left_to_a_generation_config():
+    """A plain `vllm serve` takes from the model's what a request does not say. Others refuse what is not OpenAI's."""
+    bodies: list[dict[str, Any]] = []
+
+    def behave(kind, body, number):
+        bodies.append(body)
+        return chat_reply("yes") if kind == "chat" else right(kind, body, number)
+
+    async def ask(url: str, window: int | None) -> None:
+        async with Endpoint(url, limits=QUICK) as endpoint:
+            assert endpoint.max_model_len == 4096
+            endpoint.max_model_len = window
+            await endpoint.complete([ord("1"), 1], seed=0, max_tokens=4, temperature=0.7, top_p=0.9)
+            await endpoint.chat("?", max_tokens=4, seed=0)
+
+    with StandIn(behave) as standin:
+        for window in (4096, None):
+            asyncio.run(ask(standin.url, window))
+    said = [{name: body[name] for name in NEUTRAL if name in body} for body in bodies]
+    assert said == [NEUTRAL, NEUTRAL, NEUTRAL, {}]
+
+
+class Kinds(Capitals):
+    """A file of three subsets, one behind the other."""
+
+    judged = False
+
+    def load(self, data):
+        kinds = "aaaaaabbbc"
+        return [replace(i, labels={"kind": kinds[int(i.id)]}) for i in super().load(data)]
+
+
+def test_a_limit_takes_of_every_subset_its_share(tmp_path):
+    def asked(limit: int | None) -> list[str]:
+        settings = replace(SETTINGS, limit=limit)
+        [chosen] = plan([(Kinds(), Kinds().load(Data(None)), {})], [1000], WordCodec(), settings)
+        return [item.id for item in chosen.items]
+
+    assert asked(5) == ["0", "6", "1", "2", "7"]
+    assert asked(8) == ["0", "6", "1", "2", "7", "9", "3", "4"]
+    assert asked(99) == ["0", "6", "1", "2", "7", "9", "3", "4", "8", "5"]
+    assert asked(None) == [str(i) for i in range(10)]
+    with StandIn(right) as standin:  # a larger limit asks for what is new
+        for limit in (5, 8):
+            report = run(standin, tmp_path, replace(SETTINGS, limit=limit), benchmark=Kinds())
+        assert standin.asked.total() == 8 * SETTINGS.samples
+    assert set(report.results[0].subsets["kind"]) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("settings", [Settings(limit=-5), Settings(limit=0), Settings(max_tokens=-1)])
+def test_bounds_below_one_are_refused(settings):
+    with pytest.raises(SpellError, match=r"--(limit|max-tokens) is at least 1, found -?\d"):
+        evaluate(["toy"], endpoint="http://127.0.0.1:9", settings=settings)
+
+
+def serving(folder: Path, names: list[str], max_input: int, window: int):
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": window, "dtype": "float32"}))
+    loaded = [(benchmark, [], {}) for benchmark in find(names)]
+    console = Terminal(file=io.StringIO())
+    work = _Work(loaded, [max_input], Settings(max_tokens=100), JudgeSettings(), folder, console)
+    return work.serving(folder)
+
+
+def test_a_served_window_has_room_for_benchmarks_of_both_kinds(tmp_path):
+    """Those without an input limit have prompts of up to 8,192 tokens."""
+    rest = 100 + 512
+    for names, limit, longest in (
+        (["frames", "mmlu-pro"], 1_024, 8_192),
+        (["frames"], 1_024, 1_024),
+        (["frames", "mmlu-pro"], 16_384, 16_384),
+        (["mmlu-pro"], 16_384, 8_192),
+    ):
+        assert serving(tmp_path, names, limit, 100_000).max_model_len == longest + rest
+    assert serving(tmp_path, ["mmlu-pro"], 16_384, 4_096).max_model_len == 4_096
+    for limit in (4_097, 8_192, 16_384):
+        with pytest.raises(SpellError, match=f"--max-input {limit} is longer"):
+            serving(tmp_path, ["frames"], limit, 4_096)
 
 
 def test_a_rate_bounds_requests_a_second(tmp_path):

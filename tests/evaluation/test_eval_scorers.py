@@ -3,7 +3,9 @@
 import asyncio
 import json
 import math
+import os
 import random
+import signal
 from itertools import combinations
 
 import pytest
@@ -148,6 +150,12 @@ def _contest(row):
 def test_contest(name):
     for row in vectors(f"benchmarks/{name}"):
         assert _contest(row) == row["score"], row
+
+
+def test_a_right_answer_is_right_on_a_machine_that_is_suspended(monkeypatch):
+    """As if it were so the moment after an alarm was set."""
+    monkeypatch.setattr(signal, "alarm", lambda seconds: seconds and os.kill(os.getpid(), signal.SIGALRM))
+    assert _contest({"reference": "\\frac{3}{7}", "prediction": "\\boxed{\\frac{9}{21}}"}) == 1
 
 
 def test_contest_reads_degrees_and_float_gold():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spell_megatron.config import SourceConfig
 from spell_megatron.corpus.reading import rows
-from spell_megatron.corpus.reading.opened import BROKEN, UnfoldsTooFar, opened, split_compression
+from spell_megatron.corpus.reading.opened import BROKEN, UnfoldsTooFar, encoding, opened, split_compression
 from spell_megatron.corpus.reading.pages import html_page
 from spell_megatron.corpus.reading.places import Place
 from spell_megatron.corpus.reading.tables import arrow_rows, csv_rows, json_file, json_lines, parquet_rows
@@ -20,7 +20,6 @@ from spell_megatron.corpus.reading.text import PART, Skipped, Text, cut
 
 _VERSION = re.compile(r"\.\d+")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_file(place: Place, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
@@ -63,9 +62,9 @@ def _prose(file: BufferedReader, name: str, source: SourceConfig, skipped: Skipp
     rest, number, decoder = "", 1, None
     while block := file.read(PART):
         if decoder is None:
-            wide = block.startswith(_UTF16) and not block.startswith(codecs.BOM_UTF32_LE)
-            decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8-sig")()
-        if b"\0" in block and not wide:
+            coded = encoding(block)
+            decoder = codecs.getincrementaldecoder(coded)()
+        if b"\0" in block and coded != "utf-16":
             return skipped.add("binary", name)
         rest += decoder.decode(block)
         while len(rest) > PART:

@@ -7,6 +7,7 @@ more than that is no text.
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -27,6 +28,9 @@ BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 """What damaged data raise, besides OSError."""
 
 
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
 class UnfoldsTooFar(Exception):
     """A compressed file grows beyond measure."""
 
@@ -44,6 +48,12 @@ def opened(path: Path) -> io.BufferedReader:
         return io.BufferedReader(io.FileIO(path), _BUFFER)
     bound = max(FREE, RATIO * path.stat().st_size)
     return io.BufferedReader(_Bounded(_OPENERS[suffix](path), bound), _BUFFER)
+
+
+def encoding(start: bytes) -> str:
+    """Of a text that begins so: UTF-16 where it has that byte-order mark, else UTF-8."""
+    wide = start.startswith(_UTF16) and not start.startswith(codecs.BOM_UTF32_LE)
+    return "utf-16" if wide else "utf-8-sig"
 
 
 class _Bounded(io.RawIOBase):

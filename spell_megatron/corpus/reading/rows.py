@@ -10,6 +10,7 @@ any, with text_field "*"                 every text of a row, and every list of 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,14 @@ from spell_megatron.corpus.reading.text import Skipped, Text
 Row = Mapping[str, Any]
 _STRANGERS = 1000
 _GENERAL = SourceConfig().text_field
+_TOGETHER = ".*"
+"""Where the texts of a list stand as one."""
+_QUESTION = re.compile(
+    r"(?:question|problem|query|queries|prompt|input|instruction)s?"
+    r"(?:[^a-z]?(?:text|statement|body|content|stem))?(?:[_-](?!id)[a-z]{2})?[\W\d_]*\Z",
+    re.IGNORECASE,
+)
+"""How the names of columns end that hold questions: perhaps with a language, `question_en`, but no `question_id`."""
 
 
 def texts(rows: Iterable[Row], name: str, source: SourceConfig, skipped: Skipped) -> Iterator[Text]:
@@ -33,8 +42,10 @@ def texts(rows: Iterable[Row], name: str, source: SourceConfig, skipped: Skipped
                 return
             continue
         if column == EVERY_TEXT:
+            asked = any(_asks(place) and any(map(str.isalpha, part)) for place, part in _every(row))
             for place, part in _every(row):
-                yield from Text(f"{where}{place}", part, name).parts()
+                asks = not place.endswith(_TOGETHER) and (_asks(place) or not asked)
+                yield from Text(f"{where}{place}", part, name, asks=asks).parts()
             continue
         value = row.get(column)
         if column == "paragraphs" and isinstance(value, list):
@@ -79,9 +90,14 @@ def _every(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         texts = [part for part in value if isinstance(part, str)]
         if len(texts) > 1:
-            yield place, "\n\n".join(texts)
+            yield place + _TOGETHER, "\n\n".join(texts)
         for number, part in enumerate(value):
             yield from _every(part, f"{place}.{number}")
+
+
+def _asks(place: str) -> bool:
+    """Whether a text stands in a column of questions."""
+    return any(map(_QUESTION.search, place.split(".")))
 
 
 def missing_column(columns: Iterable[str], name: str, source: SourceConfig, skipped: Skipped) -> None:

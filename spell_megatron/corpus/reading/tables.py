@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from spell_megatron.base.files import has_halves
 from spell_megatron.base.terminal import said
 from spell_megatron.config import SourceConfig
+from spell_megatron.corpus.reading.opened import encoding
 from spell_megatron.corpus.reading.rows import Row, missing_column, text_column, wanted_columns
 from spell_megatron.corpus.reading.text import PART, Skipped
 
@@ -31,9 +33,9 @@ _BOM = b"\xef\xbb\xbf"
 _MARGIN = b" \t\r\n\v\f" + _BOM
 
 _CELL_BYTES = 16 << 20
-"""Bytes of CSV read at once: its parser takes four for each."""
+"""Bytes of the longest cell of CSV: its parser takes four for each."""
 
-csv.field_size_limit(_CELL_BYTES)
+_LINE_ENDS = ("\n", "\r")
 
 
 def json_lines(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]:
@@ -67,17 +69,25 @@ def json_file(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row
 
 def csv_rows(file: BufferedReader, name: str, skipped: Skipped) -> Iterator[Row]:
     """A header, and rows that are told apart by whichever of `, ; tab |` the header has most of."""
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    header = text.readline(ROW_BYTES)
+    coded = encoding(file.peek(1))
+    # What cannot be decoded becomes half characters, and is the fault of its row.
+    errors = "surrogatepass" if coded == "utf-16" else "surrogateescape"
+    lines = _Lines(io.TextIOWrapper(file, coded, errors, newline=""), name, skipped)
+    header = ""
+    while not header.strip() and (header := next(lines, "")):
+        lines.held = 0
     marks = {mark: header.count(mark) for mark in ",;\t|"}
     mark = max(marks, key=lambda m: marks[m])
-    columns = next(csv.reader([header], delimiter=mark), [])
-    if not columns:
-        return skipped.add("empty", name)
     try:
-        for number, row in enumerate(csv.reader(text, delimiter=mark), start=2):
+        columns = next(csv.reader([header], delimiter=mark), [])
+        if not columns:
+            return skipped.add("empty", name)
+        for row in csv.reader(lines, delimiter=mark):
+            where, lines.held = f"{name} line {lines.begin}", 0
             if len(row) > len(columns):
-                skipped.add("with more fields than the header", f"{name} line {number}")
+                skipped.add("with more fields than the header", where)
+            elif any(map(has_halves, row)):
+                skipped.add("not UTF-8", where)
             elif row:
                 yield dict(zip_longest(columns, row, fillvalue=""))
     except csv.Error as error:
@@ -224,6 +234,38 @@ _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},"]', re.DOTALL)
 
 class _TooLong(Exception):
     pass
+
+
+class _Lines:
+    """Lines of a table, for `csv.reader`, which keeps a row in memory until it ends. One of more than ROW_BYTES
+    characters is skipped, but within a row, whose end could not be told then: csv.Error.
+
+    `held` counts the characters of the row that is being read, which begins with line `begin`; 0 begins another.
+    """
+
+    def __init__(self, text: io.TextIOWrapper, name: str, skipped: Skipped) -> None:
+        self._text, self._name, self._skipped = text, name, skipped
+        self._number = self.begin = self.held = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        while line := self._text.readline(ROW_BYTES):
+            self._number += 1
+            self.begin = self.begin if self.held else self._number
+            before, self.held = self.held, self.held + len(line)
+            ends = len(line) < ROW_BYTES or line.endswith(_LINE_ENDS)
+            if ends and self.held <= ROW_BYTES:
+                csv.field_size_limit(_CELL_BYTES)  # of the process, where others may have set theirs
+                return line
+            if before:
+                raise csv.Error(f"a row of more than {ROW_BYTES >> 20} MiB")
+            self._skipped.add(f"longer than {ROW_BYTES >> 20} MiB", f"{self._name} line {self._number}")
+            while line and not line.endswith(_LINE_ENDS):
+                line = self._text.readline(ROW_BYTES)
+            self.held = 0
+        raise StopIteration
 
 
 def _head(file: BufferedReader) -> bytes:

@@ -22,12 +22,14 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]+")
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text as its source gives it. `cluster` is its given group: folder, id or file."""
+    """A text as its source gives it. `cluster` is its given group: folder, id or file. `asks`: it may be a question, as
+    far as can be told from where in its row it stands."""
 
     name: str
     text: str
     cluster: str
     title: str = ""
+    asks: bool = True
 
     def plain(self) -> Text:
         """With a name, a cluster and a title that can be stored and shown: one line of Unicode each.
