@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from spell_megatron.selfplay.reading.thoughts import strip_thinking
 from spell_megatron.types import Document
 
 REQUEST = "\n\nAfter that, add one line with the numbers of the documents that the answer rests on: Evidence: [1, 4]"
@@ -25,8 +26,8 @@ def numbered(documents: Sequence[Document]) -> list[Document]:
 
 
 def named(text: str) -> set[int]:
-    """Indices of the documents that a response names in its last line of evidence, from 0."""
-    found = _EVIDENCE.findall(text)
+    """Indices of the documents that a response names in its last line of evidence, behind all thoughts, from 0."""
+    found = _EVIDENCE.findall(strip_thinking(text) or "")
     return {int(number) - 1 for number in re.findall(r"\d{1,6}", found[-1])} if found else set()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from spell_megatron.selfplay.reading.notation import DATE, tidy
 
@@ -22,13 +23,20 @@ _LONGEST = 200
 _DEEPEST = 32
 """Brackets within each other."""
 
-_PRECISION = re.compile(r"[ -](?:decimal|significant|digit)")
+_PRECISION = re.compile(r"[ -](?:decimal|significant|digit|s\.? ?f\b|d\.? ?p\b)")
+_UNITS = (
+    r"hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|yrs?|feet|foot|ft|inch(?:es)?"
+    r"|lbs?|oz|[ckm]m|kg|[hmdsg]"
+)
 _OTHER = re.compile(
-    r"\s*(?:[;,|]+(?=(?:[\d\W]|and|or)*$)|(?:[;,]\s*)?(?:[a-z]+\s+)?(?:or|and/or)|(?:[a-z]+\s+)?and|to)"
-    r"(?=[\s(+-]*\.?\d)",
+    r"[\s*_']*(?:(?:[;,|]+(?=(?:[\d\W]|and|or)*$)|(?:[;,]\s*)?(?:[a-z]+\s+)?(?:or|and/or)|(?:[a-z]+\s+)?and|to)"
+    r"(?=[\s(*_'+-]*\.?\d)"
+    r"|(?<=\s)in(?=\s+(?!(?:1[5-9]|2[01])\d\d\b)\d+\W*$)"  # "1 in 5", but "42 in 2019"
+    rf"|(?:{_UNITS})\b\.?,?\s+(?=\d[\d.]*\s?(?:{_UNITS}|in)\b))",  # 2 hours 30 minutes
     re.IGNORECASE,
 )
 """Between a number and one more."""
+_UP_TO = re.compile(r"-[\s(*']*\.?\d[\d.]*[\s)*']*$")
 _NAMED = re.compile(
     r"^(?:[A-Za-z]\w{0,20} ?=|[( ]*(?:1[5-9]|2[01])\d\d ?: (?=[-+( ]*\.?\d[\d.,e ]*[^\d]{0,40}$))"
 )
@@ -37,6 +45,8 @@ _PRICE = re.compile(r"[\s(*]*[$£€¥]")
 _RATIO = re.compile(r"\d : $")
 _MIXED_AHEAD = re.compile(r"\d+ \d+ ?/ ?\d")
 _YEARS = range(1500, 2200)
+_SAME = (1.0, 60.0, 100.0, 1e3, 1e6, 1e9)
+"""Ratios of one value in two notations: hours and minutes, a share and a percentage, words of scale."""
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)|(?P<sign>\*\*|[-+*/^()=]|sqrt)"
@@ -52,7 +62,7 @@ def parse_number(text: str) -> float | None:
     text = tidy(text)
     value = _equation(text)
     if value is None and len(runs := list(_runs(text))) == 1:
-        value = _value(_last_side(runs[0]))
+        value = _value(_last_side(runs[0].text))
     return value
 
 
@@ -67,28 +77,41 @@ def first(statement: str) -> str | None:
         text = tidy(part[: 2 * _LONGEST])
         text = text if _PRICE.match(part) else _NAMED.sub("", text)
         run = next(_runs(text), None)
-        begins = run is not None and text.lstrip(" (=").startswith(run.lstrip(" (="))
-        behind = text.partition(run)[2] if run is not None else ""
-        if run is not None and begins and not _PRECISION.match(behind):
-            number = _last_side(run)
-            value = _value(number)
-            if value is not None and not _is_doubted(value, behind):
-                return number
+        if run is None or not text.lstrip(" (=").startswith(run.text.lstrip(" (=")):
+            continue
+        number, behind = _last_side(run.text), text[run.end :]
+        value = _value(number)
+        if value is not None and not _PRECISION.match(behind) and not _is_followed(value, behind):
+            return number
     return None
 
 
-def _is_doubted(value: float, behind: str) -> bool:
-    """Whether another number follows a number: whoever gives two of them, gives none."""
+def is_doubted(number: str, behind: str) -> bool:
+    """Whether another number follows one that stands in brackets or quotes: whoever gives two of them, gives none."""
+    value, behind = parse_number(number), tidy(behind[: 2 * _LONGEST])
+    return value is not None and (_UP_TO.match(behind) is not None or _is_followed(value, behind))
+
+
+def _is_followed(value: float, behind: str) -> bool:
     if (between := _OTHER.match(behind)) is None:
         return False
-    other = _value(_last_side(next(_runs(behind[between.end() :]), "")))
-    return other is None or not math.isclose(value, other)
+    behind = behind[between.end() :]
+    run = next(_runs(behind), None)
+    other = _value(_last_side(run.text)) if run is not None else None
+    if run is None or other is None:
+        return True
+    is_year = between[0].strip(" *_'")[:1] in (",", ";") and run.text.isdigit() and other in _YEARS
+    if (is_year and value not in _YEARS) or _PRECISION.match(behind, run.end):
+        return False
+    small, large = sorted((abs(value), abs(other)))
+    return value * other < 0 or not any(math.isclose(small * ratio, large) for ratio in _SAME)
 
 
 def only(statement: str) -> str | None:
-    """The number written in a statement, where there is but one."""
-    runs = _runs(tidy(statement[: 2 * _LONGEST]))
-    found = [number for run in runs if _value(number := _last_side(run)) is not None]
+    """The number written in a statement, where there is but one besides how many decimals it has."""
+    text = tidy(statement[: 2 * _LONGEST])
+    runs = (run for run in _runs(text) if not _PRECISION.match(text, run.end))
+    found = [number for run in runs if _value(number := _last_side(run.text)) is not None]
     return found[0] if len(set(map(_value, found))) == 1 else None
 
 
@@ -104,7 +127,14 @@ def _last_sides(statement: str) -> Iterator[str]:
             yield side
 
 
-def _runs(text: str) -> Iterator[str]:
+class _Run(NamedTuple):
+    """A stretch of a text, and where it ends there."""
+
+    text: str
+    end: int
+
+
+def _runs(text: str) -> Iterator[_Run]:
     """Stretches of digits and signs that hold a number or a date; what is glued to a word (Q3, m^2) is no number."""
     start = end = word = -1  # where the stretch begins and ends, and where the last word ends
     before = -1  # where the number stands that the last token was
@@ -116,14 +146,14 @@ def _runs(text: str) -> Iterator[str]:
         beside = is_number and before >= 0 and not _MIXED_AHEAD.match(text, before)  # "40 2"
         aside = token == "(" and full and match.start() == end < begin  # "42 (40 + 2)"
         if beside or aside:
-            yield _balanced(text[start:end])
+            yield _Run(_balanced(text[start:end]), end)
             start, depth, full = -1, 0, False
         before = begin if is_number and begin != word else -1
         if begin == word and token not in ("(", "="):
             word = match.end()
         elif (kind == "other" and not is_number) or (token == ")" and not depth):
             if full:
-                yield _balanced(text[start:end])
+                yield _Run(_balanced(text[start:end]), end)
             start, depth, full = -1, 0, False
             word = match.end() if token[-1].isalnum() else -1
         elif start >= 0 or is_number or token in ("(", "-", "+", "sqrt"):
@@ -132,7 +162,7 @@ def _runs(text: str) -> Iterator[str]:
             if is_number or token == ")":
                 full, end = full or is_number, match.end()
     if full:
-        yield _balanced(text[start:end])
+        yield _Run(_balanced(text[start:end]), end)
 
 
 def _balanced(run: str) -> str:
@@ -145,13 +175,23 @@ def _balanced(run: str) -> str:
 def _equation(text: str) -> float | None:
     """The last side of an equation whose other sides are names or calculations."""
     *others, last = text.split("=")
-    if any(_value(side) is None and any(map(str.isdigit, side)) for side in others):
+    if any(_Expression(side).total() is None and any(map(str.isdigit, side)) for side in others):
         return None
     return _value(last)
 
 
 def _value(text: str) -> float | None:
     return _Expression(text).value()
+
+
+def _bare(tokens: list[str]) -> list[str]:
+    """Tokens without the brackets around single numbers."""
+    out: list[str] = []
+    for token in tokens:
+        out.append(token)
+        while len(out) > 2 and out[-3] == "(" and out[-2][-1].isdigit() and out[-1] == ")":
+            out[-3:] = [out[-2]]
+    return out
 
 
 class _Expression:
@@ -168,18 +208,23 @@ class _Expression:
         self.depth = 0
 
     def value(self) -> float | None:
-        """The whole expression, finite, or None."""
+        """The whole expression, finite, or None; None for a range, too."""
+        return None if (value := self.total()) is None or self._is_range() else value
+
+    def total(self) -> float | None:
+        """The same where "=" follows, so that "3 - 5" is a difference."""
         self.at = 0
         try:
             value = self._sum()
         except (ValueError, OverflowError, ZeroDivisionError):
             return None
-        whole = self.at == len(self.tokens) and math.isfinite(value)
-        return value if whole and not self._is_range() else None
+        return value if self.at == len(self.tokens) and math.isfinite(value) else None
 
     def _is_range(self) -> bool:
         """3-5, 2018-19, 2018/19: an ascending pair, or a year and the next."""
         tokens = self.tokens
+        if "/" not in tokens:  # of a fraction they are its own
+            tokens = _bare(tokens)
         while len(tokens) > 2 and tokens[0] == "(" and tokens[-1] == ")":
             tokens = tokens[1:-1]
         negative = tokens[:1] == ["-"]

@@ -17,15 +17,22 @@ from collections import Counter
 from collections.abc import Sequence
 
 from spell_megatron.selfplay.episode import Response
-from spell_megatron.selfplay.reading.texts import normalise
+from spell_megatron.selfplay.grading import is_correct
 
 
-def outvoted(responses: Sequence[Response]) -> bool:
-    """Whether more than half of the responses give the same answer, and none of them was rewarded for it."""
-    given = [normalise(response.answer) if response.answer else None for response in responses]
-    said = Counter(answer for answer in given if answer)
-    if not said:
-        return False
-    answer, count = said.most_common(1)[0]
-    earned = [response.reward for response, own in zip(responses, given, strict=True) if own == answer]
-    return 2 * count > len(responses) and max(earned) <= 0
+def outvoted(responses: Sequence[Response], task: str) -> bool:
+    """Whether more than half of the responses give one answer, as their task compares them, and none was rewarded."""
+    said = Counter(response.answer for response in responses if response.answer)
+    earned = {
+        answer: max(response.reward for response in responses if response.answer == answer) for answer in said
+    }
+    alike = ([other for other in said if _are_same(task, answer, other)] for answer in said)
+    return any(
+        2 * sum(said[answer] for answer in same) > len(responses)
+        and max(earned[answer] for answer in same) <= 0
+        for same in alike
+    )
+
+
+def _are_same(task: str, one: str, other: str) -> bool:
+    return one == other or (is_correct(task, one, other) and is_correct(task, other, one))

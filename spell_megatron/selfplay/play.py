@@ -169,8 +169,11 @@ class SelfPlay:
         self, step: int, number: int, wanted: int, known: dict[tuple[int, int], Episode], tally: Tally
     ) -> list[Episode]:
         """Episodes of one round: all, or up to the one that fills the batch."""
-        place = self._clusters.state()
-        drawn = self._clusters.draw(self._settings.round_questions)
+        drawn: list[tuple[Cluster, str | Question]] = []
+        places = [self._clusters.state()]  # to go back to: drawing again would tokenise again
+        for _ in range(self._settings.round_questions):
+            drawn += self._clusters.draw(1)
+            places.append(self._clusters.state())
         jobs = [self._job(step, number, index, *entry) for index, entry in enumerate(drawn)]
         played = Round([_known(job, known) for job in jobs], wanted, self._settings.whole_rounds)
         tally.journaled += sum(episode is not None for episode in played.done)
@@ -194,8 +197,7 @@ class SelfPlay:
         if played.is_full:
             await self._leave(*played.leftovers(), tally)
         if played.end < len(jobs):
-            self._clusters.restore(place)
-            self._clusters.draw(played.end)
+            self._clusters.restore(places[played.end])
         return [episode for episode in played.done[: played.end] if episode is not None]
 
     async def _brought(self, step: int, done: Sequence[Episode | None], tally: Tally) -> dict[int, Leftover]:

@@ -13,7 +13,6 @@ Vote = int | None
 
 TIES: Mapping[str, Callable[[Sequence[Vote]], Vote]] = {
     "absent": lambda votes: None,
-    "no": lambda votes: 0,
     "first": lambda votes: next(vote for vote in votes if vote is not None),
 }
 """What a group says in which as many vote YES as NO, and some do."""
@@ -27,10 +26,16 @@ def verdict_of(votes: Sequence[Vote], settings: config.SelfPlayConfig) -> Vote:
 
 
 def majority(votes: Sequence[Vote], tie: str = "absent") -> Vote:
-    """The verdict of most; None where most votes are invalid. `tie` names what as many YES as NO are (`TIES`)."""
+    """The verdict of most; None where most votes are invalid.
+
+    `tie` names what as many YES as NO are (`TIES`). `no` is the paper's rule, which asks more of YES than to be more
+    than NO: it takes over half of all votes, invalid ones among them.
+    """
     yes, no = votes.count(1), votes.count(0)
     if len(votes) - yes - no > max(yes, no) or not yes + no:
         return None
+    if tie == "no":
+        return int(2 * yes > len(votes))
     return TIES[tie](votes) if yes == no else int(yes > no)
 
 

@@ -55,6 +55,9 @@ def asked_by(actor: Actor, **beyond) -> list[Episode]:
         ("Evidence: []", 0.0),
         ("The answer is in document 1.", 0.0),
         ("Evidence: [" + "1," * 5000 + "]", 0.0),
+        ("<think>Evidence: [1, 3] so", 0.0),
+        ("<think>Evidence: [1, 3]</think> The correct answer is (x).", 0.0),
+        ("<think>Evidence: [2]</think> Evidence: [1, 3]", 1.0),
     ],
 )
 def test_evidence_is_graded_by_what_the_questioner_read(text: str, score: float):
@@ -84,6 +87,18 @@ def test_evidence_counts_in_advantages_alone():
     worth = [1.5, 1.0, 0.5, 0.0]
     std = statistics.stdev(worth)
     assert weights[0.5] == pytest.approx([(w - 0.75) / std for w in worth], abs=1e-5)
+
+
+def test_a_response_that_was_cut_earns_nothing_by_its_evidence():
+    made = [replace(response(0.0), text="Evidence: [1, 2]"), replace(response(1.0), text="-")]
+    cut = replace(made[0], rollout=replace(made[0].rollout, finish="length"))
+    chosen = settings(
+        questions=1, failure_ratio=0.0, train_questioner=False, beyond=BeyondConfig(evidence=2.0)
+    )
+    for first, best in ((made[0], 0), (cut, 1)):  # 2 against 1, and 0 against 1
+        [group] = compose([episode(0, responses=[first, made[1]])], chosen, random.Random(0)).train.groups
+        weights = [sample.weights[0] for sample in group.samples]
+        assert weights.index(max(weights)) == best
 
 
 def test_evidence_is_asked_for_only_where_it_counts():
@@ -142,8 +157,30 @@ def test_a_question_that_its_own_documents_do_not_answer_is_dropped():
 )
 def test_a_majority_against_the_reference_outvotes_it(answers, found: bool):
     responses = [replace(response(reward), answer=text, reward=float(reward)) for text, reward in answers]
-    assert outvoted(responses) == found
-    assert outvoted(responses[::-1]) == found
+    assert outvoted(responses, "doc_general_qa") == found
+    assert outvoted(responses[::-1], "doc_general_qa") == found
+
+
+@pytest.mark.parametrize(
+    ("task", "answers", "found"),
+    [
+        ("doc_mc", "A A A B", True),
+        ("doc_mc", "D D D B", True),
+        ("doc_mc", "A A B B", False),
+        ("docmath_qa", "1.5 15 1.5 15", False),
+        ("docmath_qa", "0.5 1/2 50% 7", True),
+        ("docmath_qa", "1,200 1200.0 3 4", False),
+        ("docmath_qa", "1,200 1200.0 1.2e3 4", True),
+        ("doc_general_qa", "A A A b", True),
+        ("doc_general_qa", "Rome Rome,Italy Rome,Italy Oslo", False),
+    ],
+)
+def test_answers_are_the_same_where_their_task_says_so(task: str, answers: str, found: bool):
+    responses = [replace(response(0.0), answer=text, reward=0.0) for text in answers.split()]
+    assert outvoted(responses, task) == found
+    assert outvoted(responses[::-1], task) == found
+    paid = [replace(one, reward=1.0) for one in responses]
+    assert not outvoted(paid, task)
 
 
 def test_an_outvoted_question_earns_nothing_and_is_neither_trained_on_nor_remembered():
@@ -167,15 +204,15 @@ def test_an_outvoted_question_earns_nothing_and_is_neither_trained_on_nor_rememb
     result, room = whole(outvoting=True)
     against = [e for e in result.episodes if e.outcome == "outvoted"]
     assert against
-    assert all(outvoted(e.responses) and e.reward == 0.0 for e in against)
+    assert all(outvoted(e.responses, e.task) and e.reward == 0.0 for e in against)
     assert {e.cluster for e in against} == {"c1"}
-    assert not any(e.kept and outvoted(e.responses) for e in result.episodes)
+    assert not any(e.kept and outvoted(e.responses, e.task) for e in result.episodes)
     remembered = {entry.question.text for entry in room.memory.recall("doc_general_qa", "c1")}
     assert not remembered & {e.posed.text for e in against}
     assert step_metrics(result)["outcome/outvoted"] == len(against)
     assert tuple(Episode.from_dict(e.to_dict()) for e in result.episodes) == result.episodes
     plain, _ = whole()
-    assert any(e.kept and outvoted(e.responses) for e in plain.episodes), "they would have been kept"
+    assert any(e.kept and outvoted(e.responses, e.task) for e in plain.episodes), "they would have been kept"
     assert "outcome/outvoted" not in step_metrics(plain)
 
 
@@ -190,6 +227,24 @@ def test_an_outvoted_question_earns_nothing_and_is_neither_trained_on_nor_rememb
         ("<think>It was in 1,204.</think>", "1204", True),
         ("巴黎是法国的首都。", "法国", True),
         ("", "Rome", False),
+        ("8 + 7 = 15.", "1.5", False),
+        ("8 / 16 = 0.5.", "1/2", True),
+        ("It was the 12th.", "1/2", False),
+        ("12, all in all.", "12.0", True),
+        ("It lost 1,204.50 euros.", "-1204.5", True),
+        ("A tonne is 4.5 × 10⁴.", "4.5 × 10⁴", True),
+        ("Version 31 came.", "version 3.1", False),
+        ("Version 3.1 came.", "Version 3.1", True),
+        ("The grade is A.", "A", True),
+        ("The grade is B. A day later it rose.", "An", False),
+        ("a + b", "+", True),
+        ("It sold 5 lamps.", "5 million", False),
+        ("It made 5,000 thousand.", "5 million", True),
+        ("It made 5.0 million.", "$5 million", True),
+        ("It rose in Q3.", "3", False),
+        ("It began with COVID-19.", "19", False),
+        ("In the 1990s it rose.", "1990", False),
+        ("5 " + "7 " * 1_000, "5.0", False),  # only so many numbers are looked at
     ],
 )
 def test_a_question_is_noted_where_its_answer_stands_before_it(before: str, answer: str, found: bool):
@@ -235,6 +290,8 @@ def test_a_question_that_was_not_noted_is_as_bad_as_a_malformed_one_and_asked_of
         ("Ann Lee owns Oak Books.", "Who owns Elm Books?", "Ann Lee", False),
         ("Ann Lee owns Oak Books.", "Who is rich: Ann Lee, Paul Roy or Ann Lee?", "Ann Lee", False),
         ("4 + 4 = 8.", "What do two lamps cost?", "8", False),
+        ("Oak Books sells lamps for 4. 4 / 8 = 0.5.", "What does half a lamp cost?", "5", False),
+        ("Oak Books sells lamps for 4. 4 / 8 = 0.5.", "What does half a lamp cost?", "0.50", True),
         ("", "Who owns Oak Books?", "Ann Lee", False),
     ],
 )

@@ -241,6 +241,8 @@ SAME = [
     ),
     *(("5万元", "50,000元"), ("0.5 million", "500 thousand")),
     ("[[x", "[ [x"),  # as the verifier is shown them
+    ("<said> x", "(said> x"),
+    ("\u2039ref> x", "<ref> x"),
 ]
 OTHER = [
     *(
@@ -303,6 +305,33 @@ def test_examples_are_those_of_the_style() -> None:
     assert isinstance(parse_question(text, TASK, examples=frozenset()), Question)
 
 
+BLANKS = (
+    *(
+        "\u200b\u200b",
+        "**",
+        "\u2800",
+        "\u3164",
+        "\u115f\u1160",
+        "\uffa0",
+        "\u2060 \ufeff",
+        "\ufe0f",
+        "\u0301",
+    ),
+    *("'", "“”", "«»", "。", "`", "\u00ad", "\U000e0041", "؟!", "【】", "\x07"),
+)
+"""Nothing in them is a letter, a digit or a symbol."""
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_a_question_or_choice_that_shows_nothing_is_none(blank: str) -> None:
+    assert outcome(json.dumps({"question": blank, "answer": "Ada"})) == "bad_format"
+    options = {"A": "Meuse", "B": "Rhine", "C": "Po", "D": blank}
+    assert (
+        outcome(json.dumps({"question": "Which?", "options": options, "answer": "B"}), "doc_mc")
+        == "bad_format"
+    )
+
+
 @pytest.mark.parametrize(
     ("answer", "task", "kind"),
     [
@@ -310,8 +339,10 @@ def test_examples_are_those_of_the_style() -> None:
         *((gap, "docmath_qa", "bad_format") for gap in ("...", "___", "?")),
         *(
             (mark, "doc_general_qa", "dropped:unreachable_reference")
-            for mark in ("the", "A", "+", "your answer", "'")
+            for mark in ("the", "A", "+", "your answer", "=", "≈")
         ),
+        *((mark, "doc_general_qa", "question") for mark in ("€", "°", "🙂", "5", "七")),
+        *((gap, "doc_general_qa", "bad_format") for gap in BLANKS),
         *(
             (date, "docmath_qa", "dropped:not_a_number")
             for date in ("2019-03-05", "5 March 2019", "12:30", "1/2/2019")

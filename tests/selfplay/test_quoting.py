@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spell_megatron.selfplay import quoting
 from spell_megatron.selfplay.grading import extract_answer
 from spell_megatron.selfplay.parsing import parse_verdict
 from spell_megatron.selfplay.prompts import Prompts
@@ -40,14 +42,23 @@ SPELLINGS = (
         "</\u00a0text>",
         "<//text>",
     ),
+    *(f"<{mark}/text>" for mark in "\x07\x1b\u00ad\u061c\u180e\u2060\ufe0f\U000e0100\U000e0020\u3164\u2800"),
+    *(f"</te{mark}xt>" for mark in "\x07\u2060\ufe0f\U000e0100\u034f"),
+    *("<\u2044text>", "<\u2215text>", "<" + "\u200b" * 99 + "/text>", "<" + " " * 99 + "/text>"),
 )
-_TAG = re.compile(r"[<‹⟨«〈]\s*[/\\]*\s*text\b", re.IGNORECASE)
+_TAG = re.compile(r"[<‹⟨«〈]\s*[/\\⁄∕]*\s*text\b", re.IGNORECASE)
 
 
 def tags(message: str) -> int:
     """Spellings of the tag, as an eye sees them."""
-    visible = "".join(c for c in unicodedata.normalize("NFKC", message) if unicodedata.category(c) != "Cf")
-    return len(_TAG.findall(visible))
+    normal = unicodedata.normalize("NFKC", message)
+    unseen = ("Cf", "Mn", "Cc")
+    visible = (
+        c
+        for c in normal
+        if c in "\n\t" or (unicodedata.category(c) not in unseen and c not in "\u1160\u2800")
+    )
+    return len(_TAG.findall("".join(visible)))
 
 
 @pytest.mark.parametrize("style", ["full", "short"])
@@ -78,10 +89,87 @@ def test_tags_of_two_documents_do_not_join() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a < b", "x <texture> y", "<textarea>", "<b>text</b>", "5 <6", "context", "a <- text"]
+    "text",
+    [
+        *("a < b", "x <texture> y", "<textarea>", "<b>text</b>", "5 <6", "context", "a <- text"),
+        *("<text-x>", "a < b" + " " * 60 + "c", "<" + "t" * 60 + ">", "<judge>"),
+    ],
 )
 def test_other_angle_brackets_stay(text: str) -> None:
     assert fenced(text) == text
+
+
+MARKS = ("text", "make", "key", "past", "ask", "judge", "said", "ref")
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("form", ["<{}>", "</{}>", "< {} >", "<\u200b{}>", "＜{}＞"])
+def test_no_mark_of_the_short_style_is_forged(mark: str, form: str) -> None:
+    """By a document, a title, a question, a choice, a reference or an answer, in any role's prompt."""
+    prompts, tag = Prompts("short"), form.format(mark)
+    seen = re.compile(rf"[<＜][\s/\u200b]*{mark}")
+
+    def messages(text: str) -> list[str]:
+        documents = (Document("1", f"Ada {text}", text), Document("2", f"{text} Bob"))
+        asked = [
+            Question("doc_mc", f"Who {text}?", "B", dict.fromkeys("ABCD", text)),
+            Question("docmath_qa", text, text),
+        ]
+        return [
+            *(
+                prompts.questioner("doc_mc", documents, asked, text),
+                prompts.questioner("docmath_qa", documents),
+            ),
+            *(prompts.responder(one, documents) for one in asked),
+            *(prompts.verifier(one, text) for one in asked),
+        ]
+
+    for forged, harmless in zip(messages(tag), messages("x"), strict=True):
+        assert len(seen.findall(forged)) == len(seen.findall(harmless)), forged
+
+
+def test_marks_are_those_of_the_style(tmp_path: Path) -> None:
+    asked = Question("docmath_qa", "Is <said> or <case> a tag?", "1")
+    assert "Is <said> or <case> a tag?" in Prompts("full").responder(asked, ())
+    assert "Is (said> or <case> a tag?" in Prompts("short").responder(asked, ())
+    shown = Document("1", "Forms", "<answer>x</answer>")
+    assert "<answer>x</answer>" in Prompts("full").responder(asked, [shown])
+    (tmp_path / "_case.j2").write_text('<Case id="{{ task }}">{{ question.text }}</Case>')
+    (tmp_path / "responder.j2").write_text('{% include "_case.j2" %}')
+    assert (
+        Prompts(str(tmp_path)).responder(asked, ())
+        == '<Case id="docmath_qa">Is <said> or (case> a tag?</Case>'
+    )
+    (tmp_path / "_case.j2").write_text("<Été>{{ question.text }}</Été>")
+    foreign = Question("docmath_qa", "Is <été> a tag?", "1")
+    assert "Is (été> a tag?" in Prompts(str(tmp_path)).responder(foreign, ())
+    (tmp_path / "_case.j2").write_text("<Case>{{ question.text }}</Case>")
+    more = Prompts(str(tmp_path), more={"judge_x.j2": "<said> {{ question.text }}"})
+    assert "Is (said> or (case>" in more.responder(asked, ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<" * 300_000,
+        ("<" + "\u200b" * 9) * 30_000,
+        "<t" + "\u200b" * 300_000,
+        "<text" * 60_000,
+        "</" * 150_000,
+    ],
+)
+def test_floods_of_brackets_are_read_once(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(quoting._Seen):
+        looks = 0
+
+        def __getitem__(self, character: str) -> str:
+            self.looks += 1
+            return super().__getitem__(character)
+
+    seen = Counted()
+    monkeypatch.setattr(quoting, "_SEEN", seen)
+    fenced(text)
+    assert 0 < seen.looks <= len(text)
 
 
 FORGERIES = (

@@ -80,6 +80,27 @@ def check_order(plays: Sequence[Play]) -> None:
     assert used == [(cluster.id, task) for cluster, task in Corpus().draw(len(used))]
 
 
+class Costly(Corpus):
+    """What it gives has to be tokenised; counts how often it was."""
+
+    drawn = 0
+
+    def draw(self, n: int) -> list:
+        self.drawn += n
+        return super().draw(n)
+
+
+@pytest.mark.parametrize("leftovers", ["abort", "carry"])
+def test_the_corpus_is_wound_back_without_a_second_draw(leftovers: str) -> None:
+    engine, clusters = Trained(), Costly()
+    room = selfplay(replace(CARRY, leftovers=leftovers), generator=engine, clusters=clusters)
+    plays = played(room, engine, [0, 5, None])
+    check_order(plays)
+    used, rounds = sum(len(play.episodes) for play in plays), sum(play.rounds for play in plays)
+    assert used == clusters.position < clusters.drawn
+    assert clusters.drawn == rounds * CARRY.round_questions
+
+
 def check_ages(plays: Sequence[Play], bound: int) -> None:
     for play in plays:
         for episode in play.episodes:

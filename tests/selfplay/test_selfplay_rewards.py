@@ -134,6 +134,10 @@ VERDICTS = [
     ([N, N, N, N, Y, Y, Y, Y], (X, N, N, N)),
     ([Y, N], (X, N, Y, Y)),
     ([N, Y, Y, Y, Y, Y, N, N], (Y, Y, Y, N)),
+    ([Y, Y, Y, Y, X, X, X, X], (Y, N, Y, Y)),  # the paper asks more than half of all votes for a YES
+    ([Y, Y, Y, N, N, X, X, X], (Y, N, Y, Y)),
+    ([X, Y, Y, Y, Y, Y, X, N], (Y, Y, Y, X)),
+    ([N, X, N, N, Y, X], (N, N, N, N)),
     ([X, X], (X, X, X, X)),
     ([X], (X, X, X, X)),
     ([], (X, X, X, X)),

@@ -8,6 +8,7 @@ rendered, and made safe for their place before a template sees them (see `quotin
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,13 +27,16 @@ from jinja2 import (
 from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from spell_megatron.selfplay.quoting import safe
+from spell_megatron.selfplay.quoting import LONGEST, TAGS, safe
 from spell_megatron.selfplay.reading.objects import last_object
 from spell_megatron.selfplay.reading.texts import normalise
 from spell_megatron.types import Document, Question, SpellError
 
 STYLES = ("full", "short")
 _FOLDER = Path(__file__).parent
+_TAG = re.compile(rf"</?([^\W\d_][\w-]{{0,{LONGEST - 1}}})(?:\s[^<>]*)?>")
+_SHOWN = re.compile(r"<([\w-]{1,40})>[^<>{]*</\1>")
+"""Tags around the template's own words, as an example of what to write: they mark no place."""
 _KEY = "A"
 """The letter for which an example is shown."""
 
@@ -57,6 +61,12 @@ class Prompts:
                 f"no prompts {style!r}: model.prompts is one of {', '.join(STYLES)}, or a folder of templates"
                 " (`spell-megatron prompts OUT` writes one to begin with)"
             )
+        sources = [path.read_text(encoding="utf-8", errors="replace") for path in self.folder.rglob("*.j2")]
+        self._tags = TAGS | {
+            tag.casefold()
+            for source in (*sources, *(more or {}).values())
+            for tag in _TAG.findall(_SHOWN.sub("", source))
+        }
         self._templates = ImmutableSandboxedEnvironment(
             loader=ChoiceLoader([FileSystemLoader(self.folder), DictLoader(more or {})]),
             undefined=StrictUndefined,
@@ -114,7 +124,7 @@ class Prompts:
         try:
             return (
                 self._templates.select_template(names)
-                .render(task=task, **safe(variables, judged=judged))
+                .render(task=task, **safe(variables, judged=judged, tags=self._tags))
                 .strip()
             )
         except TemplatesNotFound as error:

@@ -8,10 +8,14 @@
     objects      JSON objects as models write them
     thoughts     where the reasoning ends
 
-A kind of answer has two readers. `stated` takes what a statement is: "(42)", "B because …". `mentioned` takes what
-it at least contains, where nothing was stated anywhere: "found in table 3: it is 42". All of it is hostile text: each
-reader takes any string, reads a bounded part of it in linear time, evaluates nothing and never raises.
+A kind of answer has several readers. `stated` takes what a statement is: "(42)", "B because …". `mentioned` takes what
+it at least contains, where nothing was stated anywhere: "an increase of 42". `remarked` takes that of remarks, where
+nothing else holds one: "found in table 3: it is 42". All of it is hostile text: each reader takes any string,
+reads a bounded part of it in linear time, evaluates nothing and never raises.
 """
+
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and symbols, to Unicode, that show nothing."""
 
 
 def words(text: str) -> frozenset[str]:

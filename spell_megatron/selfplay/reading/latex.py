@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from spell_megatron.selfplay.reading import words
 
-_TOKEN = re.compile(r"\\([A-Za-z]+)\*?[ \t]?|\\(.)|([{}])|([^\\{}]+)", re.DOTALL)
+_TOKEN = re.compile(
+    r"\\sqrt[ \t]?\[([^\[\]\\{}]{0,8})\]|\\([A-Za-z]+)\*?[ \t]?|\\(.)|([{}])|([^\\{}]+)", re.DOTALL
+)
 _DRESS = words(
     "text textbf textit textrm textsf texttt textsc textup textnormal emph mbox hbox mathbf mathrm mathit"
     " mathsf mathtt mathcal mathbb mathfrak boldsymbol bm pmb operatorname underline overline boxed fbox"
@@ -39,9 +41,11 @@ _CHARACTERS = {
     **{character: character for character in "$%&#_{}'\"-*`|.@/"},
 }
 _HTML = re.compile(
-    r"<(/?)(sup|br|b|i|u|em|strong|mark|span|sub|code|p|div|center|font|small|big)\b[^<>]{0,80}>",
+    r"<(/?)(sup|br|(?-i:b)|(?<=/)b|(?-i:[acd])(?=\s?/?>)|i|u|em|strong|mark|span|sub|code|p|div|center|font|small|big)\b[^<>]{0,80}>",
     re.IGNORECASE,
 )
+_BOLD = re.compile(r"<B>((?:[^<]|<(?!/?B>))*+)</B>")
+"""A lone `<B>` is the letter, as `<A>` is; `<b>` is none, nor is `<a>`."""
 
 
 class _Group(NamedTuple):
@@ -55,14 +59,16 @@ class _Group(NamedTuple):
 def plain(text: str) -> str:
     """The text without its dress. Lone braces go, and so do the delimiters `\\(`, `\\[`; dollars stay."""
     if "<" in text:
-        text = _HTML.sub(_tag, text)
+        text = _HTML.sub(_tag, _BOLD.sub(r"\1", text))
     if not ("\\" in text or "{" in text or "}" in text):
         return text
     out: list[str] = []
     stack: list[tuple[_Group, list[_Group], int]] = []
     awaited: list[_Group] = []  # arguments that a command still waits for
-    for command, character, brace, run in (match.groups() for match in _TOKEN.finditer(text)):
-        if command:
+    for root, command, character, brace, run in (match.groups() for match in _TOKEN.finditer(text)):
+        if root is not None:
+            awaited = [_Group("((", f")^(1/({root})))"), *awaited]
+        elif command:
             shown, awaited = _command(command, awaited)
             out.append(shown)
         elif character:

@@ -12,7 +12,7 @@ import unicodedata
 
 from spell_megatron.selfplay.reading import words
 from spell_megatron.selfplay.reading.latex import plain
-from spell_megatron.selfplay.reading.statements import Statement, denies
+from spell_megatron.selfplay.reading.statements import Statement, alone, denies, is_remark
 
 _LONGEST = 400
 
@@ -35,7 +35,7 @@ _LEAD = (
 )
 _LETTER = re.compile(rf"{_OPEN}(?P<lead>{_LEAD}{{0,6}})(?P<letter>[A-Da-d])(?![^\W_])", re.IGNORECASE)
 _NOUN = re.compile(r"(?:choice|option|letter|alternative|answer|statement|item)s?\W*$", re.IGNORECASE)
-_GLUED = re.compile(r"['\u2019.\u2010-\u2015&/+#@-]\w|\+|#|_[^\W_]")
+_GLUED = re.compile(r"['\u2019.\u2010-\u2015&/+#@-]\w|\+|#|[_>][^\W_]")
 _ANOTHER = r"\s{0,3}(?:(?:option|choice)\s)?[(\[*\"']{0,4}[A-H]\b(?!['\u2019]\w)"
 _OTHER = re.compile(
     rf"(?:{_CLOSE}|\s){{0,8}}(?:(?:and|or|und|/|&|\+){_ANOTHER}"
@@ -68,8 +68,13 @@ def stated(statement: Statement) -> str | None:
 
 
 def mentioned(statement: Statement) -> str | None:
-    """The only letter that a statement marks as one, where it denies nothing."""
-    text = _tidy(statement.text)
+    """The only letter that a statement marks as one, where it denies nothing and is no remark."""
+    return None if is_remark(statement) else remarked(statement)
+
+
+def remarked(statement: Statement) -> str | None:
+    """The same of remarks, too, where nothing else holds one."""
+    text = _tidy(alone(statement.text))
     marked = list(_MARKED.finditer(text))
     found: set[str] = {match[match.lastindex or 0] for match in marked}
     if len(found) != 1 or not found < set("ABCD") or denies(text):

@@ -73,7 +73,9 @@ _DATES = re.compile(
     r"(?<![\d.])\d{4}([-/.])\d{1,2}\1\d{1,2}(?![\d])"  # 2019-03-05
     r"|(?<![\d.])\d{1,2}([-/.])\d{1,2}\2(?:\d{4}|\d\d)(?!\d)"  # 05.03.2019
     rf"|(?:\b\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?\b{_MONTH}(?:[ -]\d{{1,2}}(?:st|nd|rd|th)?\b,?)?(?:,?[ -]\d{{2,4}}\b)?"
-    r"|\b(?:[QqHh][1-4]|[1-4][QqHh]|FY|CY)[ -]?'?(?:\d{4}|\d\d)?\b"  # Q3, 2H 2020, FY19
+    r"|\b(?:[QqHh][1-4]|[1-4][QqH]|FY|CY)[ -]?'?(?:\d{4}|\d\d)?\b"  # Q3, 2H 2020, FY19
+    r"|\b[1-4]h[ -]?(?:\d{4}|'\d\d)\b|(?<=\b\d{4}[ -])[1-4]h\b"  # 2h 2020, and not the 2h of a day
+    r"|\b\d{1,3} ?h ?\d{1,2}(?!\d)"  # 2h30, 3h 20m
     r"|\b(?:quarter|half|year|years)(?: of)?(?: fiscal)?(?: year)? \d{4}\b"
     r"|\b\d+(?:st|nd|rd|th)\b"
     r"|(?<![\d.])(?!(?:1[5-9]|2[01])\d\d : )\d+(?:\.\d+)?(?:(?::| : )\d+(?:\.\d+)?)+"  # 12:30, 3.5 : 1
@@ -81,6 +83,7 @@ _DATES = re.compile(
 )
 DATE = "\u00a7"
 """Stands for one of them: neither a number nor nothing."""
+_DEGREES = re.compile(r"\^ ?(?:\( ?\u00b0[^()\d]{0,8}\)|\u00b0)")
 _FUNCTIONS = re.compile(
     r"(?<![a-z])(?:log|ln|lg|exp|sin|cos|tan)(?: ?_ ?\d++|\d++)?+(?=\s*[(\d])", re.IGNORECASE
 )
@@ -89,7 +92,7 @@ _FUNCTIONS = re.compile(
 
 def tidy(text: str) -> str:
     """ASCII digits and signs, no separators, no units, one sign in the place of a date."""
-    text = plain(_HTML_SPACES.sub(" ", text))
+    text = _DEGREES.sub("\u00b0", plain(_HTML_SPACES.sub(" ", text)))
     text = _VULGAR.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])}", text)
     text = _RAISED.sub(_raised, text)
     text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)[:_LONGEST]

@@ -49,30 +49,38 @@ _DENIED = re.compile(
     r"\b(?:not|isn't|neither|nor|cannot|can't|wrong|incorrect|except|instead|never|none|unclear|unlike)\b|rather than",
     re.IGNORECASE,
 )
-_MARGIN = " \t\r\n:*_>\u2022"
+_REMARK = re.compile(
+    r"(?:also |not |only |already |clearly |directly |explicitly )*(?:in|on|at|from|by|with|within|about|as follows"
+    r"|based|rounded|given|found|stated|supported|derived|taken|helpful|useful|clear|correct|right|wrong|incorrect|expressed"
+    r"|shown|provided|explained|obtained|calculated|computed|determined|confirmed|consistent|verified|mentioned"
+    r"|contained|located|above|below|here|checked|final|complete|accurate|valid|justified|reasonable|sound|needed|required|appreciated|reported|listed"
+    r"|unique|unambiguous|straightforward|simple|easy|that|because|since|to be)\b",
+    re.IGNORECASE,
+)
+EDGES = " \t\r\n*_"
+"""Blanks and emphasis, which are no part of an answer."""
+_MARGIN = EDGES + ":>\u2022"
 """What may stand between "answer is" and the answer: blanks, a colon, emphasis, marks of a quote or list."""
 
 
 class Statement(NamedTuple):
-    """A place's text. `announced`: a box, a tag, or a sentence like the one that is asked for ("correct answer is")."""
+    """A place's text. `announced`: a box, a tag, or a sentence like the one that is asked for ("correct answer is").
+    `enclosed`: a box or a tag, whose end is marked.
+    """
 
     text: str
     announced: bool
+    enclosed: bool = False
 
 
-def statements(text: str) -> Iterator[Statement]:
+def statements(text: str) -> list[Statement]:
     """Every statement of the text's tail, the last one first."""
-    text = text[-TAIL:]
-    places = [*_SENTENCE.finditer(text), *_BOX.finditer(text)]
-    for match in sorted(places, key=re.Match.end, reverse=True)[:_MOST]:
-        start = match.end()
-        if match.re is _SENTENCE:
-            yield Statement(_sentence(text[start : start + 2 * LONGEST]), match["announced"] is not None)
-        elif match[0][-1] == "{" and (content := _braced(text, start)) is not None:
-            yield Statement(content, True)
-        elif match[0][-1] == ">":
-            content = text[start : start + LONGEST]
-            yield Statement(re.split("</answer>", content, maxsplit=1, flags=re.IGNORECASE)[0], True)
+    return list(_places(text[-TAIL:]))
+
+
+def is_remark(statement: Statement) -> bool:
+    """Whether a sentence begins like a remark about an answer: "based on …", "in document 2"."""
+    return not statement.enclosed and _REMARK.match(statement.text.strip(EDGES)) is not None
 
 
 def opened(statement: str) -> tuple[str, str] | None:
@@ -95,10 +103,30 @@ def denies(statement: str) -> bool:
     return _DENIED.search(statement) is not None
 
 
+def alone(statement: str) -> str:
+    """A statement up to the next "answer is" on its line, which begins another."""
+    another = _SENTENCE.search(statement)
+    return statement[: another.start()] if another else statement
+
+
 def last_box(text: str) -> str | None:
     """The contents of the last `\\boxed{…}`, braces balanced. Where official scorers look, too."""
     start = text.rfind(_BOXED)
     return None if start < 0 else _braced(text, start + len(_BOXED))
+
+
+def _places(text: str) -> Iterator[Statement]:
+    places = [*_SENTENCE.finditer(text), *_BOX.finditer(text)]
+    for match in sorted(places, key=re.Match.end, reverse=True)[:_MOST]:
+        start = match.end()
+        if match.re is _SENTENCE:
+            yield Statement(_sentence(text[start : start + 2 * LONGEST]), match["announced"] is not None)
+        elif match[0][-1] == "{" and (content := _braced(text, start)) is not None:
+            yield Statement(content, True, enclosed=True)
+        elif match[0][-1] == ">":
+            content = text[start : start + LONGEST]
+            content = re.split("</answer>", content, maxsplit=1, flags=re.IGNORECASE)[0]
+            yield Statement(content, True, enclosed=True)
 
 
 def _sentence(rest: str) -> str:

@@ -12,7 +12,7 @@ import unicodedata
 
 from spell_megatron.selfplay.reading.latex import plain
 from spell_megatron.selfplay.reading.notation import SCALE, ZEROS
-from spell_megatron.selfplay.reading.statements import Statement, opened
+from spell_megatron.selfplay.reading.statements import EDGES, Statement, alone, is_remark, opened
 
 _LONGEST = 1_000
 _PLACEHOLDERS = {
@@ -23,18 +23,16 @@ _PLACEHOLDERS = {
     "insert letter here",
     "",
 }
-_REMARK = re.compile(
-    r"(?:also |not |only |already |clearly |directly |explicitly )*(?:in|on|at|from|by|with|within|about|as follows"
-    r"|based|rounded|given|found|stated|supported|derived|taken|helpful|useful|clear|correct|right|wrong|incorrect|expressed"
-    r"|shown|provided|explained|obtained|calculated|computed|determined|confirmed|consistent|verified|mentioned"
-    r"|contained|located|above|below|here|checked|final|complete|accurate|valid|justified|reasonable|sound|needed|required|appreciated|reported|listed"
-    r"|unique|unambiguous|straightforward|simple|easy|that|because|since|to be)\b",
-    re.IGNORECASE,
-)
 _ENDS = re.compile(
     r"\W*$|\s*[.,;:!?)]|\s*[*_\"\u201d]*[.,;:!]|[\s*_]+(?:because|since|as|which|and|according|based|for|given|due)\b"
 )
-_EDGES = " \t\r\n*_"
+_AND = re.compile(r"[\s*_]{0,8}(?:[,;]\s{0,4}(?:and\b\s{0,4})?|(?:and\b|&)\s{0,4})[*_]?")
+"""Between what stands in brackets or quotes and more of it."""
+_ASIDE = re.compile(
+    r"[(\[](?:see\b|.*\b(?:is|are|was|were|has|had)\b)|.?\W*(?:[Dd]ocument|[Ss]ource|[Pp]assage)s? ?\d"
+)
+"""What stands in brackets and is no name."""
+_NAMES = 64
 _QUOTES = "\"'`$\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb\u2039\u203a\u300c\u300d"
 
 _ACCENTS = {0xB4: "'", 0xA8: '"'}
@@ -87,20 +85,25 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 def stated(statement: Statement) -> str | None:
     """The answer in words that a statement is; None for a remark, or an echo of the placeholder."""
-    text = statement.text.strip(_EDGES)
+    text = statement.text.strip(EDGES)
     within = opened(text)
-    if within is not None and _ENDS.match(within[1]):
+    if within is not None and _ENDS.match(within[1]) and not _are_several(text):
         return _answer(within[0])
-    return _answer(text) if statement.announced and not _REMARK.match(text) else None
+    return announced(statement) if not is_remark(statement) else None
 
 
 def mentioned(statement: Statement) -> str | None:
     """The line behind any "answer is" but a remark."""
-    return None if _REMARK.match(statement.text.strip(_EDGES)) else _answer(statement.text)
+    return None if is_remark(statement) else remarked(statement)
+
+
+def announced(statement: Statement) -> str | None:
+    """An answer that begins like a remark: "in 1998", "Final Fantasy VII"."""
+    return remarked(statement) if statement.announced else None
 
 
 def remarked(statement: Statement) -> str | None:
-    return _answer(statement.text)
+    return _answer(statement.text if statement.enclosed else alone(statement.text))
 
 
 def normalise(text: str) -> str:
@@ -134,12 +137,26 @@ def _written_out(number: re.Match[str]) -> str:
     return f"{number['before']}{whole}{point}{number['unit']}"
 
 
+def _are_several(text: str) -> bool:
+    """Whether a text is nothing but names, each in the same brackets or quotes: "Alien" and "Brazil"."""
+    mark = text[:1]
+    for place in range(_NAMES):
+        within = opened(text)
+        if within is None or text[0] != mark or (place and _ASIDE.match(text[: -len(within[1]) or None])):
+            return False
+        link = _AND.match(within[1])
+        if link is None:
+            return place > 0 and not within[1].strip(" .,;:!*_")
+        text = within[1][link.end() :]
+    return False
+
+
 def _answer(text: str) -> str | None:
     """The words themselves: no dress, brackets, quotes or full stop around them."""
     text = plain(text) if "\\" in text or "</" in text else text
-    text = text[:_LONGEST].strip(_EDGES).rstrip(". *_")
+    text = text[:_LONGEST].strip(EDGES).rstrip(". *_")
     while (within := opened(text)) is not None and not within[1].strip(" .,;:!*_"):
-        text = within[0].strip(_EDGES)
+        text = within[0].strip(EDGES)
     if len(text) > 1 and text[0] in _QUOTES and text[-1] in _QUOTES:
-        text = text[1:-1].strip(_EDGES)
+        text = text[1:-1].strip(EDGES)
     return None if normalise(text) in _PLACEHOLDERS else text

@@ -26,9 +26,13 @@ from spell_megatron.selfplay.roles.trial import DOCUMENTS, TEXTS, Trial
 from spell_megatron.selfplay.writer import Job, Writer, together
 from spell_megatron.types import Question
 
-BONUSES: Mapping[str, Callable[[Episode, Response], float]] = {
-    "evidence": lambda episode, response: evidence_score(response.text, episode.documents),
-}
+
+def _evidence(episode: Episode, response: Response) -> float:
+    """0 for a response that was cut, which has no answer either."""
+    return 0.0 if response.rollout.finish == "length" else evidence_score(response.text, episode.documents)
+
+
+BONUSES: Mapping[str, Callable[[Episode, Response], float]] = {"evidence": _evidence}
 """What a response earns besides, in advantages alone, by the key of `selfplay.beyond` that is its weight."""
 
 
@@ -49,7 +53,7 @@ class Responder(Role):
         )
         varied = rewards.has_variance([response.reward for response in responses])
         outcome = rewards.KEPT if varied else rewards.ZERO_VARIANCE
-        if writer.settings.beyond.outvoting and outvoted(responses):
+        if writer.settings.beyond.outvoting and outvoted(responses, episode.task):
             outcome = rewards.OUTVOTED
         if not all(is_settled(response, writer.settings) for response in responses):
             outcome = rewards.UNJUDGED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from spell_megatron.selfplay.quoting import quoted
+from spell_megatron.selfplay.quoting import unmarked
 from spell_megatron.selfplay.reading import letters, texts
 from spell_megatron.selfplay.tasks.task import (
     BAD_FORMAT,
@@ -22,7 +22,7 @@ LETTERS = ("A", "B", "C", "D")
 
 class Choice(Task):
     name, label = "doc_mc", "choice"
-    readers = (letters.stated, letters.mentioned)
+    readers = (letters.stated, letters.mentioned, letters.remarked)
 
     def key(self, random: Random) -> str:
         """The letter of the correct choice, uniform: left alone, a policy comes to prefer one."""
@@ -37,7 +37,7 @@ class Choice(Task):
         if len(options) != len(LETTERS) or set(choices) != set(LETTERS):
             return BAD_FORMAT
         ordered = {name: text for name in LETTERS if (text := choices[name])}
-        if len({texts.seen(quoted(text)) for text in ordered.values()}) != len(LETTERS):
+        if len({texts.seen(unmarked(text)) for text in ordered.values()}) != len(LETTERS):
             return BAD_FORMAT
         if any(map(is_unfilled, ordered.values())):
             return BAD_FORMAT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from spell_megatron.selfplay.reading import texts
 from spell_megatron.selfplay.reading.texts import normalise
 from spell_megatron.selfplay.tasks.task import (
@@ -16,11 +18,19 @@ from spell_megatron.types import Question
 
 _LONGEST_TOKEN = 64
 """Characters: what is longer than so many a token is not measured."""
+_DENIED = re.compile(
+    r"\b(?:not|never|no|(?:is|was|are|were)nt|(?:not|cannot|cant) be|rather than|instead of|as opposed to|unlike)"
+    r"(?: also)? \Z"
+)
+"""Words before what an answer says it is not, normalised."""
+_LONGEST_DENIAL = 24
+_PAUSE = re.compile(r"[.,;:!?]+(?=\s)")
+"""Ends a denial: "No. 5", "No, Ann"."""
 
 
 class General(Task):
     name, label = "doc_general_qa", "general"
-    readers = (texts.stated, texts.mentioned, texts.remarked)
+    readers = (texts.stated, texts.mentioned, texts.announced, texts.remarked)
 
     def question(self, draft: Draft) -> Question | Failure:
         reference = text_of(draft.fields.get("answer"))
@@ -35,6 +45,15 @@ class General(Task):
 
 
 def cover_exact_match(prediction: str, reference: str) -> bool:
-    """The normalised reference is a substring of the normalised prediction."""
+    """Whether the normalised reference is a substring of the normalised prediction, and not only where that denies it.
+
+    "Oslo, not Bergen" covers Oslo alone, "not only Oslo but also Bergen" both, and "not guilty" itself.
+    """
     wanted = normalise(reference)
-    return bool(wanted) and wanted in normalise(prediction)
+    paused = _PAUSE.sub(" \u00a6 ", prediction)  # a sign that is kept
+    return bool(wanted) and any(_affirms(normalise(text), wanted) for text in (prediction, paused))
+
+
+def _affirms(said: str, wanted: str) -> bool:
+    places = (match.start() for match in re.finditer(re.escape(wanted), said))
+    return any(_DENIED.search(said[max(0, at - _LONGEST_DENIAL) : at]) is None for at in places)

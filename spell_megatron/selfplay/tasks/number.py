@@ -6,7 +6,7 @@ import math
 
 from spell_megatron.selfplay import numbers
 from spell_megatron.selfplay.numbers import parse_number
-from spell_megatron.selfplay.reading.statements import Statement, denies, opened
+from spell_megatron.selfplay.reading.statements import Statement, alone, denies, is_remark, opened
 from spell_megatron.selfplay.tasks.task import BAD_FORMAT, Draft, Failure, Task, scalar_of
 from spell_megatron.types import Question
 
@@ -47,6 +47,8 @@ def stated(statement: Statement) -> str | None:
         rest = within[1].strip(" .,;:!*_") if within is not None else ""
         if within is None or rest[:1] in ("^", "/") or (rest and numbers.is_calculation(text)):
             break
+        if numbers.is_doubted(within[0], within[1]):
+            return None
         text, bracketed = within[0], True
     whole = text.strip(" \t\r\n*_").rstrip(" .*_")
     if numbers.is_calculation(whole) or (bracketed and parse_number(whole) is not None):
@@ -55,13 +57,19 @@ def stated(statement: Statement) -> str | None:
 
 
 def mentioned(statement: Statement) -> str | None:
-    """The only number in a statement that denies nothing."""
-    return None if denies(statement.text) else numbers.only(statement.text)
+    """The only number in a statement that denies nothing and is no remark."""
+    return None if is_remark(statement) else remarked(statement)
+
+
+def remarked(statement: Statement) -> str | None:
+    """The same of remarks, too, where nothing else holds one."""
+    text = alone(statement.text)
+    return None if denies(text) else numbers.only(text)
 
 
 class Number(Task):
     name, label = "docmath_qa", "math"
-    readers = (stated, mentioned)
+    readers = (stated, mentioned, remarked)
 
     def question(self, draft: Draft) -> Question | Failure:
         """Zero is no answer: it is what stands where nothing was calculated."""

@@ -6,20 +6,21 @@ subclass and its templates (see `examples/table`).
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
+from spell_megatron.selfplay.reading import FILLERS
 from spell_megatron.selfplay.reading.statements import Statement
 from spell_megatron.types import Question
 
 Reader = Callable[[Statement], str | None]
 """The answer that a statement holds, of the reader's kind; None where it holds none."""
 
-_UNFILLED = re.compile(r"[\s.\u2026_?()\[\]<>\u2010-\u2015-]*")
-"""A gap that was left as it stands in a form."""
+_SAID = ("L", "N", "Sm", "Sc", "So")
+"""Categories of what says something: letters, digits and symbols, such as +, €, °. Others only surround it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +95,8 @@ def scalar_of(value: Any) -> str:
 
 
 def is_unfilled(text: str) -> bool:
-    return _UNFILLED.fullmatch(text) is not None
+    """Whether nothing is seen in a text but the gap that a form has: "…", "<...>", "**"."""
+    return not any(
+        unicodedata.category(character).startswith(_SAID) and character not in f"<>{FILLERS}"
+        for character in text
+    )
