@@ -1,7 +1,7 @@
 """Folders that a command writes on request: whole or not at all, and in place of nobody else's files.
 
-A folder is written beside its place and renamed into it. A marker in it lists what was written: a folder that holds
-those files and no others is an earlier output, and may be replaced by the same command.
+A folder is written beside its place and renamed into it when every byte is on the disk. A marker in it lists what was
+written: a folder that holds those files and no others is an earlier output, and may be replaced by the same command.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from spell_megatron.base.files import sync
 from spell_megatron.types import SpellError
 
 Kind = Literal["model", "import"]
@@ -75,11 +76,13 @@ def publish(staged: Path, out: Path, kind: Kind) -> None:
     """Give a staged folder its name. Raises SpellError as `check_output`; the folder at `out` is then as it was."""
     made = {"made_by": "spell-megatron", "kind": kind, "files": sorted(_files(staged) - {MARKER})}
     (staged / MARKER).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    _sync_below(staged)
     check_output(out, kind)
     out = _place(out)
     before = _listed(out)
     if not before:
         staged.rename(out)  # also over an empty folder
+        sync(out.parent)
         return
     old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
     out.rename(old)
@@ -88,6 +91,7 @@ def publish(staged: Path, out: Path, kind: Kind) -> None:
     except OSError:
         old.rename(out)
         raise
+    sync(out.parent)
     _remove(old, before)
 
 
@@ -124,6 +128,14 @@ def _files(folder: Path) -> set[str]:
         if not folders and not files and here != folder:
             found.add(here.relative_to(folder).as_posix())
     return found
+
+
+def _sync_below(folder: Path) -> None:
+    """Make a folder of plain files and folders survive a power cut."""
+    for place, _, files in os.walk(folder, topdown=False, onerror=_raise):
+        for name in files:
+            sync(Path(place) / name)
+        sync(Path(place))
 
 
 def _remove(folder: Path, names: set[str]) -> None:

@@ -367,7 +367,8 @@ class OptimizerConfig:
     distributed: bool = False
     """Shard optimizer state over data-parallel ranks."""
     overlap: bool = False
-    """Overlap gradient reduction and parameter gathering with computation."""
+    """Overlap gradient reduction with the backward pass, and the gathering of parameters with the forward pass of a
+    batch's next minibatch; after its last one they are waited for."""
     cpu_offload: bool = False
     """Keep optimizer state and float32 master weights in host memory, and step there."""
 
@@ -418,12 +419,14 @@ class PolicyConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     dtype: Dtype = "bfloat16"
-    """Precision of the weights in computation; gradients and master weights are float32."""
+    """Precision of the weights in computation; gradients and master weights are float32. A resumed run that changes it
+    goes on from the float32 weights of its checkpoint."""
     spec: Literal["auto", "torch", "te"] = "auto"
     """Layers from torch or from Transformer Engine; `auto` takes TE on CUDA where it is installed, except for
     float32, which it multiplies in TF32."""
     fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
-    """Products of the layers' matrices in FP8, scaled by this recipe of Transformer Engine."""
+    """Products of the layers' matrices in FP8, scaled by this recipe of Transformer Engine. What `delayed` scales by,
+    the largest values of earlier products, is in no checkpoint: a resumed run begins without and is not bit-equal."""
     attention: Literal["auto", "fa2", "fa3"] = "auto"
     """Flash kernel on a GPU: `auto` takes FlashAttention 3 on Hopper where its backward pass is installed, and torch's
     own, which is version 2, elsewhere."""
@@ -451,7 +454,8 @@ class PolicyConfig:
     minibatches: int = Field(default=1, gt=0)
     """Optimizer updates per batch, whose groups are dealt to them in turns; 1 is strictly on-policy."""
     freeze_router: bool = False
-    """Leave the routers of experts as they are."""
+    """Leave the routers of experts as they are. A run that has done so cannot train them when it is resumed: nothing is
+    known of their moments."""
     router_dtype: Literal["model", "float32"] = "model"
     """Router logits are computed in float32, and `model` rounds them to `dtype` as vLLM does, which decides by them."""
     router_replay: bool = False

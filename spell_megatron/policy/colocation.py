@@ -7,6 +7,7 @@ update clears them before it adds to them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
@@ -67,17 +68,28 @@ class _HostMemory:
         """A copy of the storage's bytes."""
         piece = self._pieces.get(storage._cdata)
         if piece is None or piece.numel() != storage.nbytes():
+            self._pieces.pop(storage._cdata, None)
+            del piece  # so that there are never both
             piece = self._pieces[storage._cdata] = host_memory(storage.nbytes(), storage.device)
         return piece.copy_(_bytes(storage))
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:
-    """Bytes on the host for copies from `device`: pinned on CUDA, where torch's own would be a power of two."""
+    """Bytes on the host for copies from `device`: pinned on CUDA, where torch's own would be a power of two.
+
+    They stay pinned until the last view of them is gone: what is freed while CUDA has it is lost to the machine, and
+    nothing else at its addresses can be pinned.
+    """
     piece = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size:
-        status = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0)
-        torch.cuda.check_error(int(status))
+        address = piece.data_ptr()
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, size, 0)))
+        weakref.finalize(piece.untyped_storage(), _unpin, address).atexit = False  # CUDA ends by itself
     return piece
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _storages(

@@ -125,7 +125,8 @@ class _GroupedLinear(nn.Module):
             weight = nn.Parameter(
                 torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
             )
-            init_method(weight)
+            if config.perform_initialization:
+                init_method(weight)
             weight.allreduce = False  # type: ignore[attr-defined]
             setattr(self, f"weight{index}", weight)
 

@@ -80,6 +80,21 @@ def check_layout(layout: LayoutConfig, shape: ModelShape, world_size: int) -> Wo
     return WorldShape(world_size, model, world_size // model, world_size // (ep * etp * pp))
 
 
+def check_policy(policy: PolicyConfig, shape: ModelShape, world_size: int) -> WorldShape:
+    """`check_layout`, and of what a policy asks of experts that the model has some. Raises `LayoutError`."""
+    asked = {
+        "policy.freeze_router=true": policy.freeze_router,
+        "policy.router_replay=true": policy.router_replay,
+        f"policy.dispatcher={policy.dispatcher}": policy.dispatcher in ("deepep", "hybridep"),
+    }
+    if (keys := [key for key, is_asked in asked.items() if is_asked]) and not shape.experts:
+        raise LayoutError(
+            f"{' and '.join(keys)} would do nothing, since {shape.family.title} is a dense model: leave"
+            f" {'it' if len(keys) == 1 else 'them'} out"
+        )
+    return check_layout(policy.layout, shape, world_size)
+
+
 @dataclass(frozen=True, slots=True)
 class Depth:
     """Layers of one chunk of a pipeline stage, by what they keep for the backward pass."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
 from spell_megatron.base.files import hf_config
@@ -21,17 +21,17 @@ from spell_megatron.policy.experts import ExpertLoad
 from spell_megatron.policy.head import Sampled
 from spell_megatron.policy.inspection import Inspection, Judge
 from spell_megatron.policy.kernels import flash
-from spell_megatron.policy.layout import check_layout
+from spell_megatron.policy.layout import check_policy
 from spell_megatron.policy.loss import SURROGATES
 from spell_megatron.policy.model import SpanModel, build_chunks
 from spell_megatron.policy.objective import Objective
 from spell_megatron.policy.optimizer import build_optimizer, wrap_data_parallel
 from spell_megatron.policy.passes import Pass, Passes
-from spell_megatron.policy.replay import Replay, replayed
+from spell_megatron.policy.replay import Replay, check_experts, replayed
 from spell_megatron.policy.scores import PerSample, Scores, joined
 from spell_megatron.policy.soundness import UnsoundError, unsound_batch
 from spell_megatron.policy.world import World, be_deterministic
-from spell_megatron.types import SpellError, TrainBatch
+from spell_megatron.types import TrainBatch
 from spell_megatron.weights.contents import read_contents
 from spell_megatron.weights.convert import load_weights, stream_weights
 from spell_megatron.weights.families import Family
@@ -70,8 +70,11 @@ class Update:
         return metrics
 
 
-class Learner:
-    """A policy, its optimizer and its schedule on this rank of `world`."""
+class HeldPolicy:
+    """The model of a policy on this rank of `world`, with a folder's weights: to be scored with, streamed and written.
+
+    It takes the memory of the weights and no more: what trains them is a `Learner`'s.
+    """
 
     def __init__(
         self,
@@ -83,23 +86,90 @@ class Learner:
         families: Sequence[str] = (),
     ) -> None:
         self.policy, self.folder, self.world = policy, folder, world
-        self.surrogate = SURROGATES.find(policy.loss.surrogate, "policy.loss.surrogate")
         self._contents = read_contents(folder, families)
         self.shape = self._contents.shape
-        check_layout(policy.layout, self.shape, world.size)
+        check_policy(policy, self.shape, world.size)
         self.dtype = getattr(torch, policy.dtype)
         flash.choose(policy.attention)
         if policy.deterministic:
             be_deterministic(world.device)
-        self.chunks = build_chunks(policy, self.shape, folder)
+        self.chunks = self._load()
+        self.models: Sequence[Any] = self.chunks
+        """What a pass runs over."""
         self.sampled = sampled or Sampled()
-        load_weights(self.chunks, self.shape, ModelFolder(self._contents))
+        self.replay = Replay(self.chunks, world.device) if policy.router_replay else None
+        self._passes = Passes(policy, self.shape, world)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for chunk in self.chunks:
+            yield from chunk.named_parameters()
+
+    def score(self, batch: TrainBatch) -> Scores:
+        """Log-probs and entropies of every response token under the present weights, on rank 0. A collective.
+
+        Raises as `check_batch`.
+        """
+        self.check_batch(batch)
+        self.settle()
+        return self._score(batch, self.models)
+
+    def weights(
+        self, value: Callable[[Tensor], Tensor] | None = None, *, family: Family | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Stream `(Hugging Face name, full tensor)`; a collective, see `stream_weights`."""
+        self.settle()
+        return stream_weights(self.chunks, self.shape, value, family)
+
+    def engine_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same by the names that engines know (`weights/known.py`)."""
+        return self.weights(family=self.shape.family.known)
+
+    def save_hf(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder (rank 0 writes, every rank takes part)."""
+        config = hf_config(self.folder) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        write_model(folder, self.weights(), source=self.folder, config=config, write=self.world.is_main)
+
+    def check_batch(self, batch: TrainBatch) -> None:
+        """Raise UnsoundError, or SpellError for experts that are another model's, on every rank: the batch is the same
+        on all, and what only some of them compute would leave the others waiting."""
+        if (fault := unsound_batch(batch, self.shape.vocab)) is not None:
+            raise fault
+        if self.replay:
+            check_experts(batch, self.shape)
+
+    def settle(self) -> None:
+        """Wait until the weights are the present ones, which they always are where nothing trains them."""
+
+    def _load(self) -> list[SpanModel]:
+        """Chunks of the model with the folder's weights."""
+        chunks = build_chunks(self.policy, self.shape, self.folder)
+        load_weights(chunks, self.shape, ModelFolder(self._contents))
+        return chunks
+
+    def _score(self, batch: TrainBatch, models: Sequence[Any], *, everywhere: bool = False) -> Scores:
+        return self._passes.run(batch, models, self.sampled).scores(everywhere=everywhere)
+
+
+class Learner(HeldPolicy):
+    """A policy with its optimizer and its schedule."""
+
+    models: list[DistributedDataParallel]
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        folder: Path,
+        world: World,
+        *,
+        sampled: Sampled | None = None,
+        families: Sequence[str] = (),
+    ) -> None:
+        self.surrogate = SURROGATES.find(policy.loss.surrogate, "policy.loss.surrogate")
+        super().__init__(policy, folder, world, sampled=sampled, families=families)
         self.expert_load = ExpertLoad(self.chunks, self.shape, world.device)
-        self.replay = self._build_replay() if policy.router_replay else None
         self.reference = self._build_reference() if policy.loss.kl > 0 else None
         self.models = wrap_data_parallel(self.chunks, policy.optimizer)
         self.optimizer, self.schedule = build_optimizer(self.models, policy.optimizer, self.dtype)
-        self._passes = Passes(policy, self.shape, world)
         self._inspection = Inspection(self.models, world, policy.optimizer.max_growth)
         config = self.chunks[0].config
         config.finalize_model_grads_func = finalize_model_grads
@@ -108,18 +178,13 @@ class Learner:
                 [m.no_sync for m in self.models] if len(self.models) > 1 else self.models[0].no_sync
             )
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for chunk in self.chunks:
-            yield from chunk.named_parameters()
-
     def update(self, batch: TrainBatch, judge: Judge = lambda _: None) -> Update:
         """Train on a batch: `policy.minibatches` optimizer updates. The same batch on every rank.
 
         Raises UnsoundError on every rank where numbers are not finite, ids no tokens, or `judge` objects, before the
         optimizer steps; and after it, where nothing is left of the weights.
         """
-        if (fault := unsound_batch(batch, self.shape.vocab)) is not None:
-            raise fault
+        self.check_batch(batch)
         size = self.check()
         # From the second minibatch on the ratio is to the policy before the first; any rank may get any sample then.
         old = (
@@ -178,42 +243,15 @@ class Learner:
         self._train(batch, objective)
         return objective.reduced()[0]
 
-    def score(self, batch: TrainBatch) -> Scores:
-        """Log-probs and entropies of every response token under the present weights, on rank 0. A collective."""
-        self.settle()
-        return self._score(batch, self.models)
-
-    def weights(
-        self, value: Callable[[Tensor], Tensor] | None = None, *, family: Family | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Stream `(Hugging Face name, full tensor)`; a collective, see `stream_weights`."""
-        self.settle()
-        return stream_weights(self.chunks, self.shape, value, family)
-
-    def engine_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The same by the names that engines know (`weights/known.py`)."""
-        return self.weights(family=self.shape.family.known)
-
-    def save_hf(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder (rank 0 writes, every rank takes part)."""
-        config = hf_config(self.folder) | {"dtype": str(self.dtype).removeprefix("torch.")}
-        write_model(folder, self.weights(), source=self.folder, config=config, write=self.world.is_main)
-
     def settle(self) -> None:
         """Wait for parameters that an overlapped optimizer step still gathers: before, they are old."""
         if self.policy.optimizer.overlap:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
 
-    def _build_replay(self) -> Replay:
-        if not self.shape.experts:
-            raise SpellError(f"policy.router_replay is for mixtures of experts, and {self.folder} is dense")
-        return Replay(self.chunks, self.world.device)
-
     def _build_reference(self) -> list[SpanModel]:
         """The model that the run began with, frozen."""
-        chunks = build_chunks(self.policy, self.shape, self.folder)
-        load_weights(chunks, self.shape, ModelFolder(self._contents))
+        chunks = self._load()
         for chunk in chunks:
             chunk.requires_grad_(False)
         return chunks
@@ -229,9 +267,6 @@ class Learner:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._passes.run(batch, self.models, self.sampled, objective)
-
-    def _score(self, batch: TrainBatch, models: Sequence[Any], *, everywhere: bool = False) -> Scores:
-        return self._passes.run(batch, models, self.sampled).scores(everywhere=everywhere)
 
 
 def _dealt(groups: int, count: int) -> list[range]:

@@ -53,17 +53,6 @@ class Choices:
             group = batch.groups[part.group]
             parts.append((group.experts, len(group.prompt)))
             parts += [(group.samples[i].experts, len(group.samples[i].tokens)) for i in part.samples]
-        for experts, tokens in parts:
-            wanted = (shape.layers, shape.experts_per_token)
-            if experts is None:
-                continue
-            most = int(experts.max(initial=0))
-            if experts.shape[1:] != wanted or len(experts) > tokens or most >= shape.experts:
-                raise SpellError(
-                    f"an engine's experts of {tokens} tokens have the shape {list(experts.shape)} and numbers up to"
-                    f" {most}, and this model has {shape.layers} layers and {shape.experts_per_token} of"
-                    f" {shape.experts} experts a token: policy.router_replay needs engines of the model that is trained"
-                )
         return cls(tuple(parts), sources, shape.experts_per_token)
 
     def layer(self, number: int) -> Tensor:
@@ -140,6 +129,21 @@ class _Told(RouterReplay):
             other = (chosen.sort(-1).values != own.sort(-1).values).any(-1)
             self._counts += torch.stack((other.sum(), told.sum()))
         return scores.gather(1, chosen), chosen
+
+
+def check_experts(batch: TrainBatch, shape: ModelShape) -> None:
+    """Raise SpellError where what an engine chose for a prompt or a response is not of a model of this shape."""
+    for group in batch.groups:
+        for experts, ids in ((group.experts, group.prompt), *((s.experts, s.tokens) for s in group.samples)):
+            if experts is None:
+                continue
+            wanted, most = (shape.layers, shape.experts_per_token), int(experts.max(initial=0))
+            if experts.shape[1:] != wanted or len(experts) > len(ids) or most >= shape.experts:
+                raise SpellError(
+                    f"an engine's experts of {len(ids)} tokens have the shape {list(experts.shape)} and numbers up to"
+                    f" {most}, and this model has {shape.layers} layers and {shape.experts_per_token} of"
+                    f" {shape.experts} experts a token: policy.router_replay needs engines of the model that is trained"
+                )
 
 
 def replayed(batch: TrainBatch) -> float:

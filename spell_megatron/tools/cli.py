@@ -400,7 +400,7 @@ def evaluate(
     ] = "paper",
     compare: Annotated[str, Option(help="`paper`, or `paper:MODEL`: its row of the same model beside.")] = "",
     thinking: Annotated[bool, Option(help="The model reasons before it answers.")] = False,
-    limit: Annotated[int | None, Option(help="Only the first questions of each benchmark.")] = None,
+    limit: Annotated[int | None, Option(help="At most so many questions of each, of all subsets.")] = None,
     concurrency: Annotated[int, Option(help="Requests in flight.")] = 64,
     judge: Annotated[str, Option(help="An OpenAI-compatible judge's URL; its key in $SPELL_JUDGE_KEY.")] = "",
     judge_model: Annotated[str, Option(help="Name of the judge's model.")] = "",

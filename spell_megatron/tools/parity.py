@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from spell_megatron.config import Dtype, LayoutConfig, PolicyConfig, RolloutConfig
-from spell_megatron.policy.learner import Learner
-from spell_megatron.policy.world import start_world, stop_world
+from spell_megatron.policy.learner import HeldPolicy
+from spell_megatron.policy.world import World, start_world, stop_world
 from spell_megatron.rollout.inprocess import InProcessEngine
 from spell_megatron.types import Group, Sample, SpellError, TrainBatch
 from spell_megatron.weights.contents import read_contents
@@ -98,10 +98,9 @@ def compare(folder: Path, tokens: int, families: Sequence[str] = ()) -> Parity:
 
             batch = asyncio.run(sample())
             engine.close()
-            learner = Learner(PolicyConfig(dtype=dtype), folder, world, families=families)
-            scores = {
+            scores = {  # one after another: neither model has to fit beside the other
                 "HF": _hf_logprobs(known, batch, dtype),
-                "Megatron": np.concatenate([s for g in learner.score(batch).logprobs for s in g]),
+                "Megatron": _megatron_logprobs(folder, batch, dtype, world, families),
                 "vLLM": np.concatenate([np.asarray(s.logprobs) for g in batch.groups for s in g.samples]),
             }
     finally:
@@ -115,6 +114,13 @@ def compare(folder: Path, tokens: int, families: Sequence[str] = ()) -> Parity:
         max={pair: float(gap.max()) for pair, gap in gaps.items()},
         bound=_BOUNDS[dtype],
     )
+
+
+def _megatron_logprobs(
+    folder: Path, batch: TrainBatch, dtype: Dtype, world: World, families: Sequence[str]
+) -> np.ndarray:
+    policy = HeldPolicy(PolicyConfig(dtype=dtype), folder, world, families=families)
+    return np.concatenate([sample for group in policy.score(batch).logprobs for sample in group])
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from spell_megatron.weights.table import EMBEDDING
 _log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Tensors that are computed from config.json, and stand in some folders besides."""
 _DTYPES = ("F32", "BF16", "F16", "F64")
@@ -57,7 +58,6 @@ def read_contents(folder: Path, families: Sequence[str] = ()) -> Contents:
     head, embedding = shape.family.head, "".join(shape.family.names(EMBEDDING))
     _check_tokenizer(folder, shape)
     found = _headers(folder)
-    _check_index(folder, {path.name for path, _, _ in found.values()})
     if shape.tied and head in found and not _equal(found, head, embedding):
         shape = replace(shape, tied=False)
         _log.warning(
@@ -94,11 +94,37 @@ def shape_of(folder: Path, families: Sequence[str] = ()) -> ModelShape:
     return model_shape(folder, families)
 
 
-def _headers(folder: Path) -> dict[str, tuple[Path, Sizes, str]]:
-    """File, size and number format of every tensor in the folder; a tensor is in one file."""
+def _files(folder: Path) -> list[Path]:
+    """The files of weights: where there is an index, those that it names. Mistral's folders hold the same weights once
+    more, in `consolidated.safetensors`. `model.safetensors` is refused there, since transformers reads it first."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SpellError(f"{folder} has no *.safetensors: convert the model to safetensors first")
+    path = folder / INDEX
+    if not path.exists():
+        return files
+    named = read_object(path).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise SpellError(f"{path} has no weight_map of file names; copy the folder again")
+    there = {file.name for file in files}
+    if missing := sorted(set(named.values()) - there):
+        raise SpellError(
+            f"{path} names {missing[0]!r}, which is not in the folder; copy that file, or remove the index where the"
+            " weights are in other files"
+        )
+    others = sorted(there - set(named.values()))
+    if _SINGLE in others:
+        raise SpellError(
+            f"{folder} holds two sets of weights: {_SINGLE} and those of {INDEX}; keep one of them"
+        )
+    if others:
+        _log.info("%s: not in the index, and so not read: %s", folder, ", ".join(others))
+    return [file for file in files if file.name not in others]
+
+
+def _headers(folder: Path) -> dict[str, tuple[Path, Sizes, str]]:
+    """File, size and number format of every tensor in the folder's files of weights; a tensor is in one file."""
+    files = _files(folder)
     found: dict[str, tuple[Path, Sizes, str]] = {}
     for path in files:
         try:
@@ -114,20 +140,6 @@ def _headers(folder: Path) -> dict[str, tuple[Path, Sizes, str]]:
         except (SafetensorError, OSError) as error:
             raise SpellError(f"cannot read the weights in {path}: {error}; copy the folder again") from None
     return found
-
-
-def _check_index(folder: Path, files: set[str]) -> None:
-    path = folder / INDEX
-    if not path.exists():
-        return
-    named = read_object(path).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-        raise SpellError(f"{path} has no weight_map of file names; copy the folder again")
-    if missing := sorted(set(named.values()) - files):
-        raise SpellError(
-            f"{path} names {missing[0]!r}, which is not in the folder; copy that file, or remove the index where the"
-            " weights are in other files"
-        )
 
 
 def _refuse_extra(folder: Path, names: list[str]) -> None:

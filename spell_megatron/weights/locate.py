@@ -8,6 +8,8 @@ from spell_megatron.types import SpellError
 
 _SHIPPED = Path(__file__).parent / "assets"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_SECOND_SETS = ["consolidated*"]
+"""The same weights once more, under names of the model's maker."""
 
 
 def local_folder(path: str) -> Path | None:
@@ -32,7 +34,7 @@ def model_folder(path: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(path, allow_patterns=_FILES))
+        return Path(snapshot_download(path, allow_patterns=_FILES, ignore_patterns=_SECOND_SETS))
     except Exception as error:  # the hub's client raises many kinds
         raise SpellError(
             f"no folder {path}, and the hub does not give it ({type(error).__name__}): on a machine"

@@ -129,6 +129,65 @@ def test_an_optimizer_may_move_to_host_memory_and_back(
     assert all(torch.equal(x, y) for (_, x), (_, y) in pairs)
 
 
+PRECISIONS = [
+    *(("float32", "bfloat16"), ("bfloat16", "float32"), ("float32, sharded", "bfloat16, offloaded")),
+    *(("float32", "bfloat16, sharded"), ("bfloat16, sharded", "float32, sharded")),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), PRECISIONS)
+def test_another_precision_goes_on_from_the_float32_weights(
+    world: World, folder: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    """Of a run in float32 those are its weights, of one in bfloat16 its optimizer's."""
+    learner, other = (Learner(POLICIES[name], folder, world) for name in (before, after))
+    for _ in range(2):
+        learner.update(random_batch(256))
+    Checkpoints(tmp_path / "one").save(2, learner, {})
+    assert Checkpoints(tmp_path / "one").restore(other)
+    Checkpoints(tmp_path / "other").save(2, other, {})
+    one, two = (whole_tensors(tmp_path / name) for name in ("one", "other"))
+    masters = [
+        {
+            name: found.get(f"optimizer.state.param.{name}", found[name])
+            for name in found
+            if "state" not in name
+        }
+        for found in (one, two)
+    ]
+    for name, tensor in masters[0].items():
+        assert tensor.dtype == masters[1][name].dtype == torch.float32
+        assert torch.equal(tensor, masters[1][name])
+        assert torch.equal(two[name], tensor.to(other.dtype))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            key = f"optimizer.state.{moment}.{name}"
+            assert torch.equal(one[key], two[key])
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters[0].values())
+    assert learner.update(random_batch(256)).lr == other.update(random_batch(256)).lr
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16, sharded"])
+def test_routers_that_were_frozen_have_no_moments_to_go_on_with(
+    world: World, tmp_path: Path, name: str
+) -> None:
+    mixture = make_model("moe", tmp_path / "model", seed=1)
+    frozen, free = (
+        Learner(replace(POLICIES[name], freeze_router=on), mixture, world) for on in (True, False)
+    )
+    frozen.update(random_batch(256))
+    Checkpoints(tmp_path / "frozen").save(1, frozen, {})
+    with pytest.raises(
+        SpellError, match=r"mlp\.router\.weight, .*policy\.freeze_router=true .*Leave the key true"
+    ):
+        Checkpoints(tmp_path / "frozen").restore(free)
+    other = Learner(replace(POLICIES[name], freeze_router=False), mixture, world)
+    other.update(random_batch(256))
+    Checkpoints(tmp_path / "free").save(1, other, {})
+    assert Checkpoints(tmp_path / "free").restore(frozen)
+    pairs = zip(other.weights(), frozen.weights(), strict=True)
+    assert all(torch.equal(x, y) for (_, x), (_, y) in pairs)
+
+
 @pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
 def test_a_learner_that_never_stepped_can_be_saved(
     world: World, folder: Path, tmp_path: Path, settings: PolicyConfig

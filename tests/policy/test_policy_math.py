@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from spell_megatron.config import LayoutConfig, LossConfig, PolicyConfig
 from spell_megatron.policy import attention
 from spell_megatron.policy.head import Sampled, token_logprobs
 from spell_megatron.policy.kernels import Kernels, cpu, plain, varlen
-from spell_megatron.policy.layout import LayoutError, check_layout
+from spell_megatron.policy.layout import LayoutError, check_layout, check_policy
 from spell_megatron.policy.loss import TokenTerms, token_losses
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.model import uses_transformer_engine
@@ -313,6 +314,26 @@ def test_an_illegal_layout_says_why(
     with pytest.raises(LayoutError) as error:
         check_layout(layout, shape(**model), size)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"freeze_router": True}, "policy.freeze_router=true would do nothing, since Qwen3"),
+        ({"router_replay": True}, "policy.router_replay=true would"),
+        ({"dispatcher": "deepep"}, "policy.dispatcher=deepep would"),
+        (
+            {"dispatcher": "hybridep", "freeze_router": True},
+            "freeze_router=true and policy.dispatcher=hybridep",
+        ),
+    ],
+)
+def test_what_is_asked_of_experts_is_refused_for_a_dense_model(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(LayoutError, match=words):
+        check_policy(PolicyConfig(**asked), shape(), 1)
+    assert check_policy(PolicyConfig(**asked), shape(**MOE), 1).data == 1
+    for harmless in ("auto", "alltoall"):
+        assert check_policy(PolicyConfig(dispatcher=harmless), shape(), 2).data == 2  # type: ignore[arg-type]
 
 
 def test_a_legal_layout_divides_the_world() -> None:

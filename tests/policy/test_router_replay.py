@@ -185,13 +185,22 @@ def test_every_row_finds_its_own_token(cp: int, tmp_path: Path) -> None:
 def test_experts_of_another_model_are_refused(
     folder: Path, world: World, spoil: Callable[[np.ndarray], np.ndarray]
 ) -> None:
+    """By every rank, and so before any of them looks for its own part of the batch."""
     batch = with_experts(BATCH, layers=2, experts=4, top_k=2)
     first = batch.groups[0].samples[0]
     wrong = replace(batch.groups[0], samples=(replace(first, experts=spoil(first.experts)),))
-    with pytest.raises(SpellError, match="2 layers and 2 of 4 experts"):
-        learner(folder, world, router_replay=True).score(TrainBatch((wrong,)))
+    prompt = replace(batch.groups[1], experts=spoil(np.repeat(batch.groups[1].experts, 40, 0)))
+    told = learner(folder, world, router_replay=True)
+    told._passes.run = None  # type: ignore[assignment, method-assign]
+    for groups in ((*batch.groups[1:], wrong), (prompt, *batch.groups)):
+        for work in (told.score, told.update):
+            with pytest.raises(SpellError, match="2 layers and 2 of 4 experts"):
+                work(TrainBatch(groups))
 
 
-def test_a_dense_model_has_nothing_to_replay(world: World, tmp_path: Path) -> None:
-    with pytest.raises(SpellError, match="dense"):
-        learner(make_model("qwen3", tmp_path), world, router_replay=True)
+@pytest.mark.parametrize(
+    "asked", [{"router_replay": True}, {"freeze_router": True}, {"dispatcher": "deepep"}]
+)
+def test_a_dense_model_has_no_experts(world: World, tmp_path: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(SpellError, match=f"policy.{next(iter(asked))}=.* is a dense model"):
+        learner(make_model("qwen3", tmp_path), world, **asked)

@@ -88,12 +88,14 @@ def test_a_batch_that_is_not_finite_names_its_group(
 def test_ids_that_are_no_tokens_of_the_model_name_their_group(
     learner: Learner, where: str, value: int
 ) -> None:
+    """On a GPU they would end the process, so that they are seen before anything is computed: scores, too."""
     batch = planted(BATCH, 1, tokens=value)
     if where == "prompt":
         batch = prompted(BATCH, 1, (3, value, 5))
-    with pytest.raises(UnsoundError, match=f"{value}.*, and the model's from 0 to 255") as error:
-        learner.update(batch)
-    assert (error.value.group, error.value.touched) == (1, False)
+    for work in (learner.update, learner.score):
+        with pytest.raises(UnsoundError, match=f"{value}.*, and the model's from 0 to 255") as error:
+            work(batch)
+        assert (error.value.group, error.value.touched) == (1, False)
 
 
 def test_a_prompt_that_is_empty_names_its_group(learner: Learner) -> None:
@@ -122,6 +124,14 @@ def test_one_gradient_stops_the_update_and_the_next_one_goes_on(learner: Learner
     learner._passes.run = run  # type: ignore[method-assign]
     assert learner.update(BATCH).grad_norm > 0
     assert not all(torch.equal(before[name], now) for name, now in weights(learner).items())
+
+
+def test_a_step_whose_scores_are_asked_for_first_is_skipped_as_any_other(learner: Learner) -> None:
+    steps = Steps(None, bad_step="skip", mismatch_action="drop")
+    steps.run.learner = learner
+    steps.collected = replace(steps.collected, batch=planted(BATCH, 1, tokens=256))
+    assert steps.run.update(steps.collected) == Updated(None)
+    assert "in group 1 (verifier, docmath_qa); the step is skipped" in steps.told[0]
 
 
 def test_one_weight_stops_before_anything_is_computed(learner: Learner) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import KINDS, Kind, build_model, make_model
@@ -28,6 +30,8 @@ from spell_megatron.types import Group, Sample, SpellError, TrainBatch
 from spell_megatron.weights import families, keys
 from spell_megatron.weights.contents import read_contents, shape_of
 from spell_megatron.weights.families import Family
+from spell_megatron.weights.files import ModelFolder
+from spell_megatron.weights.locate import model_folder
 from spell_megatron.weights.table import ROWS, named
 
 pytestmark = pytest.mark.unit
@@ -392,3 +396,69 @@ def test_what_a_family_implies_is_held_against_the_same_rules(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own"}))
     with pytest.raises(SpellError, match="hidden_act='gelu' is not supported"):
         shape_of(tmp_path, [f"{families.__name__}:made"])
+
+
+def sharded(folder: Path, *files: str) -> dict[str, torch.Tensor]:
+    """Put the weights of a folder into these files and an index; returns them."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {file: sorted(tensors)[place :: len(files)] for place, file in enumerate(files)}
+    for file, chosen in names.items():
+        save_file({name: tensors[name] for name in chosen}, folder / file)
+    index({name: file for file, chosen in names.items() for name in chosen})(folder)
+    return tensors
+
+
+MISTRAL = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    "second", [{}, {"tok_embeddings.weight": torch.ones(256, 64)}], ids=["same", "other names"]
+)
+def test_where_an_index_names_files_no_others_are_read(
+    models: dict[Kind, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, second: Tensors
+) -> None:
+    """Folders of Mistral's have a second set of weights, under names of its own."""
+    folder = Path(shutil.copytree(models["mistral"], tmp_path / "model"))
+    tensors = sharded(folder, *MISTRAL)
+    save_file(
+        second or {name: tensor + 1 for name, tensor in tensors.items()}, folder / "consolidated.safetensors"
+    )
+    with caplog.at_level(logging.INFO):
+        contents = read_contents(folder)
+    assert "not in the index, and so not read: consolidated.safetensors" in caplog.text
+    assert {path.name for path in contents.files.values()} == set(MISTRAL)
+    read = ModelFolder(contents)
+    assert all(torch.equal(read.read(name), tensor) for name, tensor in tensors.items())
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(SpellError, match="two sets of weights" if not second else "does not have"):
+        read_contents(folder)
+
+
+def test_what_transformers_would_read_in_the_place_of_the_index_is_a_second_set(
+    models: dict[Kind, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(models["mistral"], tmp_path / "model"))
+    save_file(
+        {name: tensor + 1 for name, tensor in sharded(folder, *MISTRAL).items()}, folder / "model.safetensors"
+    )
+    with pytest.raises(SpellError, match=r"two sets of weights: model\.safetensors and those of"):
+        read_contents(folder)
+
+
+def test_the_hub_is_asked_for_one_set_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [*MISTRAL, "model.safetensors.index.json", "config.json", "tokenizer.json", "params.json"]
+    second = [
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "consolidated.safetensors.index.json",
+    ]
+    asked = dict[str, Any]()
+
+    def download(path: str, **patterns: Any) -> str:
+        asked.update(patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert model_folder("mistralai/Mistral-7B-v0.3") == tmp_path
+    assert list(filter_repo_objects([*there, *second, "model.bin"], **asked)) == there

@@ -10,6 +10,6 @@ Layouts may change between save and resume: tensors are stored whole-model, ever
 
 from spell_megatron.policy.checkpoint.commit import Checkpoints
 from spell_megatron.policy.checkpoint.folder import Checkpoint, open_checkpoint
-from spell_megatron.policy.checkpoint.state import load_learner
+from spell_megatron.policy.checkpoint.state import load_learner, load_policy
 
-__all__ = ["Checkpoint", "Checkpoints", "load_learner", "open_checkpoint"]
+__all__ = ["Checkpoint", "Checkpoints", "load_learner", "load_policy", "open_checkpoint"]

@@ -22,7 +22,7 @@ from spell_megatron.policy.checkpoint.folder import Checkpoint
 from spell_megatron.policy.checkpoint.search import SharedSearch
 from spell_megatron.policy.checkpoint.state import load_learner
 from spell_megatron.policy.checkpoint.write import HostCopy, Staged, Write
-from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.learner import HeldPolicy, Learner
 from spell_megatron.policy.waiting import MainRank
 from spell_megatron.policy.world import Group, agreed
 from spell_megatron.types import SpellError
@@ -55,7 +55,7 @@ class Checkpoints:
         self._whole = disk.Whole()
         self._copy = HostCopy() if background else None
 
-    def save(self, step: int, learner: Learner, run: dict[str, Any]) -> None:
+    def save(self, step: int, learner: HeldPolicy, run: dict[str, Any]) -> None:
         """Save the state after `step`; `run` is JSON. A collective, which waits for the save before.
 
         Raises SpellError where this or the former state cannot be written; the earlier ones are whole.
@@ -155,7 +155,7 @@ class Checkpoints:
         except (OSError, SpellError) as fault:
             _log.warning("no old checkpoint was removed: %s", fault)
 
-    def _joined(self, learner: Learner) -> Group:
+    def _joined(self, learner: HeldPolicy) -> Group:
         """The group of the writing threads, made by the first who needs it."""
         if self._group is None and learner.world.size > 1:
             patience = timedelta(seconds=learner.policy.timeout_seconds)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spell_megatron.policy.checkpoint.boxes import Box, Shape, run_boxes
 from spell_megatron.policy.checkpoint.shares import Share
-from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.learner import HeldPolicy, Learner
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +32,22 @@ class TensorPart:
     data: Tensor
 
 
-def saved_parts(learner: Learner, held: Sequence[Share]) -> list[TensorPart]:
+def saved_parts(learner: HeldPolicy, held: Sequence[Share]) -> list[TensorPart]:
     """What this rank writes; every element of the model is written by one rank."""
     return list(_parts(learner, held, saving=True))
 
 
-def loaded_parts(learner: Learner, held: Sequence[Share]) -> list[TensorPart]:
+def loaded_parts(learner: HeldPolicy, held: Sequence[Share]) -> list[TensorPart]:
     """What this rank reads. Of weights that a distributed optimizer shares out, the rest is for the others to read."""
     return list(_parts(learner, held, saving=False))
 
 
-def _parts(learner: Learner, held: Sequence[Share], *, saving: bool) -> Iterator[TensorPart]:
+def _parts(learner: HeldPolicy, held: Sequence[Share], *, saving: bool) -> Iterator[TensorPart]:
     by_parameter = {share.parameter: share for share in held}
+    distributed = isinstance(learner, Learner) and learner.policy.optimizer.distributed
     for parameter, tiles in _tiles(learner):
         share = by_parameter.get(parameter)
-        if learner.policy.optimizer.distributed and parameter.requires_grad:
+        if distributed and parameter.requires_grad:
             run = (share.start, share.stop) if share else (0, 0)
         else:
             run = _even_share(parameter) if saving else (0, parameter.numel())
@@ -76,7 +77,7 @@ def _cut(
         low += box.numel
 
 
-def _tiles(learner: Learner) -> Iterator[tuple[Tensor, list[ShardedTensor]]]:
+def _tiles(learner: HeldPolicy) -> Iterator[tuple[Tensor, list[ShardedTensor]]]:
     """Every tensor of the model, with the contiguous pieces of it that have a place in a whole one.
 
     Without the pickled `_extra_state` of layers, which holds the scales of FP8 and nothing else.

@@ -9,7 +9,7 @@ import io
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -28,6 +28,9 @@ _OVERHEAD = 1 << 16
 """Bytes that a tensor's record may have besides its elements."""
 _OTHER_NAMES = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?")
 """What megatron-core itself may call a state of the optimizer."""
+_STATE = re.compile(r"^optimizer\.state\.\w+\.")
+_MASTERS = "optimizer.state.param."
+"""Float32 copies of weights; those of a float32 run are the weights, and stored as such alone."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,9 +56,8 @@ def read_parts(folder: Path, index: Metadata, parts: Iterable[TensorPart]) -> in
         by_key[part.key].append(part)
     names = {_OTHER_NAMES.sub("optimizer.state.", name): name for name in index.state_dict_metadata}
     for key, mine in by_key.items():
-        if key not in names:
-            raise ValueError(f"{key} is missing: it is another model's")
-        for stored, there, target in _overlapping(index, names[key], mine):
+        name = names[_best(key, mine[0].data.dtype, names)]
+        for stored, there, target in _overlapping(index, name, mine):
             wanted[stored].append((there, target))
     read = 0
     for file, group in groupby(sorted(wanted), attrgetter("file")):
@@ -76,6 +78,28 @@ def load_plain(content: bytes, largest: int) -> Any:
     if sum(one.file_size for one in zipfile.ZipFile(io.BytesIO(content)).infolist()) > largest:
         raise ValueError("it unpacks to more than it may")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _best(key: str, dtype: torch.dtype, names: Container[str]) -> str:
+    """The key that the parts of `key` are read from: between weights and their float32 copies, where `policy.dtype` is
+    not that of the checkpoint, the more precise that there is.
+
+    Raises ValueError where nothing stands for it.
+    """
+    weights = _STATE.sub("", key)
+    if key == _MASTERS + weights or (key == weights and dtype is torch.float32):
+        choices: tuple[str, ...] = (_MASTERS + weights, weights)
+    else:
+        choices = (key,)
+    if found := next((choice for choice in choices if choice in names), ""):
+        return found
+    if weights in names:
+        raise ValueError(
+            f"it has {weights}, and nothing that an optimizer knew of it: a run with policy.freeze_router=true does not"
+            " train its routers. Leave the key true, or begin a new run with what `spell-megatron export-hf` makes of"
+            " this one"
+        )
+    raise ValueError(f"{key} is missing: it is another model's")
 
 
 def _overlapping(

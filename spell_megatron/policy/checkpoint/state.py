@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,24 +16,29 @@ from spell_megatron.policy.checkpoint.folder import Checkpoint
 from spell_megatron.policy.checkpoint.index import read_index
 from spell_megatron.policy.checkpoint.parts import TensorPart, loaded_parts, saved_parts
 from spell_megatron.policy.checkpoint.read import load_plain, read_parts
-from spell_megatron.policy.checkpoint.shares import plain_values, prepare, settle, shares
-from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.checkpoint.shares import Share, plain_values, prepare, settle, shares
+from spell_megatron.policy.learner import HeldPolicy, Learner
+from spell_megatron.policy.world import Value
 from spell_megatron.types import SpellError
 
 VALUES = "common.pt"
 _LARGEST_VALUES = 1 << 28
 
 
-def learner_state(learner: Learner) -> tuple[list[TensorPart], dict[str, Any]]:
+def learner_state(learner: HeldPolicy) -> tuple[list[TensorPart], dict[str, Any]]:
     """What this rank saves of the tensors, and the plain values, which are the same on every rank.
 
-    Before its first step an optimizer has no state.
+    Before its first step an optimizer has no state. A policy that nothing trains is saved as one that has not begun.
     """
-    fresh = learner.schedule.num_steps == 0
-    values = {"schedule": learner.schedule.state_dict(), "rng": torch.get_rng_state()}
-    if not fresh:
-        values["optimizer"] = plain_values(learner.optimizer)
-    return saved_parts(learner, list(shares(learner.optimizer, fresh=fresh))), values
+    values: dict[str, Any] = {"schedule": {"num_steps": 0}, "rng": torch.get_rng_state()}
+    held = list[Share]()
+    if isinstance(learner, Learner):
+        fresh = learner.schedule.num_steps == 0
+        values["schedule"] = learner.schedule.state_dict()
+        if not fresh:
+            values["optimizer"] = plain_values(learner.optimizer)
+        held = list(shares(learner.optimizer, fresh=fresh))
+    return saved_parts(learner, held), values
 
 
 def load_learner(learner: Learner, checkpoint: Checkpoint) -> int:
@@ -42,8 +48,8 @@ def load_learner(learner: Learner, checkpoint: Checkpoint) -> int:
     plain values.
     """
     learner.settle()
-    fault, values, read, fresh = "", dict[str, Any](), 0, True
-    try:
+
+    def take() -> tuple[dict[str, Any], bool, int]:
         values = _read_values(checkpoint.learner)
         fresh = "optimizer" not in values
         if not fresh:
@@ -51,11 +57,9 @@ def load_learner(learner: Learner, checkpoint: Checkpoint) -> int:
         held = list(shares(learner.optimizer, fresh=fresh))
         read = read_parts(checkpoint.learner, read_index(checkpoint.learner), loaded_parts(learner, held))
         settle(held if not fresh else ())
-    except SpellError as error:
-        fault = str(error)
-    except Exception as error:
-        fault = f"the checkpoint {checkpoint.path} cannot be taken over: {reason(error)}"
-    _raise_together(fault, learner.world.size)
+        return values, fresh, read
+
+    values, fresh, read = _together(take, checkpoint, learner.world.size)
     if learner.policy.optimizer.distributed:
         for model in learner.models:
             model.start_param_sync(force_sync=True)
@@ -65,16 +69,38 @@ def load_learner(learner: Learner, checkpoint: Checkpoint) -> int:
     for group in learner.optimizer.param_groups:  # they are restored with the rates of the checkpoint
         group.update(max_lr=learner.schedule.max_lr, min_lr=learner.schedule.min_lr)
         group.update(betas=adam.betas, eps=adam.eps)
-    learner.schedule.load_state_dict(values["schedule"])
+    learner.schedule.load_state_dict({**learner.schedule.state_dict(), **values["schedule"]})
     torch.set_rng_state(values["rng"])
     return read
 
 
-def _raise_together(fault: str, ranks: int) -> None:
+def load_policy(policy: HeldPolicy, checkpoint: Checkpoint) -> int:
+    """Take over the weights of a checkpoint, and read nothing else; the bytes that this rank read. A collective.
+
+    Raises as `load_learner`.
+    """
+    folder = checkpoint.learner
+    return _together(
+        lambda: read_parts(folder, read_index(folder), loaded_parts(policy, ())),
+        checkpoint,
+        policy.world.size,
+    )
+
+
+def _together(take: Callable[[], Value], checkpoint: Checkpoint, ranks: int) -> Value:
+    """What `take` takes over from a checkpoint on this rank. Raises SpellError on every rank where any cannot."""
+    value, fault = None, ""
+    try:
+        value = take()
+    except SpellError as error:
+        fault = str(error)
+    except Exception as error:
+        fault = f"the checkpoint {checkpoint.path} cannot be taken over: {reason(error)}"
     faults: list[Any] = [None] * ranks
     dist.all_gather_object(faults, fault)
     if fault := next(filter(None, faults), ""):
         raise SpellError(fault)
+    return cast("Value", value)
 
 
 def _read_values(folder: Path) -> dict[str, Any]:

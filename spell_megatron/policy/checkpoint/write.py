@@ -25,7 +25,7 @@ from spell_megatron.policy.checkpoint.index import Entry, write_index
 from spell_megatron.policy.checkpoint.parts import TensorPart
 from spell_megatron.policy.checkpoint.state import VALUES, learner_state
 from spell_megatron.policy.colocation import host_memory
-from spell_megatron.policy.learner import Learner
+from spell_megatron.policy.learner import HeldPolicy
 from spell_megatron.policy.world import Group, agreed, gathered
 
 _Written = tuple[str, list[Entry], dict[str, str]]
@@ -44,6 +44,7 @@ class HostCopy:
         """The same parts, which nobody changes until the next call."""
         sizes = [-(-part.data.nbytes // _ALIGNED) * _ALIGNED for part in parts]
         if self.memory.numel() != sum(sizes):
+            self.memory = torch.empty(0, dtype=torch.uint8)  # so that there are never both
             self.memory = host_memory(sum(sizes), device)
         copies = []
         for part, end, size in zip(parts, accumulate(sizes), sizes, strict=True):
@@ -58,7 +59,7 @@ class HostCopy:
 class Staged:
     """A learner's state as it is to be written by this rank. With a `copy` in host memory the learner may go on."""
 
-    def __init__(self, learner: Learner, folder: Path, copy: HostCopy | None = None) -> None:
+    def __init__(self, learner: HeldPolicy, folder: Path, copy: HostCopy | None = None) -> None:
         learner.settle()
         self.folder, self._rank = folder, learner.world.rank
         self._parts, self._values = learner_state(learner)

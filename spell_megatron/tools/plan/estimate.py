@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spell_megatron.base.topology import topology
 from spell_megatron.config import Config, ConfigError, untrainable
-from spell_megatron.policy.layout import WorldShape, check_layout
+from spell_megatron.policy.layout import WorldShape, check_policy
 from spell_megatron.tools.plan.assumptions import GIB, Assumptions
 from spell_megatron.tools.plan.catalogue import architecture
 from spell_megatron.tools.plan.dealing import Deal, even, packed
@@ -27,7 +27,7 @@ def estimate(config: Config, assumed: Assumptions, rehearsal: Rehearsal | None =
     """The plan by arithmetic. With a built model, what a rank holds comes from it, and the batch is really packed."""
     policy, cluster = config.policy, config.cluster
     shape = shape_of(architecture(config.model.path), config.model.families)
-    world = check_layout(policy.layout, shape, _ranks(config))
+    world = check_policy(policy, shape, _ranks(config))
     parts = stage_parameters(shape, policy.layout)
     lengths = Lengths.of(config, assumed)
     engine = engine_memory(config, shape, lengths, cluster.nodes, cluster.gpu_memory_gib, assumed)

@@ -106,13 +106,13 @@ def rehearse(jobs: Sequence[Build]) -> list[Rehearsal]:
 
 
 def _build(job: Build) -> Rehearsal:
-    from spell_megatron.policy.layout import check_layout
+    from spell_megatron.policy.layout import check_policy
     from spell_megatron.weights.shape import model_shape
     from spell_megatron.weights.table import EMBEDDING
 
     policy, size = job.policy, job.size
     shape, layout = model_shape(job.folder, job.families), policy.layout
-    check_layout(layout, shape, size)
+    check_policy(policy, shape, size)
     per_stage = size // layout.pipeline
     ranks: list[Rank] = []
     covered: Counter[str] = Counter()
