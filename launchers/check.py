@@ -12,7 +12,7 @@ from launchers.job import read_by
 from launchers.machines import Machines
 from launchers.profile import Profile
 from spell_megatron.config import Config
-from spell_megatron.policy.layout import LayoutError, check_layout
+from spell_megatron.policy.layout import LayoutError, check_policy
 from spell_megatron.types import SpellError
 from spell_megatron.weights.contents import shape_of
 from spell_megatron.weights.locate import model_folder
@@ -33,7 +33,7 @@ def check_model(config: Config, on: Machines, *, fetch: bool) -> Config:
         folder = architecture(path)
     shape = shape_of(folder, config.model.families)
     try:
-        check_layout(config.policy.layout, shape, on.world_size)
+        check_policy(config.policy, shape, on.world_size)
     except LayoutError as error:
         raise LayoutError(
             f"{error}\n  ({on.nodes} nodes x {on.ranks} ranks; change policy.layout of the recipe, or"

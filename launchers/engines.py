@@ -3,8 +3,12 @@
     python -m launchers.engines RUN FIRST_PORT SERVERS
 
 srun starts this once on each node that holds nothing but servers, or (where they share the trainer's GPUs) on
-each but the first, whose servers are the trainer's own. A server that ends is started again on its port, and
-the trainer's fleet, which knows the ports, brings it to the current weights. All of it ends with the job.
+each but the first, whose servers are the trainer's own. A server that ends, or that the trainer's fleet wants ended, is
+started again on its port, and the fleet, which knows the ports, brings it to the current weights. One that ends at
+once, time after time, is given up alone.
+
+The trainer decides when the job ends: the batch script takes the end of any step for the job's, and kills the others.
+So this process stays, without servers if need be, until the job is over.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from spell_megatron.base.secret import read_secret
 from spell_megatron.base.terminal import log_to_stderr
 from spell_megatron.config import Config, ServersConfig, load_config
 from spell_megatron.rollout import backend
+from spell_megatron.rollout.keeping import Keeping
 from spell_megatron.rollout.server import Launch, Server
 from spell_megatron.run.preemption import attempt
 from spell_megatron.run.record.folder import RunFolder
@@ -46,6 +51,7 @@ class _Kept:
     launch: Launch
     port: int
     secret: str = field(repr=False)
+    keeping: Keeping
     server: Server
     started: float
     failed_starts: int = 0
@@ -53,23 +59,30 @@ class _Kept:
     """When it was first seen to have ended."""
 
     @classmethod
-    def start(cls, launch: Launch, port: int, secret: str) -> _Kept:
-        return cls(launch, port, secret, Server.start(launch, port, secret), time.monotonic())
+    def start(cls, launch: Launch, port: int, secret: str, keeping: Keeping) -> _Kept:
+        return cls(launch, port, secret, keeping, Server.start(launch, port, secret), time.monotonic())
 
     def mend(self, has_room: Callable[[], bool]) -> bool:
         """Start an ended server again as soon as there is room; False where it ends at once, time after time."""
-        if self.server.running():
+        asked = self.keeping.asked_to_end
+        if asked:
+            _log.warning("the trainer wants the server on port %d to end", self.port)
+            self.server.stop()
+            self.keeping.ended()
+        elif self.ended is None and self.server.running():
             return True
-        self.ended = self.ended or time.monotonic()
+        if self.ended is None:
+            self.ended = time.monotonic()
+            quick = not asked and self.ended - self.started < _QUICK_SECONDS
+            self.failed_starts = self.failed_starts + 1 if quick else 0
         if not has_room():
             return True
         _log.warning("the server on port %d has ended; %s", self.port, self.server.tail())
         self.server.stop()
-        quick, self.ended = self.ended - self.started < _QUICK_SECONDS, None
-        self.failed_starts = self.failed_starts + 1 if quick else 0
         if self.failed_starts > self.launch.settings.servers.max_restarts:
             return False
         self.server, self.started = Server.start(self.launch, self.port, self.secret), time.monotonic()
+        self.ended = None
         return True
 
 
@@ -79,8 +92,9 @@ def launches(run: Path, settings: Config, count: int) -> list[Launch]:
     servers: ServersConfig = replace(rollout.servers, host=_reached(host))
     found = backend.here(settings)
     seats = found.servers(found.engines[-1].node)  # every node that is served like this has the same
-    scratch = run / "engine" / host
-    model = known_folder(model_folder(settings.model.path), scratch / "model", settings.model.families)
+    scratch = RunFolder(run).engine_cache / host
+    served = run / "engine" / host / "model"  # of this run alone
+    model = known_folder(model_folder(settings.model.path), served, settings.model.families)
     return [
         Launch(
             model,
@@ -112,8 +126,8 @@ def _room(run: Path, settings: Config) -> Callable[[], bool]:
     return RunFolder(run).vacated(attempt()).exists
 
 
-def serve(run: Path, first_port: int, count: int) -> int:
-    """Keep the servers up until this process is told to end; the exit code."""
+def serve(run: Path, first_port: int, count: int) -> None:
+    """Keep the servers up until this process is told to end, and stay until it is told so again."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # that is for the trainer, and so are its ends
     signal.signal(signal.SIGTERM, _end)
     kept: list[_Kept] = []
@@ -125,19 +139,39 @@ def serve(run: Path, first_port: int, count: int) -> int:
             while not has_room():
                 time.sleep(_POLL_SECONDS)
             for slot, launch in enumerate(launches(run, settings, count)):
-                kept.append(_Kept.start(launch, first_port + slot, secret))
-            while all(server.mend(has_room) for server in kept):
+                port = first_port + slot
+                keeping = Keeping(run, attempt(), f"http://{_named()}:{port}")
+                kept.append(_Kept.start(launch, port, secret, keeping))
+            while True:
+                for lost in [server for server in kept if not server.mend(has_room)]:
+                    _log.error("the server on port %d ends at once, time after time: given up", lost.port)
+                    lost.keeping.give_up()
+                    kept.remove(lost)
                 time.sleep(_POLL_SECONDS)
-        return 1
+    except _Ended:
+        for server in kept:
+            server.server.stop()
+        kept.clear()
+        signal.pause()
     finally:
         for server in kept:
             server.server.stop()
 
 
+def _named() -> str:
+    """This node, as the batch script names it to the trainer."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+class _Ended(BaseException):
+    """SLURM ends the job, or preempts it. The trainer has been told the same, and may have an update to finish."""
+
+
 def _end(number: int, frame: FrameType | None) -> None:
-    sys.exit(0)
+    signal.signal(number, signal.SIG_DFL)  # a second one means it
+    raise _Ended
 
 
 if __name__ == "__main__":
     log_to_stderr(logging.INFO)
-    sys.exit(serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -11,13 +11,15 @@ from spell_megatron.config import Config
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """The trainer's nodes come first, then those of the engine alone. Per node: `gpus`, `ranks`, `servers`."""
+    """The trainer's nodes come first, then those of the engine alone. Per node: `gpus` that SLURM is asked for by their
+    number, `ranks`, `servers`, and `other_gpus`, which it gives without (`request_gpus`)."""
 
     nodes: int = 1
     gpus: int = 0
     ranks: int = 1
     engine_nodes: int = 0
     servers: int = 0
+    other_gpus: int = 0
 
     @property
     def world_size(self) -> int:
@@ -46,11 +48,12 @@ def machines(profile: Profile, config: Config) -> Machines:
     found = topology(replace(config, cluster=cluster), cuda=gpus > 0, gpus=gpus, ranks=profile.ranks_per_node)
     counted = bool(config.rollout.servers.count or engine_nodes) and bool(found.engines)
     servers = len(found.servers(found.engines[-1].node)) if counted else 0
-    return Machines(nodes, gpus, found.ranks, engine_nodes, servers)
+    asked, other = (gpus, 0) if profile.request_gpus else (0, gpus)
+    return Machines(nodes, asked, found.ranks, engine_nodes, servers, other)
 
 
 def recorded(config: Config, on: Machines) -> Config:
     """The configuration with the machines that it really gets."""
-    gpus = on.gpus or config.cluster.gpus_per_node
+    gpus = on.gpus or on.other_gpus or config.cluster.gpus_per_node
     cluster = replace(config.cluster, nodes=on.nodes, gpus_per_node=gpus, engine_nodes=on.engine_nodes)
     return replace(config, cluster=cluster)

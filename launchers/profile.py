@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,18 @@ _TIME = re.compile(
 )  # what sbatch calls time, but bare minutes
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HEADER = re.compile(r"[a-z][a-z0-9-]*")
+_ASKS_FOR_GPUS = re.compile(r"gpus-per-|(gres|tres-per-task)=.*gpu")
+
+_COMMAND = r"\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`"
+_ASSIGNED = re.compile(
+    r"""(?<![^\s;&|({])(?P<quote>["'])?(?P<name>[A-Za-z_]\w*)\+?="""
+    r"""(?P<value>(?(quote)(?:\\.|(?!(?P=quote)).)+"""
+    rf"""|(?:'[^']*'|"(?:\\.|[^"\\])*"|\$\{{[^}}]*\}}|{_COMMAND}|\\.|[^\s;&|()'"`\\])+))""",
+    re.DOTALL,
+)
+"""A word of bash that sets a variable, `NAME=value` or `"NAME=value"`."""
+_READ = re.compile(rf"""("?)(\$\w+|\$\{{\w+\}}|{_COMMAND})\1""", re.DOTALL)
+"""A value that stands elsewhere: in a variable, or where a command finds it."""
 
 _HEADERS: Mapping[str, str] = {
     "account": "account",
@@ -49,6 +61,8 @@ _HEADERS: Mapping[str, str] = {
     "signal": "warn_seconds",
     "requeue": "crash_retries",
     "no-requeue": "crash_retries",
+    "export": "env",
+    "export-file": "env",
     "job-name": "name of the recipe",
     "array": "",
     "output": "",
@@ -77,6 +91,9 @@ class Profile:
     """Nodes, besides, that hold vLLM servers and nothing else."""
     gpus_per_node: int | None = Field(default=None, ge=0)
     """0 on a cluster without GPUs."""
+    request_gpus: bool = True
+    """Ask SLURM for them by `--gpus-per-node`. Where it counts GPUs otherwise, `false`: ask in `sbatch`, {gres: gpu:8},
+    or not at all."""
     ranks_per_node: int | None = Field(default=None, gt=0)
     """Training processes on each node; one a GPU where not given."""
     account: str = ""
@@ -150,23 +167,37 @@ def _find(name: str) -> Path:
     )
 
 
-def _secrets(values: Mapping[str, Any]) -> set[str]:
-    """Names of secrets in a profile's `env`."""
-    env = values.get("env")
-    return {name for name, value in env.items() if is_secret(name, value)} if isinstance(env, dict) else set()
+def bash_secrets(text: str) -> Iterator[re.Match[str]]:
+    """Where bash sets a variable to what is nobody else's to read: `name` and `value` of each match."""
+    for found in _ASSIGNED.finditer(text):
+        read = found["quote"] != "'" and _READ.fullmatch(found["value"])
+        if not read and is_secret(found["name"], found["value"]):
+            yield found
 
 
-def _check_secrets(file: Path, held: set[str], all_of_them: set[str]) -> None:
+def _secrets(values: Mapping[str, Any]) -> set[tuple[str, str, str]]:
+    """Secrets of a profile: the key that each stands in, its name, its value."""
+    env, setup = values.get("env"), values.get("setup")
+    found = set[tuple[str, str, str]]()
+    if isinstance(env, dict):
+        found |= {("env", name, str(value)) for name, value in env.items() if is_secret(name, value)}
+    if isinstance(setup, list):
+        found |= {("setup", one["name"], one["value"]) for one in bash_secrets("\n".join(map(str, setup)))}
+    return found
+
+
+def _check_secrets(
+    file: Path, held: set[tuple[str, str, str]], all_of_them: set[tuple[str, str, str]]
+) -> None:
     """Raise ProfileError where a secret came by the command line, or stands in a file that others can read."""
-    for name in sorted(all_of_them - held):
+    for key, name, _ in sorted(all_of_them - held):
         raise ProfileError(
-            f"cluster.env: {name} on a command line can be read by everybody on this machine: `export {name}=…`"
+            f"cluster.{key}: {name} on a command line can be read by everybody on this machine: `export {name}=…`"
             " before you launch (a job takes the environment along), or write it into a profile of your own"
         )
     if held and stat.S_IMODE(file.stat().st_mode) & 0o077:
-        raise ProfileError(
-            f"{file} holds secrets ({', '.join(sorted(held))}) and others can read it: chmod 600 {file}"
-        )
+        names = ", ".join(sorted({name for _, name, _ in held}))
+        raise ProfileError(f"{file} holds secrets ({names}) and others can read it: chmod 600 {file}")
 
 
 def _seconds(time: str) -> int:
@@ -200,9 +231,14 @@ def _contradictions(profile: Profile) -> Iterable[str]:
     for mount in profile.mounts:
         if not all(part.startswith("/") for part in mount.split(":")[:2]):
             yield f"mounts: {mount!r} is not source:target with absolute paths, as /data:/data"
-    for header in profile.sbatch:
+    for header, value in profile.sbatch.items():
         if not _HEADER.fullmatch(header):
             yield f"sbatch: {header!r} is no long option of sbatch (without dashes in front), as constraint"
         elif owned := next((name for name in _HEADERS if name.startswith(header)), ""):
             key = _HEADERS[owned]
             yield f"sbatch: {header} is the launcher's own: " + (f"set {key}" if key else "leave it out")
+        elif profile.gpus_per_node == 0 and _ASKS_FOR_GPUS.match(asked := f"{header}={value}"):
+            yield (
+                f"sbatch: {asked} asks for GPUs, and by gpus_per_node: 0 a node has none: set gpus_per_node to their"
+                " number, and request_gpus: false"
+            )

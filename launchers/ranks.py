@@ -60,7 +60,7 @@ def main(count: int, arguments: list[str]) -> int:
         pid, status = os.wait()
         rank, process = running.pop(pid)
         process.returncode = code = os.waitstatus_to_exitcode(status)
-        if code == Preempted.exit_code:  # its state is saved; the others say the same, each in its time
+        if code == Preempted.exit_code:  # its state is saved; the others end in their time
             left = code
         elif code and not failed:
             failed = code

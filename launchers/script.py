@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from launchers.job import REQUEUED, PreparedRun
-from launchers.profile import Profile
+from launchers.profile import Profile, bash_secrets
 from spell_megatron.base.secret import is_secret
 from spell_megatron.base.terminal import tidy
 from spell_megatron.run.preemption import REQUEUE
@@ -172,6 +172,9 @@ def shown(text: str, env: Mapping[str, str]) -> str:
     for name, value in env.items():
         if is_secret(name, value):
             text = text.replace(_export(name, value), f"export {name}=…")
+    for found in reversed(list(bash_secrets(text))):  # of `setup`, which stands there as it was written
+        start, end = found.span("value")
+        text = f"{text[:start]}…{text[end:]}"
     return tidy(text)
 
 

@@ -45,7 +45,8 @@ _REMEDIES = (
     ),
     (
         "generic resource",
-        "this cluster counts GPUs otherwise: set gpus_per_node: 0, ranks_per_node, and sbatch: {gres: …}",
+        "this cluster counts GPUs otherwise: set request_gpus: false, and ask for them in sbatch: {gres: …}; where a"
+        " node has none, set gpus_per_node: 0",
     ),
     ("node count", "lower `nodes` of the profile: the partition has fewer (`sinfo -o '%P %D'`)"),
     (

@@ -6,11 +6,15 @@ ids, and says which weight version sampled them.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import operator
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -20,7 +24,30 @@ from spell_megatron.rollout.dialect import SERVED_NAME, Route, sampling_paramete
 from spell_megatron.rollout.engine import EngineError, versions_of
 from spell_megatron.types import Experts, Rollout, Tokens
 
+_log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 10.0
+_OTHER_FILES = 1024
+"""That a trainer has open besides: its own, torch's and NCCL's."""
+
+
+def allow_connections(count: int) -> None:
+    """Let this process have so many requests under way, each a connection: shells allow 1024 open files by default.
+
+    A process may go up to its hard limit by itself.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    able = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (able, hard))
+    if able < wanted:
+        _log.warning(
+            "%d requests may be under way, and this process may have %d files open: raise the hard limit"
+            " (ulimit -Hn), or lower rollout.max_num_seqs",
+            count,
+            able,
+        )
 
 
 class Unavailable(EngineError):
@@ -102,6 +129,19 @@ class Client:
         answer = await self._json("GET", Route.WORLD_SIZE, timeout=timeout)
         with self._sense():
             return int(answer["world_size"])
+
+    async def listens(self) -> bool:
+        """Whether anything is at its port, well or not."""
+        url = urlsplit(self.address.url)
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                _, writer = await asyncio.open_connection(url.hostname, url.port)
+        except ConnectionRefusedError:
+            return False
+        except (OSError, TimeoutError):
+            return True
+        writer.close()
+        return True
 
     async def close(self) -> None:
         await self._http.aclose()

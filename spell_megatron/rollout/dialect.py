@@ -145,6 +145,8 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         # Sampling is ours alone: a model's generation_config.json must not add top-k or penalties.
         "generation_config": "vllm",
+        # Of a folder that Mistral made it would otherwise read other files than the trainer.
+        "config_format": "hf",
         "skip_tokenizer_init": True,
         "use_tqdm_on_load": False,
     }
@@ -160,7 +162,7 @@ def engine_arguments(
         arguments["enable_sleep_mode"] = True
     if tells_experts:
         arguments["enable_return_routed_experts"] = True
-    return arguments | passed_through(settings, arguments)
+    return {"load_format": "safetensors"} | arguments | passed_through(settings, arguments)
 
 
 _OURS = {

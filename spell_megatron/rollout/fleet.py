@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from spell_megatron.config import Config
 from spell_megatron.config import RolloutConfig as Settings
 from spell_megatron.rollout import backend, dialect
 from spell_megatron.rollout.address import Address
-from spell_megatron.rollout.client import Aborted, Unavailable
+from spell_megatron.rollout.client import Aborted, Unavailable, allow_connections
 from spell_megatron.rollout.dispatch import Dispatcher
 from spell_megatron.rollout.engine import (
     EngineError,
@@ -51,6 +51,7 @@ from spell_megatron.rollout.health import (
     SyncFailed,
     Woke,
 )
+from spell_megatron.rollout.keeping import Keeping
 from spell_megatron.rollout.member import FleetContext, Member
 from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer.manifest import Manifest
@@ -72,8 +73,9 @@ class Fleet:
     """An `Engine` of many servers.
 
     `logs` is a folder that receives one log file a server; `found` says where they are, and follows from the settings
-    where it is not given; `sleeps`, whether they can give memory back, follows from that. The other arguments are
-    InProcessEngine's. Returns when every server serves or is lost; raises EngineError where none serves.
+    where it is not given; `sleeps`, whether they can give memory back, follows from that. `keeping` leads to who keeps
+    the server at a URL of the settings. The other arguments are InProcessEngine's. Returns when every server serves or
+    is lost; raises EngineError where none serves.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Fleet:
         found: Topology | None = None,
         sleeps: bool | None = None,
         tells_experts: bool = False,
+        keeping: Callable[[str], Keeping] | None = None,
     ) -> None:
         folder, servers = Path(model), settings.servers
         found = found or backend.here(Config(rollout=settings))
@@ -121,6 +124,8 @@ class Fleet:
         self._thread.start()
         self._transfers, self._serving, self._room = asyncio.Lock(), asyncio.Condition(), asyncio.Event()
         self._room.set()
+        self._keeping = keeping
+        allow_connections((len(self._seats) + len(servers.urls)) * settings.max_num_seqs)
         self._members: list[Member] = []
         self._tending: list[asyncio.Task[None]] = []
         try:
@@ -237,7 +242,10 @@ class Fleet:
             await member.start()
         for index, url in enumerate(self._servers.urls):
             address = Address(url.rstrip("/"), secret=self._secret)
-            member = Member(f"remote-{index}", Health(self._version), context, address=address)
+            keeping = self._keeping(address.url) if self._keeping else None
+            member = Member(
+                f"remote-{index}", Health(self._version), context, address=address, keeping=keeping
+            )
             self._members.append(member)
         self._tending = [asyncio.create_task(member.tend()) for member in self._members]
 
@@ -390,7 +398,7 @@ class Fleet:
         """Nobody has memory when this returns, and nobody starts before all have woken.
 
         Who does not go to sleep is stopped: one that is on its way, and one that fails to. A server of somebody else's
-        cannot be stopped; the log names it.
+        that nobody keeps cannot be stopped; the log names it.
         """
         self._room.clear()
         async with self._transfers:  # none is under way
@@ -404,7 +412,7 @@ class Fleet:
                 return await member.happened(Slept(keep))
         if state is not State.LOST:
             await member.happened(Evicted() if state is State.STARTING else Exited())
-            await member.stop()
+            await member.stop(unheard=True)
 
     async def _get_up(self, memory: Memory) -> None:
         """A part of the memory is the engines' again. The scheduler goes on with the last part, not before: a request

@@ -34,7 +34,7 @@ class State(Enum):
     DEAD = "dead"
     """It is gone, or must be killed; a new process takes its place."""
     LOST = "lost"
-    """It was restarted too often without ever becoming healthy."""
+    """It was restarted too often without ever becoming healthy, or is given up by who keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +97,28 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Who keeps it up will not start it again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Restarted:
     """A new process is about to take its place."""
 
 
 Event = (
-    Ready | Synced | SyncFailed | Answered | Failed | NewVersion | Slept | Woke | Evicted | Exited | Restarted
+    Ready
+    | Synced
+    | SyncFailed
+    | Answered
+    | Failed
+    | NewVersion
+    | Slept
+    | Woke
+    | Evicted
+    | Exited
+    | GivenUp
+    | Restarted
 )
 _ALL: frozenset[Memory] = frozenset({"weights", "cache"})
 
@@ -154,6 +170,8 @@ def after(health: Health, event: Event, limits: Limits) -> Health:
             return replace(_dead(health), restarts=max(0, health.restarts - 1))
         case Exited(), _:
             return _dead(health)
+        case GivenUp(), _:
+            return replace(_dead(health), state=State.LOST)
         case Restarted(), State.DEAD if health.restarts >= limits.restarts:
             return replace(health, state=State.LOST)
         case Restarted(), State.DEAD:

@@ -12,6 +12,7 @@ from spell_megatron.config import RolloutConfig
 from spell_megatron.rollout.engine import Engine
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.inprocess import InProcessEngine
+from spell_megatron.rollout.keeping import Keeping
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class EngineOrder:
     """Where it is to compute, and whether it takes turns with the trainer there (`colocated`)."""
     tells_experts: bool = False
     """Whether rollouts are to say which experts their tokens went to."""
+    keeping: Callable[[str], Keeping] | None = None
+    """Who keeps the server at a URL of the settings, where the launcher does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ def _vllm(order: EngineOrder) -> Engine:
         version=-1 if settings.servers.urls else 0,
         found=found,
         tells_experts=order.tells_experts,
+        keeping=order.keeping,
     )
 
 

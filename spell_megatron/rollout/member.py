@@ -21,6 +21,7 @@ from spell_megatron.rollout.health import (
     Event,
     Exited,
     Failed,
+    GivenUp,
     Health,
     Limits,
     Ready,
@@ -28,6 +29,7 @@ from spell_megatron.rollout.health import (
     State,
     after,
 )
+from spell_megatron.rollout.keeping import Keeping
 from spell_megatron.rollout.server import Launch, Server
 
 _log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class FleetContext:
 
 
 class Member:
-    """A server of ours (`launch`), or one that somebody else started at `address`.
+    """A server of ours (`launch`), or one that somebody else started at `address` and perhaps keeps up (`keeping`).
 
     Belongs to the event loop that it was made in.
     """
@@ -66,8 +68,9 @@ class Member:
         *,
         address: Address | None = None,
         launch: Launch | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
-        self.name, self.health, self.launch = name, health, launch
+        self.name, self.health, self.launch, self._keeping = name, health, launch, keeping
         self.world_size = 1
         self.incarnation = 0
         """Number of the process, of those that had this name."""
@@ -106,18 +109,29 @@ class Member:
     async def start(self) -> None:
         """Start a new process; there is none to start for a server that is somebody else's."""
         self.incarnation += 1
+        address = self.client.address
         if self.launch is not None:
             self.server = await asyncio.to_thread(Server.start, self.launch)
-            await self.client.close()
-            self.client = Client(self.server.address, self._fleet.servers.request_seconds)
+            address = self.server.address
+        await self.client.close()  # what one that hangs has not answered is asked elsewhere
+        self.client = Client(address, self._fleet.servers.request_seconds)
 
-    async def stop(self) -> None:
-        """End the process, if it is ours."""
+    async def stop(self, unheard: bool = False) -> None:
+        """End the process, if it is ours, or have it ended by who keeps it; with `unheard` one that does not listen
+        yet, too."""
         if self.server is not None:
             await asyncio.to_thread(self.server.stop)
             self.server = None
+        elif (
+            self._keeping is not None
+            and (unheard or await self.client.listens())
+            and not await self._keeping.end()
+        ):
+            _log.warning("%s was to be ended on its node, and nobody did so in time", self.name)
 
     async def close(self) -> None:
+        """What others keep up goes on, and ends with the job."""
+        self._keeping = None
         await self.stop()
         await self.client.close()
 
@@ -147,6 +161,9 @@ class Member:
                     if self.server is not None and not self.server.running():
                         _log.warning("%s ended before it was ready; %s", self.name, self.server.tail())
                         break
+                    if self._keeping is not None and self._keeping.given_up:
+                        _log.warning("%s is given up on its node; its log there says more", self.name)
+                        return await self.happened(GivenUp())
                     try:
                         await self.client.version(servers.probe_seconds)
                         self.world_size = await self.client.world_size(servers.probe_seconds)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from spell_megatron.policy.learner import Update
 from spell_megatron.policy.mismatch import mismatch
 from spell_megatron.policy.staleness import importance, staleness
 from spell_megatron.rollout.engine import Engine, EngineStats
+from spell_megatron.rollout.keeping import Keeping
 from spell_megatron.rollout.kinds import ENGINES, EngineOrder
-from spell_megatron.run.preemption import Stop
+from spell_megatron.run.preemption import Stop, attempt
 from spell_megatron.run.prefetch import Prefetcher
 from spell_megatron.run.record import (
     Archive,
@@ -101,6 +103,7 @@ class Driver:
                 logs=run.path / "engines",
                 found=found,
                 tells_experts=settings.policy.router_replay,
+                keeping=_keeping(settings, run),
             )
         )
         stack.callback(self.engine.close)
@@ -322,6 +325,13 @@ class Driver:
     _kept: int
     _asked: int
     _rollouts: int
+
+
+def _keeping(settings: config.Config, run: RunFolder) -> Callable[[str], Keeping] | None:
+    """Who keeps the servers of other nodes: the launcher, where it gave the run its own secret for them."""
+    if settings.rollout.servers.secret_file != str(run.secret):
+        return None
+    return partial(Keeping, run.path, attempt())
 
 
 def _warn_of_rare_visits(settings: config.Config, clusters: ClusterSampler) -> None:

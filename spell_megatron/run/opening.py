@@ -65,9 +65,8 @@ def open_run(
         opened = Run(config, folder, world, main, stack, benchmarks, judges, origin=origin, lock=lock)
         if world.is_main:
             forget_stale(folder, opened.step, before, config, anew=origin is not None)
-            folder.save_config(
-                dump_config(config)
-            )  # now that no episode of the one before is left to go on with
+            # Now that no episode of the one before is left to go on with.
+            folder.save_config(dump_config(folder.lasting(config, before)))
         yield opened
 
 

@@ -30,7 +30,7 @@ from spell_megatron.rollout.colocation import EngineOffload, Vacancy
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.run.driver import Driver, Measurement, Played
 from spell_megatron.run.follower import Follower
-from spell_megatron.run.preemption import Preempted, Stop, attempt, listen, preempted
+from spell_megatron.run.preemption import Dismissed, Preempted, Stop, attempt, listen, preempted
 from spell_megatron.run.record import RunFolder, RunLock
 from spell_megatron.run.record.folder import writing
 from spell_megatron.selfplay.ports import Judge
@@ -190,7 +190,7 @@ class Run:
         leaving = (
             preempted(self.folder.path, self.step, self._stop)
             if self.world.is_main
-            else Preempted("asked to stop")
+            else Dismissed("asked to stop; rank 0 says how the run ends")
         )
         dist.barrier()  # no rank leaves before the run is marked as saved
         return leaving

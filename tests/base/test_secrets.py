@@ -84,6 +84,57 @@ def test_a_clusters_secrets_are_in_a_private_file_or_in_the_environment(tmp_path
     assert KEY not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"export HF_TOKEN={KEY}",
+        f"module load a; WANDB_API_KEY='{KEY}' login",
+        f'export A=1 "DB_PASS={KEY} x"',
+        f'export "DB_PASS=a\\"{KEY}"',
+        f'declare -x GITHUB_PAT="{KEY}"',
+        f"export HTTPS_PROXY=http://me:{KEY}@proxy",
+        f"export HF_TOKEN=${{HF_TOKEN:-{KEY}}}",
+        f"export 'HF_TOKEN=$(echo {KEY})'",
+    ],
+)
+def test_so_are_those_of_its_setup(tmp_path: Path, line: str) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(yaml.safe_dump({"setup": ["module load cuda", line]}))
+    profile.chmod(0o640)
+    with pytest.raises(ProfileError, match=r"holds secrets \([A-Z_]+\).*chmod 600") as refused:
+        load_profile(str(profile))
+    profile.chmod(0o600)
+    assert load_profile(str(profile), ["nodes=2"]).setup[1] == line
+    with pytest.raises(ProfileError, match=r"cluster\.setup: [A-Z_]+ on a command line") as typed:
+        load_profile("cpu", [f"setup={yaml.safe_dump([line], default_flow_style=True, width=999).strip()}"])
+    assert KEY not in str(refused.value) + str(typed.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export HF_TOKEN=$(cat ~/.secrets/hf_token | head -n 1)",
+        'export HF_TOKEN="$(pass show $(whoami)/hf)"',
+        "export HF_TOKEN=`cat ~/token`; export WANDB_API_KEY=${OTHER} OPENAI_API_KEY=$OTHER",
+        "export HF_TOKEN_PATH=/home/me/token HF_TOKEN=",
+        "export NCCL_IB_HCA=mlx5 HTTPS_PROXY=http://proxy:3128",
+    ],
+)
+def test_what_setup_reads_from_elsewhere_is_no_secret(tmp_path: Path, line: str) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(yaml.safe_dump({"setup": [line]}))
+    profile.chmod(0o644)
+    assert load_profile(str(profile)).setup == (line,)
+
+
+def test_another_value_than_the_files_came_by_the_command_line(tmp_path: Path) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(yaml.safe_dump({"env": {"HF_TOKEN": KEY}}))
+    profile.chmod(0o600)
+    with pytest.raises(ProfileError, match=r"cluster\.env: HF_TOKEN on a command line"):
+        load_profile(str(profile), ["env.HF_TOKEN=another"])
+
+
 def test_what_is_a_secret_by_its_name() -> None:
     secret = [
         "HF_TOKEN",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import shlex
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from spell_megatron.config import (
     model_recipes,
 )
 from spell_megatron.policy.layout import LayoutError
+from spell_megatron.run.record.folder import RunFolder
 from spell_megatron.tools.plan.assumptions import Assumptions
 from spell_megatron.tools.plan.estimate import estimate
 
@@ -223,11 +225,19 @@ def test_every_launch_of_every_recipe(tmp_path: Path, recipe: str, nodes: int, e
     assert "#SBATCH --gpus-per-node=8" in text
     # The configuration as rank 0 has it: the folder's, and what the batch file adds.
     urls = [f"http://n{node}:1" for node in on.serving for _ in range(on.servers)]
-    added = [f"rollout.servers.urls={yaml.safe_dump(urls, default_flow_style=True).strip()}"] if urls else []
-    if "rollout.servers.count=0" in text:
-        added.append("rollout.servers.count=0")
+    words = shlex.split(next(line for line in text.splitlines() if line.startswith("srun")))
+    resumes, _, told = words[words.index("-c") + 1].partition(f" resume {job.run}")
+    assert resumes
+    known = {"$ENGINES": json.dumps(urls), "$MASTER_ADDR": "n0"}
+    added = [
+        re.sub(r"\$[A-Z_]+", lambda name: known[name[0]], word)
+        for word in shlex.split(told.partition(";")[0])
+    ]
+    assert bool(added) == bool(urls)
     written = str(job.run / "config.yaml")
-    at_rank_0 = topology(load_config(written, added), cuda=True, gpus=8, ranks=ranks)
+    config_at_rank_0 = load_config(written, added)
+    assert config_at_rank_0.rollout.servers.urls == tuple(urls)
+    at_rank_0 = topology(config_at_rank_0, cuda=True, gpus=8, ranks=ranks)
     used = [("trainer", node, gpu) for node in range(nodes) for gpu in range(ranks)]
     used += [("engine", 0, gpu) for seat in at_rank_0.servers(0) for gpu in seat.gpus]
     if len(steps) > 1:
@@ -238,6 +248,10 @@ def test_every_launch_of_every_recipe(tmp_path: Path, recipe: str, nodes: int, e
         last = there.servers(there.engines[-1].node)
         assert len(last) == on.servers
         used += [("engine", node, gpu) for node in served for seat in last for gpu in seat.gpus]
+    # Of all that, the next attempt and the servers' own nodes find nothing in the folder; of what the user adds, all.
+    for more in ([], ["steps=7", "rollout.servers.tensor=2"]):
+        now = load_config(written, [*added, *more])
+        assert RunFolder(job.run).lasting(now, load_config(written)) == load_config(written, more)
     assert len(used) == len(set(used))
     shared = {key[1:] for key in used if key[0] == "trainer"} & {
         key[1:] for key in used if key[0] == "engine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib.util
 import io
@@ -10,16 +11,19 @@ import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from imports import PACKAGES
 from places import ROOT
 
 import launchers
@@ -32,9 +36,12 @@ from launchers.profile import SHIPPED, Profile, ProfileError, list_profiles, loa
 from spell_megatron.base import pulse
 from spell_megatron.base.ownership import make_own
 from spell_megatron.base.placement import Phase, Placement
+from spell_megatron.base.topology import topology
 from spell_megatron.config import ConfigError, load_config, model_recipes, parse_config
 from spell_megatron.rollout.colocation import Vacancy
+from spell_megatron.rollout.keeping import Keeping
 from spell_megatron.rollout.server import Launch
+from spell_megatron.run import opening
 from spell_megatron.run.preemption import REQUEUE, attempt
 from spell_megatron.run.record import RunFolder
 from spell_megatron.types import SpellError
@@ -81,6 +88,17 @@ def test_machines_are_the_recipes_unless_the_profile_says_otherwise() -> None:
     assert machines(Profile(gpus_per_node=8, ranks_per_node=4), recipe).world_size == 16
 
 
+def test_gpus_that_slurm_is_not_asked_for_by_their_number_count_all_the_same(tmp_path: Path) -> None:
+    recipe = load_config("toy", ["cluster.engine_nodes=1", f"runs={tmp_path}"])
+    profile = load_profile(
+        profile_file(tmp_path, gpus_per_node=4, request_gpus=False, sbatch={"gres": "gpu:a100:4"})
+    )
+    on = machines(profile, recipe)
+    assert on == Machines(nodes=1, gpus=0, ranks=4, engine_nodes=1, servers=4, other_gpus=4)
+    run = prepare(recipe, profile, on).run
+    assert load_config(str(run / "config.yaml")).cluster.gpus_per_node == 4
+
+
 def test_servers_run_on_their_own_nodes_or_beside_the_trainer() -> None:
     assert list(Machines(nodes=4, engine_nodes=2, servers=2).serving) == [4, 5]
     assert list(Machines(nodes=4, servers=2).serving) == [1, 2, 3]  # the first node's are the trainer's own
@@ -125,6 +143,10 @@ def test_numbers_become_text_where_text_is_meant(tmp_path: Path) -> None:
         ({"mounts": ["data:/data"]}, "absolute"),
         ({"sbatch": {"--constraint": "h100"}}, "without dashes"),
         ({"sbatch": {"array": "0-3"}}, "array is the launcher's own: leave it out"),
+        ({"sbatch": {"export": "ALL,HF_TOKEN=x"}}, "export is the launcher's own: set env"),
+        ({"sbatch": {"export-file": "/vars"}}, "set env"),
+        ({"sbatch": {"gres": "gpu:8"}, "gpus_per_node": 0}, "request_gpus: false"),
+        ({"sbatch": {"gpus-per-task": 1}, "gpus_per_node": 0}, "request_gpus: false"),
         ({"sbatch": {"arr": "0-3"}}, "the launcher's own"),  # sbatch takes the beginning of a long option
         ({"sbatch": {"nodes": 3}}, "set nodes"),
         ({"sbatch": {"mail-type": ["END"]}}, "one text"),
@@ -480,6 +502,13 @@ class TestSbatch:
             "time": "1-12:00:00",
         }
 
+    def test_gpus_may_be_asked_for_otherwise(self, job: PreparedRun) -> None:
+        profile = replace(job.profile, request_gpus=False, sbatch={"gres": "gpu:8"})
+        on = machines(profile, load_config("toy", ["cluster.nodes=4"]))
+        found = self.headers(self.written(replace(job, profile=profile, machines=on)))
+        assert (found["gres"], found["ntasks-per-node"], found["nodes"]) == ("gpu:8", "8", "4")
+        assert "gpus-per-node" not in found
+
     def test_it_is_bash_and_stands_in_the_run_folder(self, job: PreparedRun) -> None:
         text = self.written(job)
         assert job.sbatch.read_text() == text
@@ -576,10 +605,20 @@ class TestSbatch:
             "HTTPS_PROXY": "http://me:mine@proxy",
             "NCCL_DEBUG": "a\x1b]0;title",
         }
-        profile = Path(profile_file(tmp_path, env=env))
+        setup = [
+            "module load cuda; export WANDB_API_KEY='wb no''bodys' OMP_NUM_THREADS=2",
+            'export "DB_PASS=wb nobodys"  # of the tracker',
+            "ALL_PROXY=https://me:mine@proxy; export ALL_PROXY",
+            'export NGC_API_KEY="$(cat ~/.ngc)"',
+        ]
+        profile = Path(profile_file(tmp_path, env=env, setup=setup))
         profile.chmod(0o600)
         assert launch("toy", [f"runs={tmp_path}"], "slurm", str(profile), dryrun=True) == 0
         printed, (file,) = capsys.readouterr().out, tmp_path.glob("toy-*/job.sbatch")
+        assert "\n".join(setup) in file.read_text() and "nobodys" not in printed and "''" not in printed
+        assert "cuda; export WANDB_API_KEY=… OMP_NUM_THREADS=2\n" in printed
+        assert 'export "DB_PASS=…"  # of the tracker\nALL_PROXY=…; export ALL_PROXY\n' in printed
+        assert setup[-1] in printed, "what is read from a file is not told"
         assert all(f"export {name}={shlex.quote(value)}" in file.read_text() for name, value in env.items())
         assert "nobody elses" not in printed and "mine" not in printed and "\x1b" not in printed
         assert "export HF_TOKEN=…\nexport HTTPS_PROXY=…\nexport NCCL_DEBUG=" in printed
@@ -838,6 +877,81 @@ def test_the_image_has_the_versions_of_the_lock() -> None:
     assert f'"torch=={versions["TORCH"]}"' in project
 
 
+def test_the_image_takes_in_what_it_is_built_from_and_nothing_else() -> None:
+    """A checkout holds environments, runs and profiles with keys as well."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {name.removesuffix("*") for name in found} == set(PACKAGES)
+    built_from = {
+        "pyproject.toml",
+        project["project"]["readme"],
+        *project["project"]["license-files"],
+        *PACKAGES,
+    }
+    built_from.update(re.findall(r"^COPY (\w+) ", (ROOT / "Dockerfile").read_text(), re.M))
+    assert "requirements" in built_from
+    made_up = {
+        ".env",
+        "eval-runs",
+        "evaluation",
+        "mine.yaml",
+        "runs",
+        "venv",
+        ".venv",
+        "spell_megatron.egg-info",
+    }
+    names = {path.name for path in ROOT.iterdir()} | made_up
+    assert {name for name in names if _let_through(name)} == built_from
+    kept = ["git", "ls-files", *PACKAGES]
+    tracked = subprocess.run(kept, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    code = (path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+    assert [name for name in (*tracked, *code) if not _let_through(name)] == []
+    for name in ("launchers/clusters/mine.yaml", "eval/__pycache__/run.pyc", "eval/benchmarks/__pycache__"):
+        assert not _let_through(name)
+
+
+def _let_through(name: str) -> bool:
+    """As docker reads `.dockerignore`: the last pattern decides that fits a path or a folder above it."""
+    path, let = PurePosixPath(name), True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+        if any(re.fullmatch(pattern, str(one)) for one in (path, *path.parents)):
+            let = line.startswith("!")
+    return let
+
+
+def test_what_an_attempt_is_told_is_not_what_the_next_one_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers on nodes of their own: their addresses are of one attempt, and so is that rank 0 starts none."""
+    keys = [f"runs={tmp_path}", "rollout.servers.count=2", "cluster.engine_nodes=1", "heldout.benchmarks=[]"]
+    config = load_config("toy", keys)
+    job = prepare(config, Profile(gpus_per_node=0), machines(Profile(gpus_per_node=0), config))
+    rank = script.rank_command(job).partition(f"{job.run} ")[2].partition(";")[0]
+    said = bash(f"printf '%s\\n' {rank}", ENGINES='["http://n2:30016","http://n2:30017"]', MASTER_ADDR="n1")
+    told = said.stdout.splitlines()
+    assert len(told) == 4
+
+    def run(config: Any, *_: Any, **__: Any) -> SimpleNamespace:
+        return SimpleNamespace(step=0, config=config)
+
+    main = SimpleNamespace(close=lambda: None, work=lambda doing, work: work())
+    monkeypatch.setattr(opening, "start_world", lambda *_, **__: SimpleNamespace(is_main=True))
+    monkeypatch.setattr(opening, "stop_world", lambda: None)
+    monkeypatch.setattr(opening, "MainRank", lambda world: main)
+    monkeypatch.setattr(opening, "_locked", lambda *_: None)
+    monkeypatch.setattr(opening, "Run", run)
+    before = opening.read_run_config(job.run)
+    with opening.open_run(opening.read_run_config(job.run, (*told, "steps=7")), job.run) as opened:
+        assert len(opened.config.rollout.servers.urls) == 2 and opened.config.rollout.servers.count == 0
+    assert opening.read_run_config(job.run) == replace(before, steps=7)
+    assert len(engines.launches(job.run, opening.read_run_config(job.run), 2)) == 2
+    here = opening.read_run_config(job.run, ("cluster.nodes=1", "cluster.engine_nodes=0"))
+    assert topology(here, cuda=True, gpus=8).colocated
+
+
 @pytest.mark.parametrize("placement", ["colocated", "disaggregated"])
 def test_servers_that_share_gpus_wait_until_the_trainer_of_this_attempt_has_left_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str
@@ -864,6 +978,7 @@ def test_servers_that_share_gpus_wait_until_the_trainer_of_this_attempt_has_left
 
 
 def test_a_server_that_ends_while_there_is_no_room_is_started_when_there_is(
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[str] = []
@@ -879,14 +994,49 @@ def test_a_server_that_ends_while_there_is_no_room_is_started_when_there_is(
 
     monkeypatch.setattr(engines.Server, "start", lambda *_: started.append("again") or Ended())
     settings = SimpleNamespace(servers=SimpleNamespace(max_restarts=1))
-    kept = engines._Kept(SimpleNamespace(settings=settings), 1, "", Ended(), time.monotonic())  # type: ignore[arg-type]
+    keeping = Keeping(tmp_path, "7-0", "http://n2:1")
+    kept = engines._Kept(SimpleNamespace(settings=settings), 1, "", keeping, Ended(), time.monotonic())  # type: ignore[arg-type]
     assert all(kept.mend(lambda: False) for _ in range(9))
-    assert (started, kept.failed_starts) == ([], 0)
+    assert (started, kept.failed_starts) == ([], 1)
+    kept.started -= 90  # there was no room for so long: it had not served
     assert [kept.mend(lambda: True) for _ in range(3)] == [True, False, False]
     assert started == ["again"]
-    kept.started = time.monotonic() - 90
-    kept.ended = kept.started + 5  # after which there was no room
-    assert not kept.mend(lambda: True), "it had not served"
+
+
+def test_a_server_that_the_trainer_wants_ended_is_ended_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs, or is in the trainer's way while it starts. That is no failed start."""
+    did: list[str] = []
+
+    class Hanging:
+        def running(self) -> bool:
+            return True
+
+        def stop(self) -> None:
+            did.append("stopped")
+
+        def tail(self) -> str:
+            return ""
+
+    monkeypatch.setattr(engines.Server, "start", lambda *_: did.append("started") or Hanging())
+    settings = SimpleNamespace(servers=SimpleNamespace(max_restarts=0))
+    keeping = Keeping(tmp_path, "7-0", "http://n2:30001")
+    kept = engines._Kept(SimpleNamespace(settings=settings), 30001, "", keeping, Hanging(), time.monotonic())  # type: ignore[arg-type]
+    assert kept.mend(lambda: True) and not did
+
+    async def asked() -> bool:
+        ended = asyncio.create_task(Keeping(tmp_path, "7-0", "http://n2:30001").end())
+        while not keeping.asked_to_end:
+            await asyncio.sleep(0)
+        assert kept.mend(lambda: False)
+        assert did == ["stopped"]
+        return await ended
+
+    assert asyncio.run(asked())
+    assert kept.mend(lambda: True)
+    assert did[-1] == "started" and kept.failed_starts == 0
+    assert not Keeping(tmp_path, "7-0", "http://n2:30002").asked_to_end
 
 
 def test_servers_listen_where_the_trainer_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -908,22 +1058,31 @@ def test_what_an_engine_node_makes_is_closed_to_others(
     run = prepare(config, Profile(), Machines(nodes=2, servers=1)).run
     for name in ("signal", "pthread_sigmask"):
         monkeypatch.setattr(engines.signal, name, lambda *_: None)
+    did: list[str] = []
+    monkeypatch.setattr(engines.signal, "pause", lambda: did.append("stayed"))
     monkeypatch.setattr(engines._Kept, "mend", lambda *_: False)
+    monkeypatch.setattr(engines.time, "sleep", lambda _: engines._end(signal.SIGTERM, None))
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
 
     def start(launch: Launch, port: int, secret: str) -> SimpleNamespace:
         make_own(launch.scratch)
         launch.log.touch()
-        return SimpleNamespace(stop=lambda: None)
+        return SimpleNamespace(stop=lambda: did.append("stopped"))
 
     monkeypatch.setattr(engines.Server, "start", start)
     before = os.umask(0o002)
     try:
-        assert engines.serve(run, 30000, 1) == 1
+        engines.serve(run, 30000, 1)
+        assert did == ["stayed"] and Keeping(run, attempt(), "http://n2:30000").given_up
         assert os.umask(0o002) == 0o002
     finally:
         os.umask(before)
-    made = [run / "engine", *(run / "engine").iterdir(), *(run / "logs").iterdir()]
+    cache = RunFolder(run).engine_cache
+    made = [cache, *cache.iterdir(), *(run / "logs").iterdir()]
     assert [path for path in made if path.stat().st_mode & 0o027] == [] and len(made) == 3
+    monkeypatch.setattr(engines._Kept, "mend", lambda *_: True)
+    engines.serve(run, 30000, 1)
+    assert did == ["stayed", "stopped", "stayed"], "the trainer decides when the job ends"
     (made[1]).chmod(0o777)
     with pytest.raises(SpellError, match="would be executed"):
         engines.serve(run, 30000, 1)

@@ -216,6 +216,7 @@ def test_arguments_of_the_users_own_arrive_under_vllms_names(tmp_path: Path) -> 
         ({"enable_sleep_mode": True}, "rollout.placement"),
         ({"trust_remote_code": True}, "no code of a model is run"),
         ({"logprobs_mode": "raw_logprobs"}, "this program"),
+        ({"config-format": "mistral"}, "this program"),
     ],
 )
 def test_arguments_that_are_set_already_are_refused_by_their_owner(
@@ -223,6 +224,13 @@ def test_arguments_that_are_set_already_are_refused_by_their_owner(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(owner)):
         dialect.engine_arguments(RolloutConfig(engine=engine), dialect.CPU)
+
+
+def test_engines_read_the_files_that_the_trainer_reads() -> None:
+    """By itself vLLM prefers Mistral's own, where a folder holds both."""
+    assert dialect.engine_arguments(RolloutConfig(), dialect.CPU)["load_format"] == "safetensors"
+    faster = RolloutConfig(engine={"load-format": "fastsafetensors"})
+    assert dialect.engine_arguments(faster, dialect.CPU)["load_format"] == "fastsafetensors"
 
 
 @pytest.mark.parametrize(

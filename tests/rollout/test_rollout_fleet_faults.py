@@ -6,14 +6,17 @@ import asyncio
 import base64
 import io
 import json
+import resource
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -21,11 +24,14 @@ from models import make_model
 
 from spell_megatron.config import RolloutConfig as Settings
 from spell_megatron.config import ServersConfig
+from spell_megatron.rollout import keeping as keeping_module
 from spell_megatron.rollout import member as member_module
 from spell_megatron.rollout.address import Address
+from spell_megatron.rollout.client import allow_connections
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
 from spell_megatron.rollout.health import State
+from spell_megatron.rollout.keeping import Keeping
 from spell_megatron.rollout.transfer.fanout import Fault as Unreached
 from spell_megatron.rollout.transfer.fanout import Peer
 from spell_megatron.types import Rollout
@@ -33,6 +39,7 @@ from spell_megatron.types import Rollout
 pytestmark = pytest.mark.unit
 
 Fault = Callable[["Handler"], None]
+Value = TypeVar("Value")
 PATIENCE = 60.0
 PATIENT = ServersConfig(probe_seconds=PATIENCE)
 
@@ -180,6 +187,7 @@ def fleet_of(
     monkeypatch: pytest.MonkeyPatch,
     settings: ServersConfig = PATIENT,
     tells_experts: bool = False,
+    keeping: Callable[[str], Keeping] | None = None,
     **rollout: Any,
 ) -> Iterator[tuple[Fleet, list[FakeServer]]]:
     monkeypatch.setattr(member_module, "_PROBE_EVERY", 0.05)
@@ -190,7 +198,12 @@ def fleet_of(
     urls = tuple(server.url for server in servers)
     config = Settings(max_model_len=64, servers=replace(settings, urls=urls), **rollout)
     fleet = Fleet(
-        folder, config, scratch=folder / "scratch", logs=folder / "logs", tells_experts=tells_experts
+        folder,
+        config,
+        scratch=folder / "scratch",
+        logs=folder / "logs",
+        tells_experts=tells_experts,
+        keeping=keeping,
     )
     try:
         yield fleet, servers
@@ -338,6 +351,73 @@ def test_a_fleet_whose_servers_never_come_says_so(folder: Path, monkeypatch: pyt
         Fleet(folder, Settings(servers=servers), scratch=folder, logs=folder)
 
 
+def test_a_server_that_hangs_is_ended_by_who_keeps_it_and_its_requests_are_asked_elsewhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping_module, "_POLL_SECONDS", 0.01)
+    keeping = partial(Keeping, tmp_path, "7-0")
+    impatient = ServersConfig(probe_seconds=1.0, request_seconds=10 * PATIENCE)
+    with fleet_of(folder, 2, monkeypatch, impatient, keeping=keeping) as (fleet, (hung, other)):
+        kept = keeping(hung.url)
+
+        def keep() -> None:
+            wait_until(lambda: kept.asked_to_end)
+            hung.label, hung.faults = "default", []
+            hung.speaks.set()
+            kept.ended()
+
+        keeper = threading.Thread(target=keep)
+        keeper.start()
+        hung.works.clear()
+        hung.speaks.clear()
+        rollouts = within(PATIENCE, lambda: sample(fleet, groups=4))
+        assert len(rollouts) == len(other.served) == 16
+        keeper.join()
+        hung.works.set()
+        wait_until(lambda: fleet.states()["remote-0"].serves)
+        assert not keeping(other.url).asked_to_end
+
+
+def test_one_that_has_ended_by_itself_is_not_ended_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who keeps it has seen that, and its successor is on its way."""
+    keeping = partial(Keeping, tmp_path, "7-0")
+    settings = ServersConfig(probe_seconds=PATIENCE, start_seconds=0.5, max_restarts=1)
+    with fleet_of(folder, 2, monkeypatch, settings, keeping=keeping) as (fleet, (gone, _)):
+        gone.dead = True
+        gone.shutdown()
+        gone.server_close()
+        wait_until(lambda: fleet.states()["remote-0"].state is State.LOST)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_is_given_up_keeps_nobody_waiting(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Keeping(tmp_path, "7-0", "http://127.0.0.1:9")
+    lost.give_up()
+    patient = ServersConfig(urls=(lost.url,), start_seconds=10 * PATIENCE)
+
+    def build() -> None:
+        Fleet(folder, Settings(servers=patient), scratch=folder, logs=folder, keeping=lambda _: lost).close()
+
+    with pytest.raises(EngineError, match="1 engines are lost"):
+        within(PATIENCE, build)
+
+
+def test_a_thousand_requests_may_be_under_way() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+        allow_connections(700)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1700
+        allow_connections(5)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1700, "it is never lowered"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_request_that_every_server_fails_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with fleet_of(folder, 2, monkeypatch) as (fleet, servers):
         for server in servers:
@@ -380,12 +460,18 @@ def one(fleet: Fleet) -> Coroutine[Any, Any, list[Rollout]]:
     return fleet.generate([1, 2], seeds=[1], max_tokens=1, temperature=1.0, top_p=1.0)
 
 
-def within(seconds: float, work: Callable[[], None]) -> None:
-    """Do it, or fail when it takes longer."""
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(seconds)
-    assert not worker.is_alive()
+def within(seconds: float, work: Callable[[], Value]) -> Value:
+    """Its result; a TimeoutError when it takes longer."""
+    done = Future[Value]()
+
+    def finish() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=finish, daemon=True).start()
+    return done.result(seconds)
 
 
 def test_a_closed_fleet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,49 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> No
         RunFolder.create("/proc/runs", "toy")
 
 
+def test_what_vllm_compiles_goes_where_nobody_can_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of one's group, from which the run's own folder could be moved away as well."""
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    for place in (home, temporary):
+        place.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    run = RunFolder.create(tmp_path / "team", "x")
+    assert run.engine_cache.parent == tmp_path / "team"
+    (tmp_path / "team").chmod(0o2775)
+    cache = run.engine_cache
+    assert cache == home / "cache" / "spell-megatron" / "engine" and cache.stat().st_mode & 0o777 == 0o700
+    home.chmod(0o775)
+    temporary.chmod(0o1777)
+    cache = run.engine_cache
+    assert cache.parent == temporary and cache.stat().st_mode & 0o777 == 0o700
+    temporary.chmod(0o777)
+    assert run.engine_cache == run.path / "engine", "as good as any"
+
+
+def test_addresses_of_an_attempt_are_not_for_the_next_one(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    kept = load_config("toy", ["rollout.servers.count=2", "cluster.engine_nodes=1"])
+    told = [
+        "rollout.servers.urls=['http://n2:30016']",
+        "rollout.servers.host=n1",
+        "rollout.servers.count=0",
+        f"rollout.servers.secret_file={run.secret}",
+    ]
+    before = replace(kept, steps=3)
+    now = load_config("toy", ["rollout.servers.count=2", "cluster.engine_nodes=1", *told])
+    assert run.lasting(now, before) == kept
+    # Servers beside the trainer's: their number is the user's.
+    changed = ["rollout.servers.count=3", "cluster.nodes=2"]
+    now = load_config("toy", [*changed, *(text for text in told if "count" not in text)])
+    assert run.lasting(now, load_config("toy", ["cluster.nodes=2"])) == load_config("toy", changed)
+    # Somebody else's servers stay.
+    theirs = load_config("toy", [told[0], f"rollout.servers.secret_file={tmp_path}/theirs"])
+    assert run.lasting(theirs, kept) == theirs
+
+
 # ---- lines that survive
 
 Row = st.dictionaries(st.text(max_size=5), st.text() | st.integers() | st.floats(allow_nan=False), max_size=4)

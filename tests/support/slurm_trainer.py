@@ -2,7 +2,8 @@
 
 It is started as the trainer is (`python tests/support/slurm_trainer.py RUN …`), reads the run's `config.yaml`, and
 stops on request through the same module. A run named `fails` loses its rank 1 in step 2, each time; one named `waits`
-makes three steps in its first attempt, and then nothing until it is asked to stop.
+makes three steps in its first attempt, and then nothing until it is asked to stop. Rank 0 closes for some seconds what
+it has, and notes that it came to the end of that.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pathlib import Path
 
 import yaml
 
-from spell_megatron.run.preemption import Stop, attempt, listen, preempted
+from spell_megatron.run.preemption import Dismissed, Stop, attempt, listen, preempted
 from spell_megatron.types import SpellError
 
-STEP_SECONDS, LONG_SECONDS = 0.5, 3600.0
+STEP_SECONDS, LONG_SECONDS, LEAVING_SECONDS = 0.5, 3600.0, 2.0
 FAILURE = 7
 
 
@@ -41,8 +42,11 @@ async def count(run: Path, stop: Stop) -> None:
         box = [await stop.race(asyncio.sleep(seconds, True))] if rank == 0 else [None]
         dist.broadcast_object_list(box, src=0)
         if box[0] is None:
-            error = preempted(run, step - 1, stop) if rank == 0 else SpellError("preempted")
+            error = preempted(run, step - 1, stop) if rank == 0 else Dismissed("preempted")
             dist.barrier()
+            if rank == 0:
+                await asyncio.sleep(LEAVING_SECONDS)
+                (run / f"left-{attempt()}").touch()
             raise error
         if config["name"] == "fails" and step == 2 and rank == 1:
             os._exit(FAILURE)  # at once, as a crash is
@@ -68,4 +72,4 @@ if __name__ == "__main__":
         asyncio.run(count(Path(sys.argv[1]), listening))
     except SpellError as stopped:
         sys.stderr.write(f"{stopped}\n")
-        sys.exit(75)
+        sys.exit(stopped.exit_code)

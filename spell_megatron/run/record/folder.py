@@ -20,14 +20,17 @@ import errno
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from spell_megatron.base import files
 from spell_megatron.base.ownership import own
+from spell_megatron.config import Config
 from spell_megatron.types import SpellError
 
 logger = logging.getLogger(__name__)
@@ -126,14 +129,23 @@ class RunFolder:
     def engine_cache(self) -> Path:
         """Where vLLM keeps what it compiles, which later runs of this user load and execute.
 
-        Beside the run; within it where that cannot be written, or is another user's.
+        Beside the run; within it where that cannot be written, or is another user's. Where somebody else could put
+        another folder into the place of either, in the user's cache, or at last in the temporary folder.
         """
-        shared = self.path.parent / f".engine-{os.getuid()}"
-        with suppress(OSError):
-            shared.mkdir(mode=0o700, exist_ok=True)
-            if own(shared) and os.access(shared, os.W_OK):
-                return shared
+        for folder in self._caches():
+            with suppress(OSError):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if own(folder) and os.access(folder, os.W_OK):
+                    return folder
         return self.path / "engine"
+
+    def _caches(self) -> Iterator[Path]:
+        yield self.path.parent / f".engine-{os.getuid()}"
+        yield self.path / "engine"
+        with suppress(RuntimeError):  # nobody knows the user's home
+            home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+            yield Path(home).expanduser() / "spell-megatron" / "engine"
+        yield Path(tempfile.gettempdir()) / f"spell-megatron-engine-{os.getuid()}"
 
     def rollouts(self, step: int) -> Path:
         return self.path / "rollouts" / f"step-{step:05d}.jsonl"
@@ -151,6 +163,22 @@ class RunFolder:
 
     def save_config(self, text: str) -> None:
         replace_text(self.config, text)
+
+    def lasting(self, config: Config, before: Config) -> Config:
+        """A configuration as the next attempt is to find it: without the addresses of this one's servers, for which it
+        has what stood there `before`. Those that ask for the run's own secret are the launcher's, and end with it."""
+        servers, found = config.rollout.servers, before.rollout.servers
+        if servers.secret_file != str(self.secret):
+            return config
+        own_nodes = config.cluster.engine_nodes > 0  # of whose servers rank 0 is told to start none itself
+        kept = replace(
+            servers,
+            count=found.count if own_nodes else servers.count,
+            urls=found.urls,
+            host=found.host,
+            secret_file=found.secret_file,
+        )
+        return replace(config, rollout=replace(config.rollout, servers=kept))
 
 
 def replace_text(path: Path, text: str) -> None:
