@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -22,6 +22,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from spell_megatron.base.rendezvous import LOOPBACK, listening, serve
 from spell_megatron.types import Group, Sample
+
+Value = TypeVar("Value")
 
 warnings.filterwarnings("ignore")  # megatron-core announces at length what is not installed
 transformers.logging.disable_progress_bar()
@@ -69,6 +71,12 @@ def random_group(prompt: int, replies: int, reply: int, vocab: int = SMALL["voca
 
     weights = torch.randn(replies, generator=draw).tolist()
     return Group(tokens(prompt), tuple(Sample(tokens(reply), [w] * reply) for w in weights))
+
+
+def apart(work: Callable[..., Value], *args: Any) -> Value:
+    """`work(*args)` in a fresh process, whose memory is free when this returns."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

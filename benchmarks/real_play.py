@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ablations import SPELL, VARIANTS, chosen, tell
+from benchmarks.common import apart
 from benchmarks.real import command
 from benchmarks.smollm2 import convert
 from spell_megatron.base.files import read_object, replace_text
@@ -155,7 +156,7 @@ def main(
     """Teach form, play, examine, and print what changed."""
     work.mkdir(parents=True, exist_ok=True)
     came = convert(work / "smollm2-135m")
-    form = taught(came, work / "form")
+    form = apart(taught, came, work / "form")
     models = {"as it came": came, "form": form}
     failed: list[str] = []
     for name in chosen(variants):
@@ -163,7 +164,9 @@ def main(
             models[name] = played(form, work / name, name, prose, overrides or [])
         except SpellError as fault:  # as where too few questions are kept: the others are examined
             failed.append(f"{name}: {fault}")
-    found = {name: examined(name.replace(" ", "-"), model, other, work) for name, model in models.items()}
+    found = {
+        name: apart(examined, name.replace(" ", "-"), model, other, work) for name, model in models.items()
+    }
     table = Table("", *found)
     for score in ("asked", "valid", "quoted", "kept", "reward", "heldout/mean", "heldout_best/mean"):
         table.add_row(score, *(f"{row[score]:.3g}" for row in found.values()))

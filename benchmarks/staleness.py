@@ -11,13 +11,11 @@ says what the first run's own phases would come to if they overlapped without lo
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import apart
 from spell_megatron.config import load_config
 from spell_megatron.run.opening import open_run
 from spell_megatron.run.record import read_metrics
@@ -90,8 +89,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for staleness in (0, 1):
             chosen = [*SETTINGS, f"steps={steps + 1}", f"runs={folder}", *(overrides or [])]
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                runs.append(pool.submit(measure, [*chosen, f"selfplay.max_staleness={staleness}"]).result())
+            runs.append(apart(measure, [*chosen, f"selfplay.max_staleness={staleness}"]))
     table = Table("staleness", "seconds", "playing", "waited for", "updates", "resyncs", "mean age")
     for staleness, run in enumerate(runs):
         sums = [
