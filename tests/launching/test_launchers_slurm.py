@@ -129,7 +129,7 @@ def test_usr1_saves_requeues_and_resumes(
     watcher = Watcher(
         tmp_path, FIRST_LOG, r"step 2\b", lambda job: _run(cluster, "scancel", "--signal=USR1", job)
     )
-    assert launch("toy", [f"runs={tmp_path}", "name=waits", "steps=6", HERE], "slurm", "cpu") == 0
+    assert launch("toy", [f"runs={tmp_path}", "name=lingers", "steps=6", HERE], "slurm", "cpu") == 0
     assert watcher.acted
     first, second = attempts(tmp_path)
     assert "stopped on SIGUSR1 after step" in first
@@ -164,21 +164,23 @@ def test_a_job_with_engine_nodes_is_asked_to_stop_and_the_run_resumes(
     """Servers and trainer get the same signal: what keeps the servers must not end the job before it is saved."""
     program = (
         "import sys; from pathlib import Path; from launchers import engines;"
-        " engines.launches = lambda *_: [];"
-        " print('keeps', flush=True);"
+        " engines.launches = lambda *_: print('keeps', flush=True) or [];"
         " engines.serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
     )
     monkeypatch.setattr(jobs, "ENGINES", ("-c", program))
     watcher = Watcher(
-        tmp_path, FIRST_LOG, r"step 2\b", lambda job: _run(cluster, "scancel", "--signal=TERM", job)
+        tmp_path,
+        "*/logs/engines-*-0.log",
+        "keeps",
+        lambda job: _run(cluster, "scancel", "--signal=TERM", job),
     )
     nodes = ["cluster.nodes=1", "cluster.engine_nodes=1"]
-    assert launch("toy", [f"runs={tmp_path}", "name=waits", "steps=6", HERE, *nodes], "slurm", "cpu") == 0
+    assert launch("toy", [f"runs={tmp_path}", "name=lingers", "steps=6", HERE, *nodes], "slurm", "cpu") == 0
     assert watcher.acted
     first, second = attempts(tmp_path)
     assert "stopped on SIGTERM after step" in first
     assert steps(first) + steps(second) == list(range(1, 7))
-    assert all("keeps" in log.read_text() for log in tmp_path.glob("*/logs/engines-*.log"))
+    assert len(list(tmp_path.glob("*/left-*-0"))) == 1, "the trainer was killed when the servers had ended"
 
 
 @pytest.mark.usefixtures("counting")

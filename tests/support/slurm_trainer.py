@@ -2,8 +2,8 @@
 
 It is started as the trainer is (`python tests/support/slurm_trainer.py RUN …`), reads the run's `config.yaml`, and
 stops on request through the same module. A run named `fails` loses its rank 1 in step 2, each time; one named `waits`
-makes three steps in its first attempt, and then nothing until it is asked to stop. Rank 0 closes for some seconds what
-it has, and notes that it came to the end of that.
+makes three steps in its first attempt, and then nothing until it is asked to stop. So does one named `lingers`, whose
+rank 0 closes for some seconds what it has, and notes that it came to the end of that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from spell_megatron.run.preemption import Dismissed, Stop, attempt, listen, preempted
 from spell_megatron.types import SpellError
 
-STEP_SECONDS, LONG_SECONDS, LEAVING_SECONDS = 0.5, 3600.0, 2.0
+STEP_SECONDS, LONG_SECONDS, LEAVING_SECONDS = 0.5, 3600.0, 12.0
 FAILURE = 7
 
 
@@ -36,7 +36,7 @@ async def count(run: Path, stop: Stop) -> None:
     first = max((int(path.name.removeprefix("step-")) for path in saved.glob("step-*")), default=0) + 1
     _say(rank, f"{size} ranks on {' '.join(hosts)}, greeting {os.environ.get('GREETING')!r}")
     _say(rank, f"told {sys.argv[2:]}")
-    waits = config["name"] == "waits" and attempt().endswith("-0")
+    waits = config["name"] in ("waits", "lingers") and attempt().endswith("-0")
     for step in range(first, config["steps"] + 1):
         seconds = LONG_SECONDS if waits and step > 3 else STEP_SECONDS
         box = [await stop.race(asyncio.sleep(seconds, True))] if rank == 0 else [None]
@@ -44,7 +44,7 @@ async def count(run: Path, stop: Stop) -> None:
         if box[0] is None:
             error = preempted(run, step - 1, stop) if rank == 0 else Dismissed("preempted")
             dist.barrier()
-            if rank == 0:
+            if rank == 0 and config["name"] == "lingers":
                 await asyncio.sleep(LEAVING_SECONDS)
                 (run / f"left-{attempt()}").touch()
             raise error
