@@ -64,4 +64,7 @@ def run(job: PreparedRun) -> NoReturn:
     """Become the run: its signals, terminal and exit code are those of this process."""
     sys.stdout.flush()
     words = command(job)
-    os.execve(words[0], words, environment() | job.profile.env)
+    alone = (
+        {"RANK": "0"} if job.machines.ranks == 1 else {}
+    )  # all that there is to be, whatever GPUs this machine has
+    os.execve(words[0], words, environment() | job.profile.env | alone)

@@ -785,7 +785,7 @@ def test_a_job_in_the_queue_is_no_silence(
 
 
 def test_one_rank_runs_in_the_place_of_the_launcher(tmp_path: Path) -> None:
-    code = "import os, sys; sys.exit(len(os.environ['GREETING']))"
+    code = "import os, sys; sys.exit(len(os.environ['GREETING']) if os.environ['RANK'] == '0' else 98)"
     job = PreparedRun(tmp_path, Profile(env={"GREETING": NASTY}), ONE, trainer=("-c", code))
     launcher = os.fork()
     if launcher == 0:
