@@ -64,7 +64,6 @@ def run(job: PreparedRun) -> NoReturn:
     """Become the run: its signals, terminal and exit code are those of this process."""
     sys.stdout.flush()
     words = command(job)
-    alone = (
-        {"RANK": "0"} if job.machines.ranks == 1 else {}
-    )  # all that there is to be, whatever GPUs this machine has
+    # One rank is all that there is to be then, whatever GPUs this machine has: `take_ranks` starts no others.
+    alone = {"RANK": "0"} if job.machines.ranks == 1 else {}
     os.execve(words[0], words, environment() | job.profile.env | alone)

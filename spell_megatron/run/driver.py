@@ -328,10 +328,8 @@ class Driver:
 
 
 def _keeping(settings: config.Config, run: RunFolder) -> Callable[[str], Keeping] | None:
-    """Who keeps the servers of other nodes: the launcher, where it gave the run its own secret for them."""
-    if settings.rollout.servers.secret_file != str(run.secret):
-        return None
-    return partial(Keeping, run.path, attempt())
+    """Who keeps the servers of other nodes, where the launcher does."""
+    return partial(Keeping, run.path, attempt()) if run.are_kept(settings.rollout.servers) else None
 
 
 def _warn_of_rare_visits(settings: config.Config, clusters: ClusterSampler) -> None:

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from spell_megatron.base import files
 from spell_megatron.base.ownership import own
-from spell_megatron.config import Config
+from spell_megatron.config import Config, ServersConfig
 from spell_megatron.types import SpellError
 
 logger = logging.getLogger(__name__)
@@ -164,11 +164,16 @@ class RunFolder:
     def save_config(self, text: str) -> None:
         replace_text(self.config, text)
 
+    def are_kept(self, servers: ServersConfig) -> bool:
+        """Whether the servers at the URLs are the launcher's, which end with the attempt: they ask for the run's own
+        secret."""
+        return servers.secret_file == str(self.secret)
+
     def lasting(self, config: Config, before: Config) -> Config:
         """A configuration as the next attempt is to find it: without the addresses of this one's servers, for which it
-        has what stood there `before`. Those that ask for the run's own secret are the launcher's, and end with it."""
+        has what stood there `before`."""
         servers, found = config.rollout.servers, before.rollout.servers
-        if servers.secret_file != str(self.secret):
+        if not self.are_kept(servers):
             return config
         own_nodes = config.cluster.engine_nodes > 0  # of whose servers rank 0 is told to start none itself
         kept = replace(
