@@ -28,7 +28,7 @@ def extract_answer(task: str, response: str) -> str | None:
     text = strip_thinking(response)
     if text is None:
         return None
-    found = statements(text)
+    found = list(statements(text))
     for read in TASKS[task].readers:
         for statement in found:
             if (answer := read(statement)) is not None:

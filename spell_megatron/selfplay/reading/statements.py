@@ -73,9 +73,20 @@ class Statement(NamedTuple):
     enclosed: bool = False
 
 
-def statements(text: str) -> list[Statement]:
+def statements(text: str) -> Iterator[Statement]:
     """Every statement of the text's tail, the last one first."""
-    return list(_places(text[-TAIL:]))
+    text = text[-TAIL:]
+    places = [*_SENTENCE.finditer(text), *_BOX.finditer(text)]
+    for match in sorted(places, key=re.Match.end, reverse=True)[:_MOST]:
+        start = match.end()
+        if match.re is _SENTENCE:
+            yield Statement(_sentence(text[start : start + 2 * LONGEST]), match["announced"] is not None)
+        elif match[0][-1] == "{" and (content := _braced(text, start)) is not None:
+            yield Statement(content, True, enclosed=True)
+        elif match[0][-1] == ">":
+            content = text[start : start + LONGEST]
+            content = re.split("</answer>", content, maxsplit=1, flags=re.IGNORECASE)[0]
+            yield Statement(content, True, enclosed=True)
 
 
 def is_remark(statement: Statement) -> bool:
@@ -113,20 +124,6 @@ def last_box(text: str) -> str | None:
     """The contents of the last `\\boxed{…}`, braces balanced. Where official scorers look, too."""
     start = text.rfind(_BOXED)
     return None if start < 0 else _braced(text, start + len(_BOXED))
-
-
-def _places(text: str) -> Iterator[Statement]:
-    places = [*_SENTENCE.finditer(text), *_BOX.finditer(text)]
-    for match in sorted(places, key=re.Match.end, reverse=True)[:_MOST]:
-        start = match.end()
-        if match.re is _SENTENCE:
-            yield Statement(_sentence(text[start : start + 2 * LONGEST]), match["announced"] is not None)
-        elif match[0][-1] == "{" and (content := _braced(text, start)) is not None:
-            yield Statement(content, True, enclosed=True)
-        elif match[0][-1] == ">":
-            content = text[start : start + LONGEST]
-            content = re.split("</answer>", content, maxsplit=1, flags=re.IGNORECASE)[0]
-            yield Statement(content, True, enclosed=True)
 
 
 def _sentence(rest: str) -> str:
