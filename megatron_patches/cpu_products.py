@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class _Products(TorchFunctionMode):
 def _with_products(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any) -> Any:
-        with _Products():
+        with _Products() if _vectors() else nullcontext():
             return method(*args)
 
     return call

@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_patches.patch import Patch
+
+_tables = WeakTensorKeyDictionary()
+"""Cosines and sines of angles, for as long as anybody has these."""
 
 
 class _Rotation(torch.autograd.Function):
@@ -34,7 +38,9 @@ class _Rotation(torch.autograd.Function):
 
 def rotated(t: Tensor, freqs: Tensor, mscale: float = 1.0) -> Tensor:
     """`t [tokens, batch, heads, d]` by the angles `freqs [tokens, 1, 1, d]`, both float32."""
-    cos, sin = (of(freqs) * mscale for of in (torch.cos, torch.sin))
+    if freqs not in _tables:  # the same in all layers
+        _tables[freqs] = freqs.cos(), freqs.sin()
+    cos, sin = _tables[freqs] if mscale == 1 else (table * mscale for table in _tables[freqs])
     return _Rotation.apply(t, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 

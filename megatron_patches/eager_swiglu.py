@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_patches.patch import Patch
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 20
 """Elements of one half of the input that are worked on at a time."""
 
 

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spell_megatron.policy.agreement import share
 from spell_megatron.policy.optimizer import main_gradient
 from spell_megatron.policy.scores import Scores
 from spell_megatron.policy.soundness import UnsoundError, first_unsound, norms, unsound_scores
-from spell_megatron.policy.world import World, share
+from spell_megatron.policy.world import World
 
 Judge = Callable[[Scores], UnsoundError | None]
 """A reason not to make an update, seen from its scores. Asked on rank 0."""

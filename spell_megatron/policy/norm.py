@@ -1,7 +1,8 @@
 """Root-mean-square norm that keeps its input and one number a token for the backward pass, and nothing else.
 
 On CUDA torch has a kernel that does so. Elsewhere torch puts the norm together from single operations, each of which
-keeps what it was given; here the normalised input is made again.
+keeps what it was given; here the normalised input is made again. Backward, a layer norm of mean 0 is the same but for
+the mean of the weighted gradient, which it takes away, and torch has a kernel for that.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        wide, grad = x.float(), grad.float()
-        products = grad * wide
-        along = (products.flatten(0, -2) @ weight.float()).view_as(inverse)
-        d_weight = products.mul_(inverse).flatten(0, -2).sum(0)
-        share = along.mul_(inverse.square()).div_(x.shape[-1])
-        d_x = (grad * weight).addcmul_(wide, share, value=-1).mul_(inverse)
-        return d_x.to(x.dtype), d_weight.to(weight.dtype), None
+        wide, grad, scale = x.float().contiguous(), grad.float().contiguous(), weight.float()
+        mean = torch.zeros_like(inverse)
+        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, wide, weight.shape, mean, inverse, scale, None, (True, True, False)
+        )
+        taken = (grad.flatten(0, -2) @ scale).view_as(inverse).mul_(inverse).div_(x.shape[-1])
+        return d_x.add_(taken).to(x.dtype), d_weight.to(weight.dtype), None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, cast
 
 import megatron.core  # noqa: F401  (the patches need it imported)
 import torch
@@ -20,10 +18,6 @@ from spell_megatron.base import rendezvous
 from spell_megatron.config import LayoutConfig
 from spell_megatron.policy.layout import megatron_sizes
 from spell_megatron.types import SpellError
-
-Value = TypeVar("Value")
-Group: TypeAlias = "dist.ProcessGroup | None"
-"""Ranks that agree on something; None where there is one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,38 +112,3 @@ def stop_world() -> None:
     if dist.is_initialized():
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def agreed(value: Value, group: Group) -> Value:
-    """Rank 0's value, on every rank."""
-    if group is None:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
-
-
-def gathered(value: Value, group: Group) -> list[Value]:
-    """The values of all ranks on rank 0, nothing elsewhere."""
-    if group is None:
-        return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
-    return values or []
-
-
-def share(work: Callable[[], Value], world: World) -> Value:
-    """What rank 0 makes of `work`, on every rank of the world. Where it raises there, the others raise SpellError."""
-    if world.size == 1:
-        return work()
-    result, fault = None, ""
-    try:
-        result = work() if world.is_main else None
-    except BaseException as error:
-        fault = type(error).__name__
-        raise
-    finally:
-        result, fault = agreed((result, fault), dist.group.WORLD)
-    if fault:
-        raise SpellError(f"rank 0 has given up ({fault}); its own message says why")
-    return cast("Value", result)

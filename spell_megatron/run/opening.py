@@ -51,23 +51,25 @@ def open_run(
         )
     with ExitStack() as stack:
         stack.callback(stop_world)
-        main = MainRank(world)
-        stack.callback(main.close)
-        stack.enter_context(private(config.record.group_readable))
-        before = read_run_config(run) if run else config
-        if run is None:
-            run = main.work("makes the run folder", lambda: RunFolder.create(config.runs, config.name).path)
-        folder = RunFolder(run)
-        lock = _locked(folder, main, stack)
-        if world.is_main:
-            folder.close_to_others(config.record.group_readable)
-            folder.save_config(dump_config(before))
-        opened = Run(config, folder, world, main, stack, benchmarks, judges, origin=origin, lock=lock)
-        if world.is_main:
-            forget_stale(folder, opened.step, before, config, anew=origin is not None)
-            # Now that no episode of the one before is left to go on with.
-            folder.save_config(dump_config(folder.lasting(config, before)))
-        yield opened
+        main = stack.enter_context(MainRank(world))
+        with main.announced():
+            stack.enter_context(private(config.record.group_readable))
+            before = read_run_config(run) if run else config
+            if run is None:
+                run = main.work(
+                    "makes the run folder", lambda: RunFolder.create(config.runs, config.name).path
+                )
+            folder = RunFolder(run)
+            lock = _locked(folder, main, stack)
+            if world.is_main:
+                folder.close_to_others(config.record.group_readable)
+                folder.save_config(dump_config(before))
+            opened = Run(config, folder, world, main, stack, benchmarks, judges, origin=origin, lock=lock)
+            if world.is_main:
+                forget_stale(folder, opened.step, before, config, anew=origin is not None)
+                # Now that no episode of the one before is left to go on with.
+                folder.save_config(dump_config(folder.lasting(config, before)))
+            yield opened
 
 
 def _secret(run: Path | None) -> str:

@@ -37,13 +37,6 @@ class Preempted(SpellError):
     exit_code = 75  # EX_TEMPFAIL: nothing is wrong, but the run is not done
 
 
-class Dismissed(Preempted):
-    """Another rank than rank 0 leaves a run that was asked to stop. Rank 0, which closes what it has for some seconds
-    more, says how the run ended: srun kills all others when a rank ends with a code that is not 0."""
-
-    exit_code = 0
-
-
 class Stop:
     """Whether, and by which signal, this process was asked to stop. Use `listen`."""
 

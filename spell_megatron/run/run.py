@@ -16,6 +16,7 @@ from spell_megatron.base.outputs import make_room
 from spell_megatron.base.placement import Phase, Placement
 from spell_megatron.base.pulse import working
 from spell_megatron.config import Config
+from spell_megatron.policy.agreement import Value, share
 from spell_megatron.policy.checkpoint import Checkpoints
 from spell_megatron.policy.colocation import LearnerOffload
 from spell_megatron.policy.head import Sampled
@@ -24,13 +25,13 @@ from spell_megatron.policy.mismatch import groups_beyond
 from spell_megatron.policy.scores import Scores
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
 from spell_megatron.policy.waiting import MainRank
-from spell_megatron.policy.world import Value, World, share
+from spell_megatron.policy.world import World
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.colocation import EngineOffload, Vacancy
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.run.driver import Driver, Measurement, Played
 from spell_megatron.run.follower import Follower
-from spell_megatron.run.preemption import Dismissed, Preempted, Stop, attempt, listen, preempted
+from spell_megatron.run.preemption import Preempted, Stop, attempt, listen, preempted
 from spell_megatron.run.record import RunFolder, RunLock
 from spell_megatron.run.record.folder import writing
 from spell_megatron.selfplay.ports import Judge
@@ -187,13 +188,9 @@ class Run:
         """Save the run and mark it as one that goes on later; the reason to leave, on every rank."""
         self._save()
         self._report()
-        leaving = (
-            preempted(self.folder.path, self.step, self._stop)
-            if self.world.is_main
-            else Dismissed("asked to stop; rank 0 says how the run ends")
-        )
-        dist.barrier()  # no rank leaves before the run is marked as saved
-        return leaving
+        if self.world.is_main:
+            return preempted(self.folder.path, self.step, self._stop)
+        return Preempted("asked to stop")
 
     def _turn(self, driver: Driver, step: int, plays: list[Played]) -> _Turn:
         try:

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from spell_megatron.base.files import hf_config, weights_dtype
 from spell_megatron.base.outputs import check_output, publish, stage
 from spell_megatron.config import Dtype, PolicyConfig, load_config
+from spell_megatron.policy.agreement import agreed
 from spell_megatron.policy.checkpoint import Checkpoints, load_policy, open_checkpoint
 from spell_megatron.policy.learner import HeldPolicy
-from spell_megatron.policy.world import agreed, start_world, stop_world
+from spell_megatron.policy.world import start_world, stop_world
 from spell_megatron.types import SpellError
 from spell_megatron.weights.locate import model_folder
 

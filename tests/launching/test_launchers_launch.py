@@ -937,10 +937,8 @@ def test_what_an_attempt_is_told_is_not_what_the_next_one_finds(
     def run(config: Any, *_: Any, **__: Any) -> SimpleNamespace:
         return SimpleNamespace(step=0, config=config)
 
-    main = SimpleNamespace(close=lambda: None, work=lambda doing, work: work())
-    monkeypatch.setattr(opening, "start_world", lambda *_, **__: SimpleNamespace(is_main=True))
+    monkeypatch.setattr(opening, "start_world", lambda *_, **__: SimpleNamespace(is_main=True, size=1))
     monkeypatch.setattr(opening, "stop_world", lambda: None)
-    monkeypatch.setattr(opening, "MainRank", lambda world: main)
     monkeypatch.setattr(opening, "_locked", lambda *_: None)
     monkeypatch.setattr(opening, "Run", run)
     before = opening.read_run_config(job.run)

@@ -123,6 +123,17 @@ def test_a_failing_rank_ends_the_job_with_its_code_after_bounded_retries(
 
 
 @pytest.mark.usefixtures("counting")
+def test_what_all_ranks_raise_leaves_rank_0_the_time_to_close_and_is_not_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed) as failure:
+        launch("toy", [f"runs={tmp_path}", "name=starves", "steps=9", HERE], "slurm", "cpu")
+    assert failure.value.exit_code == 2
+    (text,) = attempts(tmp_path)
+    assert steps(text) == [1]
+    assert text.count("no question was kept") == 2
+    assert len(list(tmp_path.glob("*/left-*-0"))) == 1, "rank 0 was killed when another rank left"
+
+
+@pytest.mark.usefixtures("counting")
 def test_usr1_saves_requeues_and_resumes(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -197,6 +197,7 @@ def test_megatrons_linear_layer_multiplies_by_product(monkeypatch: pytest.Monkey
     x, weight = torch.randn(5, 1, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     out = linear_with_grad_accumulation_and_async_allreduce(x, weight, None, False, False, False)
     out.square().sum().backward()
-    assert made == [(5, 1, 3, 3, 2), (5, 1, 2, 2, 3), (2, 5, 5, 3)]
+    every = [(5, 1, 3, 3, 2), (5, 1, 2, 2, 3), (2, 5, 5, 3)]
+    assert made == (every if cpu_products._vectors() else [])
     expected = torch.autograd.grad((x @ weight.t()).square().sum(), (x, weight))
     torch.testing.assert_close((x.grad, weight.grad), expected)

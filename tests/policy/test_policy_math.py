@@ -47,7 +47,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
 
 BACKENDS = {
     "cpu": (cpu, False),
-    "cpu where MKL is slow": (cpu, True),
+    "cpu where products are slow": (cpu, True),
     "plain": (plain, False),
     "varlen": (varlen, False),
 }
@@ -58,7 +58,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Every backend, those of CUDA too: `varlen` with a stand-in for the kernel that it calls."""
     kernels, slow = request.param
     monkeypatch.setattr(attention, "kernels_for", lambda _: kernels)
-    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: slow)
+    monkeypatch.setattr(cpu, "_products_are_slow", lambda: slow)
     monkeypatch.setattr(plain, "_BLOCK", 24)
     with flash_kernel():
         yield kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -88,7 +89,7 @@ def test_nobody_is_in_the_store_any_more_when_a_rank_gives_up(monkeypatch: pytes
 
 
 @contextmanager
-def two_ranks(seconds: float) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(seconds: float, *failing: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Rank 0 is at work when the block begins, and rank 1 about to wait for it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -96,7 +97,7 @@ def two_ranks(seconds: float) -> Iterator[list[subprocess.Popen[str]]]:
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", waiting_ranks.__file__, str(seconds)],
+            [sys.executable, "-W", "ignore", waiting_ranks.__file__, str(seconds), *failing],
             env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -136,3 +137,32 @@ def test_a_rank_0_that_is_killed_or_stopped_ends_the_others_within_a_minute() ->
             assert "MainRankGone: rank 0 has not been heard of" in err
             assert "it plays step 7" in err
         assert time.monotonic() - began < 60, "a promise, not a measurement: docs/rollouts.md"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        (["0", "1"], "Dismissed: no question was kept; rank 0 says how the run ends"),
+        (
+            ["0"],
+            r"Dismissed: rank 0 has given up \(SpellError\).* it plays step 7.*; rank 0 says how the run ends",
+        ),
+    ],
+)
+def test_what_ends_the_run_ends_rank_0_first(failing: list[str], said: str) -> None:
+    """Rank 0 has closed what it had, and its exit code is the only one that is not 0."""
+    with two_ranks(1, *failing) as ranks:
+        outcomes = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 0], outcomes
+    assert re.search(said, outcomes[1][1])
+    closed, left = (float(out) for out, _ in outcomes)
+    assert closed < left
+
+
+@pytest.mark.distributed
+def test_a_rank_that_fails_alone_ends_with_its_own_code_while_rank_0_is_at_work() -> None:
+    with two_ranks(600, "1") as ranks:
+        _, err = ranks[1].communicate(timeout=60)
+        assert (ranks[1].returncode, ranks[0].poll()) == (1, None)
+        assert "SpellError: its disk is full" in err

@@ -41,12 +41,13 @@ def main() -> None:
         learner.update(batch)
         checkpoints.save(1, learner, {})
     else:
-        rank_0, search.digests = MainRank(world), partial(noted, digested)
-        try:
-            checkpoints.restore(learner, 2, rank_0)
-        except SpellError as fault:
-            refused = str(fault)
-        found = checkpoints.restore(learner, None, rank_0)
+        search.digests = partial(noted, digested)
+        with MainRank(world) as rank_0:
+            try:
+                checkpoints.restore(learner, 2, rank_0)
+            except SpellError as fault:
+                refused = str(fault)
+            found = checkpoints.restore(learner, None, rank_0)
         assert found
         read = load_learner(learner, found)
         Checkpoints(folder / "again").save(1, learner, {})

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from spell_megatron.config import LayoutConfig, OptimizerConfig, PolicyConfig, RolloutConfig, ServersConfig
+from spell_megatron.policy.agreement import share
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.mismatch import mismatch
-from spell_megatron.policy.world import World, share, start_world, stop_world
+from spell_megatron.policy.world import World, start_world, stop_world
 from spell_megatron.rollout import backend
 from spell_megatron.rollout.engine import WeightsWanted
 from spell_megatron.rollout.fleet import Fleet

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from spell_megatron.policy.agreement import Group, agreed
 from spell_megatron.policy.checkpoint import folder as disk
 from spell_megatron.policy.checkpoint.faults import reason
 from spell_megatron.policy.checkpoint.files import Digester, digests
@@ -24,7 +25,6 @@ from spell_megatron.policy.checkpoint.state import load_learner
 from spell_megatron.policy.checkpoint.write import HostCopy, Staged, Write
 from spell_megatron.policy.learner import HeldPolicy, Learner
 from spell_megatron.policy.waiting import MainRank
-from spell_megatron.policy.world import Group, agreed
 from spell_megatron.types import SpellError
 
 _log = logging.getLogger(__name__)

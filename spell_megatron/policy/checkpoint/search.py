@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from spell_megatron.policy.agreement import Group, Value, gathered
 from spell_megatron.policy.checkpoint.files import TENSORS, Digester, digests
 from spell_megatron.policy.waiting import MainRank
-from spell_megatron.policy.world import Group, Value, World, gathered
+from spell_megatron.policy.world import World
 
 _DOING = "reads the checkpoints"
 

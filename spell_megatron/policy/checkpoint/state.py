@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from spell_megatron.base.terminal import said
+from spell_megatron.policy.agreement import Value
 from spell_megatron.policy.checkpoint.faults import reason
 from spell_megatron.policy.checkpoint.files import read_bytes
 from spell_megatron.policy.checkpoint.folder import Checkpoint
@@ -18,7 +19,6 @@ from spell_megatron.policy.checkpoint.parts import TensorPart, loaded_parts, sav
 from spell_megatron.policy.checkpoint.read import load_plain, read_parts
 from spell_megatron.policy.checkpoint.shares import Share, plain_values, prepare, settle, shares
 from spell_megatron.policy.learner import HeldPolicy, Learner
-from spell_megatron.policy.world import Value
 from spell_megatron.types import SpellError
 
 VALUES = "common.pt"

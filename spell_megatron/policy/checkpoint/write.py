@@ -19,6 +19,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
+from spell_megatron.policy.agreement import Group, agreed, gathered
 from spell_megatron.policy.checkpoint.faults import reason
 from spell_megatron.policy.checkpoint.files import TENSORS, new_digest
 from spell_megatron.policy.checkpoint.index import Entry, write_index
@@ -26,7 +27,6 @@ from spell_megatron.policy.checkpoint.parts import TensorPart
 from spell_megatron.policy.checkpoint.state import VALUES, learner_state
 from spell_megatron.policy.colocation import host_memory
 from spell_megatron.policy.learner import HeldPolicy
-from spell_megatron.policy.world import Group, agreed, gathered
 
 _Written = tuple[str, list[Entry], dict[str, str]]
 """What one rank tells: a fault, what is in its file, the file's digest."""
