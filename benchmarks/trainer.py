@@ -78,7 +78,7 @@ def _seconds(step: Callable[[], None]) -> float:
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="Pairs of steps, after one that does not count.", min=2)] = 12,
+    pairs: Annotated[int, typer.Option(help="Pairs of steps, after one that does not count.", min=2)] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")] = False,
 ) -> None:
     """Measure both kinds of model and print the table."""
