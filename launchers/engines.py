@@ -35,6 +35,7 @@ from spell_megatron.rollout.keeping import Keeping
 from spell_megatron.rollout.server import Launch, Server
 from spell_megatron.run.preemption import attempt
 from spell_megatron.run.record.folder import RunFolder
+from spell_megatron.types import SpellError
 from spell_megatron.weights.known import known_folder
 from spell_megatron.weights.locate import model_folder
 
@@ -63,7 +64,11 @@ class _Kept:
         return cls(launch, port, secret, keeping, Server.start(launch, port, secret), time.monotonic())
 
     def mend(self, has_room: Callable[[], bool]) -> bool:
-        """Start an ended server again as soon as there is room; False where it ends at once, time after time."""
+        """Start an ended server again as soon as there is room; False where it ends at once, time after time, or where
+        the trainer has given it up, and would not put it to sleep any more."""
+        if self.keeping.given_up:
+            self.server.stop()
+            return False
         asked = self.keeping.asked_to_end
         if asked:
             _log.warning("the trainer wants the server on port %d to end", self.port)
@@ -81,8 +86,13 @@ class _Kept:
         self.server.stop()
         if self.failed_starts > self.launch.settings.servers.max_restarts:
             return False
-        self.server, self.started = Server.start(self.launch, self.port, self.secret), time.monotonic()
-        self.ended = None
+        try:
+            self.server, self.started = Server.start(self.launch, self.port, self.secret), time.monotonic()
+        except (OSError, SpellError) as error:
+            _log.warning("no server starts on port %d: %s", self.port, error)
+            self.failed_starts += 1
+        else:
+            self.ended = None
         return True
 
 
@@ -143,10 +153,9 @@ def serve(run: Path, first_port: int, count: int) -> None:
                 keeping = Keeping(run, attempt(), f"http://{_named()}:{port}")
                 kept.append(_Kept.start(launch, port, secret, keeping))
             while True:
-                for lost in [server for server in kept if not server.mend(has_room)]:
-                    _log.error("the server on port %d ends at once, time after time: given up", lost.port)
-                    lost.keeping.give_up()
-                    kept.remove(lost)
+                for server in [server for server in kept if not _mended(server, has_room)]:
+                    _log.error("the server on port %d is given up", server.port)
+                    kept.remove(server)
                 time.sleep(_POLL_SECONDS)
     except _Ended:
         for server in kept:
@@ -156,6 +165,18 @@ def serve(run: Path, first_port: int, count: int) -> None:
     finally:
         for server in kept:
             server.server.stop()
+
+
+def _mended(server: _Kept, has_room: Callable[[], bool]) -> bool:
+    """Whether a server is kept. A file system that fails for a while ends neither it nor the others."""
+    try:
+        if kept := server.mend(has_room):
+            return kept
+        server.keeping.give_up()
+    except OSError as error:
+        _log.warning("the server on port %d is looked after later: %s", server.port, error)
+        return True
+    return False
 
 
 def _named() -> str:

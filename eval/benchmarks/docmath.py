@@ -47,12 +47,13 @@ class DocMath(Reading):
         )
 
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
-        if answer is None:
-            return Grade(0.0, None)
-        prediction = extract_answer(self.task, answer) if mode == "strict" else extract.number(answer)
         gold = item.references[0]
+        unread = {"official": float(official_equal("", gold))}
+        if answer is None:
+            return Grade(0.0, None, metrics=unread)
+        prediction = extract_answer(self.task, answer) if mode == "strict" else extract.number(answer)
         if prediction is None:
-            return Grade(0.0, None, answer.strip()[-SHOWN:])
+            return Grade(0.0, None, answer.strip()[-SHOWN:], unread)
         official = float(official_equal(prediction, gold))
         return Grade(float(math_equal(prediction, gold)), prediction, prediction, {"official": official})
 

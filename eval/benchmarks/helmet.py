@@ -128,7 +128,7 @@ class Helmet(Benchmark):
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
         summary = (answer or "").strip()
         if not summary:
-            return Grade(0.0, None)
+            return Grade(0.0, None, metrics={"rouge_l_sum": 0.0})
         readings = (summary, answer_after("summary:", summary))
         score = max(rouge_l_sum(reading, item.references) for reading in readings)
         return Grade(score, summary, summary, {"rouge_l_sum": score})

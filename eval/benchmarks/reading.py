@@ -24,6 +24,8 @@ PROMPT = """Please read the following text and answer the question below.
 Format your response as follows: "{sentence} (insert answer here)"."""
 SHOWN = 1000
 """Characters from the end of an answer that a judge sees where no answer sentence was found."""
+NONE = dict.fromkeys(("exact_match", "f1", "f1_any"), 0.0)
+"""What an answer comes to that is none: left out, it would raise the mean of the others."""
 
 
 def prompt(context: str, question: str, sentence: str = "The correct answer is") -> str:
@@ -39,12 +41,12 @@ class Reading(Benchmark):
 
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
         if answer is None:
-            return Grade(0.0, None)
+            return Grade(0.0, None, metrics=NONE)
         prediction = extract_answer(self.task, answer) if mode == "strict" else extract.phrase(answer)
         # The official scorer compares the string "None" where it found no answer.
         compared = prediction if prediction is not None or mode == "strict" else "None"
         if compared is None:
-            return Grade(0.0, None, answer.strip()[-SHOWN:])
+            return Grade(0.0, None, answer.strip()[-SHOWN:], NONE)
         gold = item.references[0]
         correct = (
             covers_words(compared, item.references) if mode == "strict" else cover_exact_match(compared, gold)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from spell_megatron.base.secret import holds_secret, is_secret
-from spell_megatron.config.schema import BeyondConfig, Config
+from spell_megatron.config.schema import BeyondConfig, Config, SelfPlayConfig
 from spell_megatron.config.yamltext import ConfigError
 
 
@@ -51,11 +51,27 @@ def _untrainable(config: Config) -> Iterator[str]:
             "selfplay.combine=sum makes rewards above 1, by which neither a question's difficulty nor what memory"
             " keeps can be told: set selfplay.combine=mean, or selfplay.train_questioner=false and selfplay.memory=0"
         )
+    if play.judge and play.train_verifier and not _usable(play):
+        low, high = play.verifier_agreement
+        yield (
+            f"selfplay.verifier_agreement=[{low:g}, {high:g}] holds no share that the majority of up to"
+            f" selfplay.group_size={play.group_size} votes can have, so that no verdict would be trained on: widen the"
+            " bounds, raise selfplay.group_size, or set selfplay.train_verifier=false"
+        )
     if record.keep_every and (not record.checkpoint_every or record.keep_every % record.checkpoint_every):
         yield (
             f"record.keep_every={record.keep_every} keeps checkpoints that record.checkpoint_every="
             f"{record.checkpoint_every} does not write: make the first a multiple of the second"
         )
+
+
+def _usable(play: SelfPlayConfig) -> bool:
+    """Whether the agreement of any group of verdicts can lie within `verifier_agreement`."""
+    shares = {agree / valid for valid in range(1, play.group_size + 1) for agree in range(1, valid + 1)}
+    if play.verdict == "majority" and play.vote_tie != "no":
+        shares = {share for share in shares if share > 0.5 or (share == 0.5 and play.vote_tie == "first")}
+    low, high = play.verifier_agreement
+    return any(low <= share <= high for share in shares)
 
 
 def _corpus(config: Config) -> Iterator[str]:

@@ -202,7 +202,7 @@ class Learner(HeldPolicy):
             objective = self._objective(part, _of(old, places), _of(reference, places))
             done = self._train(part, objective)
             scores.append(done.scores())
-            loss, sums = objective.reduced()
+            loss, sums, trained = objective.reduced(done.tokens)
             try:
                 self._inspection.before_step(scores[-1], loss, judge, touched=bool(lengths))
             except UnsoundError as unsound:
@@ -212,7 +212,7 @@ class Learner(HeldPolicy):
             lengths.append(float(grad_norm))
             total += loss / len(parts)
             said += sums
-            tokens += done.tokens
+            tokens += trained
         self.settle()
         self._inspection.after_steps(size)
         rate = self.optimizer.param_groups[0]["lr"]

@@ -92,18 +92,19 @@ class Objective:
         self._denominator += count
         return total, count
 
-    def reduced(self) -> tuple[float, list[float]]:
-        """Loss, and the sums of what it says, over data- and context-parallel ranks, known on every rank (the last
-        stage has them). The host waits here, once for all streams: whether to step depends on it."""
+    def reduced(self, tokens: int = 0) -> tuple[float, list[float], int]:
+        """Loss, the sums of what it says, and that of `tokens`, over data- and context-parallel ranks, known on every
+        rank (the last stage has them). The host waits here, once for all streams: whether to step depends on it."""
         loss, *said = self._sums
-        summed = torch.stack((loss, torch.full_like(loss, self._denominator), *said))
+        counts = (torch.full_like(loss, count) for count in (self._denominator, tokens))
+        summed = torch.stack((loss, *counts, *said))
         dist.all_reduce(summed, group=mpu.get_data_parallel_group(with_context_parallel=True))
         pipeline = mpu.get_pipeline_model_parallel_group()
         dist.broadcast(
             summed, src=dist.get_global_rank(pipeline, dist.get_world_size(pipeline) - 1), group=pipeline
         )
-        total, denominator, *sums = map(float, summed.tolist())
-        return total / max(denominator, 1.0), sums
+        total, denominator, whole, *sums = map(float, summed.tolist())
+        return total / max(denominator, 1.0), sums, int(whole)
 
 
 def _response_means(values: Tensor, plan: SpanPlan, responses: int) -> Tensor:

@@ -275,10 +275,10 @@ class Fleet:
     async def _retarget(self, version: int) -> list[Member]:
         """Announce a version; returns the members that can receive it."""
         self._dispatcher.forget()
-        if self._experts:
-            self._experts.forget()
         for member in self._members:
             await member.happened(NewVersion(version))
+        if self._experts:  # who was asked before now, by old weights, enters its experts into the one before
+            self._experts = PromptExperts()
         return [member for member in self._members if member.health.receives]
 
     async def _conclude(self, members: Sequence[Member], version: int, faults: Faults) -> None:
@@ -296,8 +296,8 @@ class Fleet:
         faults: list[str] = []
         while len(faults) < _ATTEMPTS:
             async with self._assigned(prompt) as member:
-                incarnation = member.incarnation
-                known = self._experts.of(prompt) if self._experts else None
+                incarnation, experts = member.incarnation, self._experts
+                known = experts.of(prompt) if experts else None
                 first = len(prompt) if known is not None else 0
                 try:
                     completion = await member.client.complete(
@@ -307,7 +307,7 @@ class Fleet:
                         temperature=temperature,
                         top_p=top_p,
                         stop=self._stop,
-                        experts_from=first if self._experts else None,
+                        experts_from=first if experts else None,
                     )
                 except Aborted as error:
                     faults.append(f"{member.name}: {error}")
@@ -320,8 +320,8 @@ class Fleet:
                         await member.happened(Failed())
                     continue
             rollout = completion.rollout
-            if self._experts:
-                told = self._experts.split(prompt, known, completion.experts, len(rollout.tokens))
+            if experts:
+                told = experts.split(prompt, known, completion.experts, len(rollout.tokens))
                 rollout = replace(rollout, prompt_experts=told[0], experts=told[1])
             self._counted = replace(
                 self._counted,

@@ -51,7 +51,7 @@ def main(command: list[str]) -> int:
         signal.signal(number, lambda *_: _signal(keeper, signal.SIGTERM))
     status = os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
     group = int(os.read(told, 32) or 0)
-    if status < 0 and group:  # it was killed, and could end nobody
+    if status and group:  # it may have been killed, or have failed, before it could end anybody
         _end(group)
     return status if status >= 0 else 128 - status
 
@@ -92,12 +92,13 @@ def _keep(command: list[str], outer: int, telling: int) -> int:
 
 def _bound(log: int) -> None:
     """Where a log is too long, copy it aside and begin it anew. Whoever writes to it appends, and need not know."""
-    found = os.fstat(log)
-    if stat.S_ISREG(found.st_mode) and found.st_size > LOG_BYTES:
-        path = os.readlink(f"/proc/self/fd/{log}")
-        with contextlib.suppress(OSError):  # a full disk, say: then all the more
-            shutil.copyfile(path, f"{path}.1")
-        os.ftruncate(log, 0)
+    with contextlib.suppress(OSError):  # a file system that is gone: the next look may find it again
+        found = os.fstat(log)
+        if stat.S_ISREG(found.st_mode) and found.st_size > LOG_BYTES:
+            path = os.readlink(f"/proc/self/fd/{log}")
+            with contextlib.suppress(OSError):  # a full disk, say: then all the more
+                shutil.copyfile(path, f"{path}.1")
+            os.ftruncate(log, 0)
 
 
 def _adopt() -> None:

@@ -18,7 +18,8 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """One server of an attempt at the run, by its URL. The fleet has `end` and `given_up`, the keeper the rest."""
+    """One server of an attempt at the run, by its URL. The fleet has `end`, the keeper `asked_to_end` and `ended`;
+    either may give it up."""
 
     folder: Path
     attempt: str

@@ -111,7 +111,13 @@ class Member:
         self.incarnation += 1
         address = self.client.address
         if self.launch is not None:
-            self.server = await asyncio.to_thread(Server.start, self.launch)
+            starting = asyncio.ensure_future(asyncio.to_thread(Server.start, self.launch))
+            try:
+                self.server = await asyncio.shield(starting)
+            except asyncio.CancelledError:  # the thread is not: what it starts is to be stopped
+                with contextlib.suppress(Exception):
+                    self.server = await starting
+                raise
             address = self.server.address
         await self.client.close()  # what one that hangs has not answered is asked elsewhere
         self.client = Client(address, self._fleet.servers.request_seconds)
@@ -152,6 +158,8 @@ class Member:
         await self.happened(Restarted())
         if self.health.state is State.STARTING:
             await self.start()
+        elif self.health.state is State.LOST and self._keeping is not None:  # nobody puts it to sleep
+            self._keeping.give_up()
 
     async def _await_ready(self) -> None:
         servers = self._fleet.servers

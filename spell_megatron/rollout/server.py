@@ -139,9 +139,12 @@ class Server:
 
     def tail(self) -> str:
         """The end of the log, for an error message."""
-        with self.log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
-            lines = log.read(_LOG_BYTES).decode("utf-8", "replace").strip().splitlines()
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+                lines = log.read(_LOG_BYTES).decode("utf-8", "replace").strip().splitlines()
+        except OSError as error:
+            return f"its log {self.log} cannot be read: {error}"
         return f"the end of {self.log}:\n" + "\n".join(lines[-_LOG_LINES:])
 
 

@@ -171,7 +171,8 @@ class Driver:
             self._journal.close()
         del self._beginnings[step]
         seconds = time.monotonic() - began
-        metrics = {"time/rollout": seconds, **_token_metrics(before, self.engine.stats())}
+        visits = {f"visits/{domain}": times for domain, times in self._clusters.visits.items()}
+        metrics = {"time/rollout": seconds, **visits, **_token_metrics(before, self.engine.stats())}
         return Played(play, self.selfplay.state(), metrics)
 
     def measure(self, step: int) -> dict[str, float]:
@@ -242,7 +243,6 @@ class Driver:
                 "policy/skipped": float(update is None),
                 **staleness(batch.train, step - 1),
                 **learned,
-                **{f"visits/{domain}": times for domain, times in self._clusters.visits.items()},
                 **played.metrics,
                 **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
                 **scores,

@@ -72,6 +72,7 @@ class _Turn:
     batch: TrainBatch | None = None
     fault: str = ""
     """Why the step could not be played."""
+    exit_code: int = SpellError.exit_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,9 @@ class Run:
         if turn.fault:
             self._save()
             self._report()
-            raise SpellError(turn.fault)
+            error = SpellError(turn.fault)
+            error.exit_code = turn.exit_code
+            raise error
         raise self._stopped()
 
     def _stopped(self) -> Preempted:
@@ -199,7 +202,7 @@ class Run:
             driver.rewind(self._state)
             raise
         except SpellError as error:
-            return _Turn(fault=str(error))
+            return _Turn(fault=str(error), exit_code=error.exit_code)
         if played is None:
             return _Turn()
         plays.append(played)
@@ -280,18 +283,23 @@ class Run:
         if self.config.record.bad_step == "skip" and self._skipped < _SKIPS and not fault.touched:
             self.lead.note(f"{what}; the step is skipped")
             return
-        if fault.touched:
-            kept = "its weights are not saved; `resume` goes on from the last checkpoint"
-        else:
+        code = BadStepError.exit_code
+        kept = "its weights are not saved; `resume` goes on from the last checkpoint"
+        if not fault.touched:
             self._save()
-            if fault.group is not None:
+            if fault.group is None:
+                code, again = 2, "makes the same step again"  # of the same episodes, with the same weights
+            else:
                 self.lead.set_aside(step)  # or every resume would read it again
-            kept = f"nothing was updated, and the state after step {self.step} is saved; `resume` goes on from it"
+                again = "asks for its episodes anew"
+            kept = f"nothing was updated, and the state after step {self.step} is saved; `resume` {again}"
         self._checkpoints.wait()
-        raise BadStepError(
+        bad = BadStepError(
             f"{what}; {kept}. Look at the rollouts and metrics of the steps before; a smaller"
             " policy.optimizer.lr, or record.bad_step=skip, may help"
-        ) from None
+        )
+        bad.exit_code = code
+        raise bad from None
 
     def _beyond_bound(self, collected: Collected) -> frozenset[int]:
         """The groups on which engine and learner do not agree. Costs a forward pass over the batch."""
@@ -302,6 +310,7 @@ class Run:
         dropped = share(lambda: groups_beyond(batch, scores, bound, version), self.world)
         if len(dropped) == len(batch.groups):
             self._save()
+            self.lead.set_aside(collected.step)  # a resume with another engine asks for its episodes anew
             raise self._mismatch(collected.step, f"by more than {bound} in every group of the batch")
         return dropped
 

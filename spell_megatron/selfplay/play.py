@@ -26,7 +26,7 @@ from spell_megatron.selfplay.memory import Memory
 from spell_megatron.selfplay.pipeline import play_episode
 from spell_megatron.selfplay.ports import Codec, Generator, Judge
 from spell_megatron.selfplay.prompts import Prompts
-from spell_megatron.selfplay.rewards import OUTVOTED
+from spell_megatron.selfplay.rewards import OUTVOTED, UNJUDGED
 from spell_megatron.selfplay.roles import Role, roles_of
 from spell_megatron.selfplay.round import Round
 from spell_megatron.selfplay.seeds import random_of
@@ -54,6 +54,10 @@ class StarvedError(SpellError):
     def __init__(self, message: str, episodes: Sequence[Episode]) -> None:
         super().__init__(message)
         self.episodes = tuple(episodes)
+        if all(episode.outcome != UNJUDGED for episode in episodes):
+            self.exit_code = (
+                2  # another attempt would read the same episodes; one with a judge who is up would not
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,12 +123,27 @@ def test_a_mistake_is_named_with_its_remedy(override: str, hint: str) -> None:
         ("record={checkpoint_every: 10, keep_every: 25}", "a multiple"),
         ("record={checkpoint_every: 0, keep_every: 5}", "a multiple"),
         ("selfplay.combine=sum", "selfplay.combine=mean"),
+        ("selfplay.group_size=2", "raise selfplay.group_size"),
+        ("selfplay={group_size: 6, verifier_agreement: [0.9, 0.95]}", "widen the bounds"),
     ],
 )
 def test_what_no_run_should_begin_with_can_be_read_all_the_same(override: str, hint: str) -> None:
     """The folder of a run that was begun with it is watched, exported and reported."""
     assert hint in untrainable(load_config("toy", ["steps=20", override]))
     assert untrainable(load_config("toy")) == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["selfplay.train_verifier=false"],
+        ["selfplay.vote_tie=first", "selfplay.verifier_agreement=[0.5, 0.5]"],
+        ["selfplay.verdict=first", "selfplay.verifier_agreement=[0.5, 0.6]"],
+        ["selfplay.verifier_agreement=[0.5, 1.0]"],
+    ],
+)
+def test_two_votes_that_can_teach_the_verifier_are_no_fault(changes: list[str]) -> None:
+    assert untrainable(load_config("toy", ["selfplay.group_size=2", *changes])) == ""
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

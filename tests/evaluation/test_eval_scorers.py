@@ -15,7 +15,7 @@ from eval import extract
 from eval.benchmark import Completion, Grade, Item, Unreadable, fill, final_answer
 from eval.benchmarks import helmet
 from eval.benchmarks.docmath import DocMath, official_equal
-from eval.benchmarks.helmet import answer_after, judge_f1, last_json, rouge_l_sum
+from eval.benchmarks.helmet import Helmet, answer_after, judge_f1, last_json, rouge_l_sum
 from eval.benchmarks.hotpotqa import HotpotQA
 from eval.benchmarks.longbench_v2 import LongBenchV2
 from eval.benchmarks.mmlu_pro import MmluPro, example, extract_letter
@@ -52,6 +52,20 @@ def test_docmath(row):
 @pytest.mark.parametrize("row", vectors("benchmarks/docmath_official"), ids=lambda row: row["note"])
 def test_docmath_official(row):
     assert official_equal(row["prediction"], row["reference"]) == bool(row["score"])
+
+
+@pytest.mark.parametrize("mode", ["spell", "strict"])
+@pytest.mark.parametrize("answer", [None, "", "I have no idea."])
+def test_an_answer_that_is_none_counts_in_every_figure(answer, mode):
+    """Left out, it would raise the mean of the others: the more a model is cut off, the better it would look."""
+    assert DocMath().grade(item("35"), answer, mode).metrics == {"official": 0.0}
+    assert DocMath().grade(item("0"), answer, mode).metrics == {"official": 1.0}, "the data set's own reading"
+    read = HotpotQA().grade(item("Oslo"), answer, mode).metrics
+    assert read == dict.fromkeys(("exact_match", "f1", "f1_any"), 0.0)
+
+
+def test_a_summary_that_is_none_counts_in_every_figure():
+    assert Helmet().grade(item("a summary"), None, "spell").metrics == {"rouge_l_sum": 0.0}
 
 
 @pytest.mark.parametrize(("answer", "score"), [("1e306", 0.0), ("-1e306", 0.0), ("1e305", 1.0)])

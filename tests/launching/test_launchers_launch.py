@@ -1037,6 +1037,77 @@ def test_a_server_that_the_trainer_wants_ended_is_ended_and_started_again(
     assert not Keeping(tmp_path, "7-0", "http://n2:30002").asked_to_end
 
 
+class Steady:
+    """A server that runs until it is stopped."""
+
+    def __init__(self) -> None:
+        self.alive = True
+
+    def running(self) -> bool:
+        return self.alive
+
+    def stop(self) -> None:
+        self.alive = False
+
+    def tail(self) -> str:
+        return ""
+
+
+def kept(keeping: Keeping, max_restarts: int = 1) -> tuple[engines._Kept, Steady]:
+    settings, server = SimpleNamespace(servers=SimpleNamespace(max_restarts=max_restarts)), Steady()
+    launch: Any = SimpleNamespace(settings=settings)
+    return engines._Kept(launch, 30001, "", keeping, server, time.monotonic()), server  # type: ignore[arg-type]
+
+
+def test_a_server_that_the_trainer_gives_up_is_stopped_and_not_started_again(tmp_path: Path) -> None:
+    keeping = Keeping(tmp_path, "7-0", "http://n2:30001")
+    given_up, server = kept(keeping)
+    assert given_up.mend(lambda: True) and server.alive
+    Keeping(tmp_path, "7-0", "http://n2:30001").give_up()
+    assert not given_up.mend(lambda: True) and not server.alive
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), SpellError("others can write there")])
+def test_a_start_that_fails_counts_as_a_failed_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    failing, last = [error, error], Steady()
+
+    def start(*_: object) -> Steady:
+        if failing:
+            raise failing.pop()
+        return last
+
+    monkeypatch.setattr(engines.Server, "start", start)
+    patient, first = kept(Keeping(tmp_path, "7-0", "http://n2:30001"), max_restarts=3)
+    first.alive = False
+    assert all(patient.mend(lambda: True) for _ in range(4))
+    assert patient.server is last and patient.ended is None and patient.failed_starts == 3
+    failing[:] = [error] * 9
+    impatient, first = kept(Keeping(tmp_path, "7-0", "http://n2:30002"), max_restarts=2)
+    first.alive = False
+    assert [impatient.mend(lambda: True) for _ in range(3)] == [True, True, False]
+
+
+def test_a_file_system_that_fails_for_a_while_ends_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping = Keeping(tmp_path, "7-0", "http://n2:30001")
+    server, process = kept(keeping)
+
+    def stale(_: Path) -> bool:
+        raise OSError("stale file handle")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "exists", stale)
+        assert engines._mended(server, lambda: True) and process.alive
+    keeping.give_up()
+    with monkeypatch.context() as failing:
+        failing.setattr(Keeping, "give_up", stale)
+        assert engines._mended(server, lambda: True)
+    assert not engines._mended(server, lambda: True)
+
+
 def test_servers_listen_where_the_trainer_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's /etc/hosts gives a machine's own name 127.0.1.1."""
     names = {"n7": "127.0.1.1", "n8": "10.1.2.8"}

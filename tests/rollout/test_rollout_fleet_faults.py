@@ -30,8 +30,10 @@ from spell_megatron.rollout.address import Address
 from spell_megatron.rollout.client import allow_connections
 from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.fleet import Fleet
-from spell_megatron.rollout.health import State
+from spell_megatron.rollout.health import Event, Evicted, Health, Limits, NewVersion, State
 from spell_megatron.rollout.keeping import Keeping
+from spell_megatron.rollout.member import FleetContext, Member
+from spell_megatron.rollout.server import Launch
 from spell_megatron.rollout.transfer.fanout import Fault as Unreached
 from spell_megatron.rollout.transfer.fanout import Peer
 from spell_megatron.types import Rollout
@@ -273,6 +275,64 @@ def test_experts_of_a_prompt_are_asked_for_until_they_are_known(
             assert rollout.experts.shape == (0, 1, 1)  # of one token, which went through no layer
 
 
+class Renaming:
+    """Weights arrive at once, wherever they are sent."""
+
+    def __init__(self, servers: list[FakeServer]) -> None:
+        self.servers = servers
+
+    def update(self, peers: list[Peer], version: int, weights: object) -> dict[str, Unreached]:
+        time.sleep(0.1)  # for the answer to a probe that is under way
+        for server in self.servers:
+            server.label = str(version)
+        return {}
+
+    def close(self) -> None: ...
+
+
+def test_experts_that_old_weights_chose_are_not_taken_for_the_new_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a request that is under way when the weights change."""
+    with fleet_of(folder, 1, monkeypatch, tells_experts=True) as (fleet, (server,)):
+        server.tells_experts = True
+        vars(fleet)["_sender"] = Renaming([server])
+        server.works.clear()
+        under_way = Future[list[Rollout]]()
+        threading.Thread(target=lambda: under_way.set_result(sample(fleet, seeds=1)), daemon=True).start()
+        wait_until(lambda: server.at_once == 1)
+        fleet.update_weights([], 1)
+        server.works.set()
+        old = under_way.result(PATIENCE)  # held: its experts are known for as long as it is
+        new = sample(fleet, seeds=1)
+        assert server.experts_from == [0, 0]
+        assert old[0].prompt_experts is not new[0].prompt_experts
+
+
+def test_a_server_that_has_not_heard_of_new_weights_enters_its_experts_with_the_old_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked between the announcement to the server before it and its own."""
+    happened = Member.happened
+    old: list[Rollout] = []
+
+    async def asked(member: Member, event: Event) -> None:
+        await happened(member, event)
+        if isinstance(event, NewVersion) and not old:
+            old.append(await fleet._complete([1] * 20, 0, 8, 1.0, 1.0))
+
+    with fleet_of(folder, 2, monkeypatch, tells_experts=True) as (fleet, servers):
+        for server in servers:
+            server.tells_experts = True
+        vars(fleet)["_sender"] = Renaming(servers)
+        monkeypatch.setattr(Member, "happened", asked)
+        fleet.update_weights([], 1)
+        assert old[0].version == 0
+        (new,) = sample(fleet, seeds=1)
+        assert sorted(first for server in servers for first in server.experts_from) == [0, 0]
+        assert old[0].prompt_experts is not new.prompt_experts
+
+
 def test_a_wrong_request_is_not_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with fleet_of(folder, 1, monkeypatch) as (fleet, (server,)):
         server.faults = [refused]
@@ -389,7 +449,72 @@ def test_one_that_has_ended_by_itself_is_not_ended_again(
         gone.shutdown()
         gone.server_close()
         wait_until(lambda: fleet.states()["remote-0"].state is State.LOST)
-    assert not list(tmp_path.iterdir())
+        wait_until(lambda: keeping(gone.url).given_up)  # or it would take memory, and nobody put it to sleep
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_server_that_makes_room_while_it_is_restarted_is_not_given_up(tmp_path: Path) -> None:
+    at = Address("http://127.0.0.1:9")
+    keeping = Keeping(tmp_path, "7-0", at.url)
+
+    async def restarted() -> State:
+        async def trainer_comes() -> None:
+            if member.health.state is State.STARTING:
+                await member.happened(Evicted())
+
+        member = Member(
+            "remote-0", Health(0, State.DEAD), context(trainer_comes), address=at, keeping=keeping
+        )
+        await member._restart()
+        await member.close()
+        return member.health.state
+
+    assert asyncio.run(restarted()) is State.DEAD
+    assert not keeping.given_up
+
+
+def context(on_change: Callable[[], Coroutine[Any, Any, None]]) -> FleetContext:
+    async def bring_up_to_date(_: Member) -> None: ...
+
+    room = asyncio.Event()
+    room.set()
+    return FleetContext(PATIENT, Limits(), bring_up_to_date, on_change, room)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_server_whose_start_is_called_off_is_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    begun, called_off = threading.Event(), threading.Event()
+    started: list[Process] = []
+
+    def start(_: object) -> Process:
+        begun.set()
+        called_off.wait(PATIENCE)
+        if fails:
+            raise OSError("no space left")
+        started.append(Process("http://127.0.0.1:9"))
+        return started[-1]
+
+    monkeypatch.setattr(member_module.Server, "start", start)
+
+    async def call_off() -> None:
+        async def nobody_asks() -> None: ...
+
+        launch = Launch(folder, Settings(), tmp_path, tmp_path / "log")
+        member = Member("engine-0", Health(0), context(nobody_asks), launch=launch)
+        starting = asyncio.create_task(member.start())
+        await asyncio.to_thread(begun.wait, PATIENCE)
+        starting.cancel()
+        called_off.set()
+        with pytest.raises(
+            asyncio.CancelledError
+        ):  # whatever the thread met: a task goes on after other errors
+            await starting
+        await member.close()
+
+    asyncio.run(call_off())
+    assert [process.alive for process in started] == [False] * (not fails)
 
 
 def test_a_server_that_is_given_up_keeps_nobody_waiting(

@@ -47,6 +47,7 @@ from spell_megatron.rollout.health import (
     Woke,
     after,
 )
+from spell_megatron.rollout.server import Server
 from spell_megatron.rollout.transfer.manifest import Manifest
 
 pytestmark = pytest.mark.unit
@@ -325,6 +326,51 @@ def test_a_reader_follows_a_stream_that_fills_and_a_slow_one_holds_up_nobody() -
         assert [meta.name for meta in known.result(PATIENCE)] == list(names)
 
 
+def test_who_reads_weights_is_told_when_a_ctrl_c_breaks_them_off() -> None:
+    from spell_megatron.rollout.transfer.store import WeightStore
+
+    def interrupted() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.zeros(2)
+        raise KeyboardInterrupt
+
+    store = WeightStore(Manifest(dict.fromkeys("ab", (2,))), torch.device("cpu"))
+    store.begin()
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(store.metadata), pool.submit(list, store)]
+        with pytest.raises(KeyboardInterrupt):
+            store.fill(interrupted(), 1)
+        try:
+            for reader in readers:
+                with pytest.raises(EngineError, match="broke off by KeyboardInterrupt"):
+                    reader.result(PATIENCE)
+        finally:  # or the pool waits for them
+            store.version, store._known = 1, True
+            with store._changed:
+                store._changed.notify_all()
+    assert store.version == 1
+
+
+def test_an_allocators_other_settings_stand_when_its_segments_stop_expanding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from spell_megatron.rollout.transfer.local import _expand_segments
+
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", told.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    _expand_segments(False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:False")
+    _expand_segments(False)
+    assert not told
+    configured = "max_split_size_mb:512,expandable_segments:{},garbage_collection_threshold:0.8"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", configured.format(True))
+    for on in (False, True):
+        _expand_segments(on)
+    assert told == [configured.format(False), configured.format(True)]
+
+
 FAMILY = (
     "import subprocess, sys, time\n"
     "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -429,6 +475,40 @@ def test_shared_memory_of_a_server_is_removed_however_it_ends(end: str) -> None:
             os.kill(group if end == "server is killed" else started.pid, signal.SIGKILL)
         wait_for(0, group)
         assert not memory.exists()
+
+
+def test_nothing_outlives_a_guard_whose_other_half_fails(tmp_path: Path) -> None:
+    failing = tmp_path / "failing"
+    guarding = (
+        f"import sys, pathlib; from {guard.__package__} import guard; guard.LOOK_SECONDS = 0.05;"
+        f" guard._bound = lambda _: pathlib.Path({str(failing)!r}).exists() and 1 / 0;"
+        f" sys.exit(guard.main([sys.executable, '-c', {FAMILY!r}]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", guarding],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as started:
+        assert started.stdout is not None
+        group = int(started.stdout.readline())
+        try:
+            wait_for(2, group)
+            failing.touch()
+            wait_for(0, group)
+            assert started.wait(PATIENCE) == 1
+        finally:
+            for process in family(group):
+                process.kill()
+
+
+def test_a_log_that_cannot_be_looked_at_ends_no_server(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    os.close(descriptor)
+    guard._bound(descriptor)
+    gone = Server(Address("http://engine"), 0, tmp_path / "gone.log", Any, tmp_path)  # type: ignore[arg-type]
+    assert "gone.log cannot be read" in gone.tail()
 
 
 def test_a_servers_log_is_begun_anew_where_it_is_too_long(tmp_path: Path) -> None:

@@ -195,6 +195,18 @@ def test_a_new_set_of_engines_frees_what_the_old_one_shared(nccl: SimpleNamespac
     assert joined == [start, end, start]
 
 
+def test_an_engine_that_was_left_out_lets_go_before_it_is_connected_anew(nccl: SimpleNamespace) -> None:
+    nccl.hangs = False
+    first, second = Server(), Server()
+    with serving(first, second) as peers:
+        sender = elsewhere()
+        for version, chosen in enumerate((peers, peers[:1], peers), start=1):
+            assert sender.update(chosen, version, WEIGHTS.items()) == {}
+    start, end = "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine"
+    for server, expected in ((first, [start, end, start, end, start]), (second, [start, end, start])):
+        assert [call for call in server.calls if "transfer_engine" in call] == expected
+
+
 def test_an_engine_that_fails_nearby_fails_alone() -> None:
     from spell_megatron.rollout.transfer.session import Nearby
 

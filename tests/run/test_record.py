@@ -41,6 +41,7 @@ from spell_megatron.run.record import (
     step_line,
     write_report,
 )
+from spell_megatron.run.record.archive import Archive
 from spell_megatron.run.record.folder import JsonLines, read_lines
 from spell_megatron.selfplay.episode import Episode, Judgement, Response
 from spell_megatron.selfplay.memory import Remembered
@@ -315,10 +316,13 @@ def test_weights_and_biases_is_asked_for_or_absent(run: RunFolder, monkeypatch: 
 def test_weights_and_biases_gets_every_row(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the package: one run under the folder's name, which a resumed run goes on with."""
     begun: list[dict[str, object]] = []
-    logged_: list[tuple[int, dict[str, float]]] = []
+    logged_: list[dict[str, float]] = []
     finished: list[bool] = []
+    axes: list[tuple[str, str | None]] = []
     account = SimpleNamespace(
-        log=lambda values, step: logged_.append((step, values)), finish=lambda: finished.append(True)
+        log=logged_.append,
+        define_metric=lambda name, step_metric=None: axes.append((name, step_metric)),
+        finish=lambda: finished.append(True),
     )
     wandb = SimpleNamespace(
         init=lambda **options: begun.append(options) or account, errors=SimpleNamespace(Error=ValueError)
@@ -336,7 +340,8 @@ def test_weights_and_biases_gets_every_row(run: RunFolder, monkeypatch: pytest.M
             "resume": "allow",
         }
     ]
-    assert logged_ == [(1, {"policy/loss": 0.5})]
+    assert axes == [("step", None), ("*", "step")], "W&B's own count only grows, and a resumed run's may not"
+    assert logged_ == [{"step": 1, "policy/loss": 0.5}]
     assert finished == [True]
 
 
@@ -396,6 +401,9 @@ def test_a_journal_cut_by_a_crash_goes_on(run: RunFolder, caplog: pytest.LogCapt
         ("selfplay.grounding=false", [1]),
         ("model.prompts=full", [1]),
         ("corpus.cluster_tokens=99", [1]),
+        ("rollout.dtype=bfloat16", [1]),
+        ("rollout.engine={quantization: fp8}", [1]),
+        ("rollout.max_num_seqs=7", [1, 2, 3, 4]),
     ],
 )
 def test_a_resumed_run_goes_on_with_what_its_own_weights_made(
@@ -432,6 +440,34 @@ def test_a_run_that_goes_on_from_a_step_of_choice_keeps_nothing_later(run: RunFo
     assert sorted(path.name for path in run.path.glob("eval/*")) == ["step-00000", "step-00001"]
     forget_stale(run, 0, config, config, anew=True)
     assert not list(run.path.glob("eval/*")), "before the first step it is measured anew"
+
+
+def test_of_packed_rollouts_none_of_a_branch_that_is_left_stays(run: RunFolder) -> None:
+    config = load_config("toy", ["record.keep_rollouts=1", "record.checkpoint_every=1", "record.keep_last=1"])
+    for step in range(1, 7):
+        Journal(run, step).append(episode(step))
+    archive = Archive(run, config.record)
+    archive.begin(6)
+    archive.close()
+    assert (run.recorded_steps, run.played_steps) == ([5, 6], [1, 2, 3, 4, 5, 6])
+    forget_stale(run, 3, config, config, anew=True)
+    assert (run.recorded_steps, run.played_steps) == ([], [1, 2, 3])
+
+
+def test_the_first_questions_of_a_report_are_of_the_first_steps_when_they_are_packed(run: RunFolder) -> None:
+    config = load_config("toy", ["record.keep_rollouts=1", "record.checkpoint_every=1", "record.keep_last=1"])
+    for step in range(1, 9):
+        Journal(run, step).append(episode(step, text=f"Which town is {step}?"))
+        metrics = Metrics(run, after=step - 1)
+        metrics.log(step, {"policy/loss": 0.0})
+        metrics.close()
+    archive = Archive(run, config.record)
+    archive.begin(8)
+    archive.close()
+    run.save_config(dump_config(config))
+    text = write_report(run.path).read_text()
+    early, late = text.partition("Early")[2].split("Late")[:2]
+    assert "Which town is 1?" in early and "Which town is 8?" in late
 
 
 # ---- console

@@ -173,7 +173,9 @@ def test_a_judge_who_is_back_is_asked_in_the_step_that_he_ended(tmp_path: Path, 
     driver.run, driver._beginnings = run, {}
     driver.engine = SimpleNamespace(stats=EngineStats)  # type: ignore[assignment]
     driver.selfplay = SimpleNamespace(play=play, state=dict)  # type: ignore[assignment]
-    asyncio.run(driver._play(3))
+    driver._clusters = SimpleNamespace(visits={"toy": 1.5})  # type: ignore[assignment]
+    played = asyncio.run(driver._play(3))
+    assert played.metrics["visits/toy"] == 1.5
     assert seen == (["kept", UNJUDGED, "bad_ground"] if played_on else ["kept", "bad_ground"])
     assert len(Journal(run, 3).read()) == len(seen), "no question stands there twice"
 

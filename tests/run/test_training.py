@@ -170,6 +170,7 @@ def test_groups_on_which_engine_and_learner_differ_are_left_out_of_the_update(ru
         opened.record(collected, updated, {})
         run, update = opened.folder, updated.update
     assert gap.value.exit_code == 2, "a launched job would be started again, and train past the gap"
+    assert not run.rollouts(1).exists(), "another engine would be judged by what this one sampled"
     assert update
     assert [len(group) for group in update.scores.logprobs] == [len(group.samples) for group in rest]
     weights = [weight for group in rest for sample in group.samples for weight in sample.weights]
@@ -197,8 +198,11 @@ def test_bad_numbers_stop_the_run_and_resume_goes_on(runs: Path, monkeypatch: py
             BadStepError, match=r"step 2: log-probs of the engine are not finite in group 1 \(\w+, "
         ):
             resume(run, ["steps=2"])
+    with pytest.raises(BadStepError, match=r"step 2: the responder's .* makes the same step again") as poor:
+        resume(run, ["steps=2", "record.reward_min=1"])
+    assert poor.value.exit_code == 2, "another attempt would read the same episodes"
     with pytest.raises(BadStepError, match=r"step 2: after the update weights are .*last checkpoint"):
-        resume(run, ["steps=2", "policy.optimizer.lr=1e30"])
+        resume(run, ["steps=2", "policy.optimizer.lr=1e30", "record.reward_min=null"])
     assert saved.is_dir()
     assert [row["step"] for row in read_metrics(RunFolder(run))] == [0, 1]
     resume(run, ["steps=2", f"policy.optimizer.lr={load_config('toy').policy.optimizer.lr}"])

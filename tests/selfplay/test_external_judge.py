@@ -194,8 +194,9 @@ def test_failures_drop_the_question_and_are_never_a_zero():
 
 def test_a_judge_that_is_down_ends_the_run_with_its_name():
     with StandIn(lambda *_: (400, {"error": "no"})) as server:
-        with pytest.raises(StarvedError, match=r"unjudged.*selfplay\.external_judge"):
+        with pytest.raises(StarvedError, match=r"unjudged.*selfplay\.external_judge") as starved:
             played(server, place="rule", max_rounds=1)
+        assert starved.value.exit_code == 1, "the judge may answer the next attempt"
         url = server.url
     judge = ExternalJudgeConfig(url=url)
     with pytest.raises(EndpointDied, match="check the URL"):

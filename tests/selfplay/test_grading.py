@@ -190,6 +190,38 @@ def test_math_equal(prediction: str, reference: str, equal: bool):
     assert math_equal(reference, prediction) is equal
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("35 million", "3.5 million"),
+        ("$2.45 billion", "$245 billion"),
+        ("1.5%", "15%"),
+        ("Version 21.0", "Version 2.10"),
+        ("Hepatitis C", "Hepatitis A"),
+        ("Group B", "Group A."),
+    ],
+)
+def test_neither_a_point_nor_a_last_letter_is_mere_punctuation(one: str, other: str):
+    assert not cover_exact_match(one, other)
+    assert not cover_exact_match(other, one)
+    assert cover_exact_match(f"It was {other}", other) and cover_exact_match(f"It was {one}", one)
+
+
+@pytest.mark.parametrize(
+    ("said", "reference"),
+    [
+        ("$3.50", "3.5"),
+        ("US", "U.S."),
+        ("Class A shares", "Class A"),
+        ("the group a", "Group A"),
+        ("Vitamin (A)", "vitamin A"),
+        ("a town in London", "London"),
+    ],
+)
+def test_what_is_written_otherwise_is_covered_all_the_same(said: str, reference: str):
+    assert cover_exact_match(said, reference)
+
+
 def test_a_reference_of_nothing_is_covered_by_nothing():
     assert not cover_exact_match("anything", "the")
     assert not cover_exact_match("", "")

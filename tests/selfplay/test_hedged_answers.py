@@ -77,6 +77,18 @@ def test_of_answers_that_begin_like_remarks_the_announced_one_counts(response: s
             "Oslo. No Bergen",
         ),
         *("not Bergen but Oslo", "unlike Bergen, Oslo", "Oslo; it isn't Bergen, nor not also Bergen"),
+        *(
+            "neither Bergen nor Turku but Oslo",
+            "Oslo. Nor Bergen",
+            "anything but Bergen: Oslo",
+            "Oslo, not in Bergen",
+        ),
+        *(
+            "Oslo, excluding Bergen",
+            "Oslo, except for Bergen",
+            "all but Bergen, so Oslo",
+            "Oslo, other than Bergen",
+        ),
     ],
 )
 @pytest.mark.parametrize("form", ["The correct answer is {}.", "The answer is ({}).", "\\boxed{{{}}}"])
@@ -98,6 +110,7 @@ def test_what_words_deny_is_not_covered(said: str, form: str) -> None:
         ),
         *(("Chanel No. 5", "5"), ("no, Ann Lee", "Ann Lee"), ("a knot", "knot"), ("nothing", "nothing")),
         *(("a rise. It did not fall", "did not fall"), ("Oslo. August", "Oslo. August")),
+        *(("none other than Ann Lee", "Ann Lee"), ("neither Ann nor Bob", "neither Ann nor Bob")),
     ],
 )
 def test_words_are_covered_where_one_mention_is_not_denied(said: str, reference: str) -> None:

@@ -394,6 +394,7 @@ def test_starvation_names_counts_and_three_keys():
     assert all(key.startswith(("selfplay.", "model.", "corpus.", "rollout.")) for key in keys)
     assert len(error.value.episodes) == 21
     assert room.state()["clusters"] == {"position": 21}
+    assert error.value.exit_code == 2, "a launched job would be started again, to read the same episodes"
 
 
 def test_starvation_of_questions_that_are_too_easy_speaks_of_variance():

@@ -50,7 +50,7 @@ def html_page(file: BufferedReader, name: str, source: SourceConfig, skipped: Sk
         title = page.findtext(".//title") or os.path.basename(name)
         for furniture in page.xpath(_FURNITURE):
             if furniture.getparent() is not None:
-                furniture.drop_tree()
+                _empty(furniture)
         _drop_forms(page)
         bodies = [part for part in page.xpath(_BODY) if part.text_content().strip()]
         body = bodies[0] if len(bodies) == 1 else page
@@ -68,7 +68,14 @@ def _drop_forms(page: HtmlElement) -> None:
     whole = _letters(page)
     for form in page.xpath("//form"):
         if form.getparent() is not None and 2 * _letters(form) < whole:
-            form.drop_tree()
+            _empty(form)
+
+
+def _empty(part: HtmlElement) -> None:
+    """Take away what a part holds. Without the part, what comes after it would be copied once for each."""
+    after = part.tail
+    part.clear()
+    part.tag, part.tail = "span", after
 
 
 def _letters(part: HtmlElement) -> int:

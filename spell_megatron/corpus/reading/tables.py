@@ -265,6 +265,8 @@ class _Lines:
             while line and not line.endswith(_LINE_ENDS):
                 line = self._text.readline(ROW_BYTES)
             self.held = 0
+        if self.held:
+            raise csv.Error(f"a quotation mark in line {self.begin} is never closed")
         raise StopIteration
 
 

@@ -52,6 +52,10 @@ def shares(optimizer: Any, *, fresh: bool) -> Iterator[Share]:
                 yield Share(leaf, parameter, 0, parameter.numel(), state)
 
 
+_CONFIGURED = ("max_lr", "min_lr", "start_wd", "end_wd")
+"""What the configuration says of a group of parameters. Newer releases of megatron-core tell groups apart by it."""
+
+
 def plain_values(optimizer: Any) -> Values:
     """What is no tensor: rates and steps of the groups of parameters. The same on every rank."""
     leaves = _leaves(optimizer)
@@ -70,6 +74,8 @@ def prepare(optimizer: Any, values: Values) -> None:
         groups = saved["param_groups"]
         if "common_step" in saved.get("state", {}):  # as megatron-core writes what is not sharded
             groups = [{**group, "step": float(saved["state"]["common_step"])} for group in groups]
+        own = {key: leaf.param_groups[0][key] for key in _CONFIGURED if key in leaf.param_groups[0]}
+        groups = [{k: v for k, v in group.items() if k not in _CONFIGURED} | own for group in groups]
         if isinstance(leaf, DistributedOptimizer):
             leaf.load_state_dict({"optimizer": {"param_groups": groups}})
         else:
@@ -128,7 +134,6 @@ def _prepare(leaf: Any, saved: list[Values]) -> None:
     in_states = isinstance(inner, torch.optim.Adam)  # a step of its own for every parameter
     for group in inner.param_groups:
         match = next(other for other in saved if _kind(other) == _kind(group))
-        in_states = isinstance(inner, torch.optim.Optimizer) and isinstance(inner, torch.optim.Adam)
         group.update({k: v for k, v in match.items() if k != "params" and not (in_states and k == "step")})
         for parameter in group["params"] if in_states else ():
             inner.state[parameter]["step"] = torch.tensor(float(match["step"]))

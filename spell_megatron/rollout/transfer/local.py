@@ -8,13 +8,18 @@ handles; on a CPU it is `shm`, and they are named memory of the host.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from vllm.device_allocator.alloc_conf import (
+    EXPANDABLE_SEGMENTS,
+    alloc_conf_from_env,
+    conf_flag_enabled,
+    with_conf_flag,
+)
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
@@ -101,6 +106,6 @@ def staging_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
 def _expand_segments(on: bool) -> None:
     """Where the allocator's segments expand, other processes open them slowly: vLLM's buffer, which it makes just
     before it asks for the first tensor, is to lie outside."""
-    configured = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
-    if torch.cuda.is_available() and "expandable_segments:True" in configured:
-        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{on}")
+    configured = alloc_conf_from_env()  # torch forgets whatever it is not told again
+    if torch.cuda.is_available() and conf_flag_enabled(configured, EXPANDABLE_SEGMENTS):
+        torch.cuda.memory._set_allocator_settings(with_conf_flag(configured, EXPANDABLE_SEGMENTS, on))

@@ -110,6 +110,8 @@ class Elsewhere:
         self._seconds = settings.sync_seconds
         self._store = WeightStore(manifest, device, summed=self._protocol.summed)
         self._peers: tuple[Peer, ...] = ()
+        self._joined: set[Peer] = set()
+        """Who was given a communicator and not told to let go of it, in this set of engines or one before."""
         self._trainer: TrainerWeightTransferEngine[Any] | None = None
 
     def update(self, peers: Sequence[Peer], version: int, weights: Weights) -> Faults:
@@ -173,7 +175,8 @@ class Elsewhere:
 
     def _connected(self, peers: tuple[Peer, ...], client: FanOut) -> TrainerWeightTransferEngine[Any]:
         if self._trainer is None or self._peers != peers:
-            client.release(self._peers)
+            client.release(tuple(self._joined))
+            self._joined.difference_update(peers)
             self._disconnect()
             world_size = 1 + sum(peer.world_size for peer in peers)
             trainer = WeightTransferTrainerFactory.trainer_init(
@@ -183,6 +186,7 @@ class Elsewhere:
                 trainer.shutdown()
                 raise EngineError("the engines were connected too late")
             self._trainer, self._peers = trainer, peers
+            self._joined.update(peers)
         self._trainer.client = client
         return self._trainer
 

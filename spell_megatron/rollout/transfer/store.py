@@ -16,6 +16,7 @@ from threading import Condition
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from spell_megatron.rollout.engine import EngineError
 from spell_megatron.rollout.transfer.checksum import noted
 from spell_megatron.rollout.transfer.manifest import Manifest
 
@@ -62,8 +63,9 @@ class WeightStore(WeightSource):
             for copied in self._arrived.values():
                 if copied is not None:
                     copied.synchronize()  # the trainer may change its weights now
-        except Exception as fault:
-            self._fault = fault
+        except BaseException as fault:  # a Ctrl-C, too: who reads here waits on another thread
+            stopped = EngineError(f"the weights broke off by {type(fault).__name__}")
+            self._fault = fault if isinstance(fault, Exception) else stopped
             raise
         else:
             self.version, self._known = version, True

@@ -41,7 +41,8 @@ class Archive:
         self._worker.shutdown(wait=True)
 
     def _put_away(self, step: int) -> None:
-        self._worker.submit(_put_away, self._folder.rollouts(step), self._record.old_rollouts)
+        paths = self._folder.rollouts(step), self._folder.packed_rollouts(step)
+        self._worker.submit(_put_away, *paths, self._record.old_rollouts)
 
 
 def kept_steps(record: RecordConfig) -> int | None:
@@ -51,8 +52,8 @@ def kept_steps(record: RecordConfig) -> int | None:
     return max(record.keep_rollouts, record.checkpoint_every * (record.keep_last + 1))
 
 
-def _put_away(path: Path, how: str) -> None:
-    packed, part = path.with_name(path.name + ".gz"), path.with_name(path.name + ".gz.part")
+def _put_away(path: Path, packed: Path, how: str) -> None:
+    part = packed.with_name(f"{packed.name}.part")
     try:
         if not path.is_file():
             return

@@ -17,6 +17,7 @@ runs/<name>-<time>/
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import logging
 import os
@@ -155,11 +156,24 @@ class RunFolder:
         share its GPUs on other nodes may start then alone."""
         return self.path / f".vacated-{attempt}"
 
+    def packed_rollouts(self, step: int) -> Path:
+        """Where they are when they have been put away."""
+        path = self.rollouts(step)
+        return path.with_name(f"{path.name}.gz")
+
     @property
     def recorded_steps(self) -> list[int]:
-        """Steps whose rollouts are here, in order."""
-        names = (path.stem.removeprefix("step-") for path in (self.path / "rollouts").glob("step-*.jsonl"))
-        return sorted(int(name) for name in names if name.isdigit())
+        """Steps whose rollouts are here and not packed, in order."""
+        return self._steps("step-*.jsonl")
+
+    @property
+    def played_steps(self) -> list[int]:
+        """Steps whose rollouts are here, packed or not, in order."""
+        return sorted({*self.recorded_steps, *self._steps("step-*.jsonl.gz")})
+
+    def _steps(self, pattern: str) -> list[int]:
+        names = (path.name.partition(".")[0] for path in (self.path / "rollouts").glob(pattern))
+        return sorted(int(step) for name in names if (step := name.removeprefix("step-")).isdigit())
 
     def save_config(self, text: str) -> None:
         replace_text(self.config, text)
@@ -241,10 +255,11 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON lines file; none where there is no file. One cut short is dropped with a warning."""
+    """Objects of a JSON lines file, packed or not; none where there is no file. One cut short is dropped with a
+    warning."""
     if not path.is_file():
         return
-    with path.open("rb") as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)

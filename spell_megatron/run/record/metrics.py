@@ -51,7 +51,7 @@ class Metrics:
                 self._board.add_scalar(name, value, step)
             self._board.flush()
         if self._wandb is not None:
-            self._wandb.log(finite, step=step)
+            self._wandb.log({"step": step, **finite})
 
     def close(self) -> None:
         self._lines.close()
@@ -75,6 +75,10 @@ def _wandb_run(project: str, folder: RunFolder) -> Any:
         ) from None
     name = folder.path.name
     try:
-        return wandb.init(project=project, name=name, id=name, dir=str(folder.path), resume="allow")
+        run = wandb.init(project=project, name=name, id=name, dir=str(folder.path), resume="allow")
     except wandb.errors.Error as error:
         raise SpellError(f"Weights & Biases refuses the run: {error}; log in, or set record.wandb=") from None
+    # By its own count it would drop every step that a resumed run makes again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

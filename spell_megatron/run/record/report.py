@@ -39,7 +39,7 @@ def write_report(run_dir: str | Path) -> Path:
     rows = read_metrics(folder)
     if not rows:
         raise SpellError(f"{folder.path} has no finished step to report: metrics.jsonl is empty or missing")
-    steps = folder.recorded_steps
+    steps = folder.played_steps
     half = min(2, -(-len(steps) // 2))
     early, late = _asked(folder, steps[:half]), _asked(folder, list(reversed(steps[half:]))[:2])
     page = (
@@ -134,7 +134,8 @@ def _table(rows: list[Row]) -> list[tuple[str, list[str]]]:
 
 def _asked(folder: RunFolder, steps: Iterable[int]) -> list[Episode]:
     """Episodes with a question, the first ones of some steps."""
-    records = (row for step in steps for row in read_lines(folder.rollouts(step)))
+    paths = (path for step in steps for path in (folder.rollouts(step), folder.packed_rollouts(step)))
+    records = (row for path in paths for row in read_lines(path))
     return [episode for row in islice(records, SEARCHED) if (episode := Episode.from_dict(row)).question]
 
 

@@ -32,11 +32,11 @@ def forget_stale(folder: RunFolder, step: int, before: Config, now: Config, *, a
 
 
 def _forget_episodes(folder: RunFolder, after: int) -> None:
-    for step in folder.recorded_steps:
-        if step > after:
-            _log.info("the episodes of step %d belong to another configuration and are asked for again", step)
-            with writing(folder.rollouts(step)):
-                folder.rollouts(step).unlink()
+    for step in (step for step in folder.played_steps if step > after):
+        _log.info("the episodes of step %d belong to another configuration and are asked for again", step)
+        for path in (folder.rollouts(step), folder.packed_rollouts(step)):
+            with writing(path):
+                path.unlink(missing_ok=True)
 
 
 def _forget_answers(folder: RunFolder, after: int) -> None:
@@ -52,9 +52,10 @@ def _forget_answers(folder: RunFolder, after: int) -> None:
 
 def _sampled(config: Config) -> tuple[object, ...]:
     """What an episode depends on, however many of them are asked for and used; of self-play all but what is done around
-    the episodes."""
-    play = _but(config.selfplay, _AROUND)
-    return config.seed, config.model, config.corpus, play, config.rollout.max_model_len
+    the episodes. Of the engine what its log-probs depend on: the remedy for such as the learner does not confirm."""
+    play, rollout = _but(config.selfplay, _AROUND), config.rollout
+    engine = rollout.kind, rollout.dtype, rollout.engine, rollout.max_model_len
+    return config.seed, config.model, config.corpus, play, engine
 
 
 def _learnt(config: Config) -> tuple[object, ...]:

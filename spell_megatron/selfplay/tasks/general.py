@@ -19,13 +19,18 @@ from spell_megatron.types import Question
 _LONGEST_TOKEN = 64
 """Characters: what is longer than so many a token is not measured."""
 _DENIED = re.compile(
-    r"\b(?:not|never|no|(?:is|was|are|were)nt|(?:not|cannot|cant) be|rather than|instead of|as opposed to|unlike)"
-    r"(?: also)? \Z"
+    r"\b(?:not|never|no|nor|neither|(?:is|was|are|were)nt|(?:not|cannot|cant) be|rather than|instead of|as opposed to"
+    r"|unlike|except(?: for)?|excluding|(?:all|anything) but|(?<!none )(?<!no )other than)"
+    r"(?: also| in| at| from| by)? \Z"
 )
 """Words before what an answer says it is not, normalised."""
 _LONGEST_DENIAL = 24
 _PAUSE = re.compile(r"[.,;:!?]+(?=\s)")
 """Ends a denial: "No. 5", "No, Ann"."""
+_POINT = re.compile(r"(?<=\d)\.(?=\d)")
+_LAST_A = re.compile(r"(?<=\w) A\W*\Z")
+"""The letter at the end of "Hepatitis A", which is no article."""
+_ANY_A = re.compile(r"(?<=\w )\(?[Aa]\b")
 
 
 class General(Task):
@@ -47,8 +52,12 @@ class General(Task):
 def cover_exact_match(prediction: str, reference: str) -> bool:
     """Whether the normalised reference is a substring of the normalised prediction, and not only where that denies it.
 
-    "Oslo, not Bergen" covers Oslo alone, "not only Oslo but also Bergen" both, and "not guilty" itself.
+    "Oslo, not Bergen" covers Oslo alone, "not only Oslo but also Bergen" both, and "not guilty" itself. What SQuAD's
+    normalisation takes away as punctuation or an article still tells 3.5 from 35, and "Group A" from "Group B".
     """
+    prediction, reference = (_POINT.sub(" point ", text) for text in (prediction, reference))
+    if _LAST_A.search(reference):
+        prediction, reference = (_ANY_A.sub("letter_a", text) for text in (prediction, reference))
     wanted = normalise(reference)
     paused = _PAUSE.sub(" \u00a6 ", prediction)  # a sign that is kept
     return bool(wanted) and any(_affirms(normalise(text), wanted) for text in (prediction, paused))
