@@ -16,7 +16,7 @@ from models import make_model
 from objectives import batch_with_engine
 
 from spell_megatron.config import Config, OptimizerConfig, PolicyConfig, RecordConfig
-from spell_megatron.policy import world as policy_world
+from spell_megatron.policy import agreement
 from spell_megatron.policy.learner import Learner
 from spell_megatron.policy.passes import Pass
 from spell_megatron.policy.soundness import UnsoundError, entropy_beyond
@@ -182,17 +182,17 @@ def test_where_a_judge_fails_on_rank_0_no_other_rank_waits(monkeypatch: pytest.M
         given.append(value)
         return given[0]
 
-    monkeypatch.setattr(policy_world, "agreed", agreed)
+    monkeypatch.setattr(agreement, "agreed", agreed)
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD="all"))
     main, other = (cast(World, SimpleNamespace(size=2, is_main=first)) for first in (True, False))
     with pytest.raises(ZeroDivisionError):
-        policy_world.share(lambda: 1 // 0, main)
+        agreement.share(lambda: 1 // 0, main)
     with pytest.raises(
         SpellError, match=r"rank 0 has given up \(ZeroDivisionError\); its own message says why"
     ):
-        policy_world.share(lambda: 1 // 0, other)
+        agreement.share(lambda: 1 // 0, other)
     given.clear()
-    assert [policy_world.share(lambda: 7, main), policy_world.share(lambda: 8, other)] == [7, 7]
+    assert [agreement.share(lambda: 7, main), agreement.share(lambda: 8, other)] == [7, 7]
 
 
 @pytest.mark.parametrize("empty", [(0,), (0, 1), (-1,), "all"])
