@@ -54,10 +54,9 @@ class StarvedError(SpellError):
     def __init__(self, message: str, episodes: Sequence[Episode]) -> None:
         super().__init__(message)
         self.episodes = tuple(episodes)
+        # Another attempt would read the same episodes, but those whose judge was down.
         if all(episode.outcome != UNJUDGED for episode in episodes):
-            self.exit_code = (
-                2  # another attempt would read the same episodes; one with a judge who is up would not
-            )
+            self.exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)
