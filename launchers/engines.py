@@ -170,13 +170,13 @@ def serve(run: Path, first_port: int, count: int) -> None:
 def _mended(server: _Kept, has_room: Callable[[], bool]) -> bool:
     """Whether a server is kept. A file system that fails for a while ends neither it nor the others."""
     try:
-        if kept := server.mend(has_room):
-            return kept
+        if server.mend(has_room):
+            return True
         server.keeping.give_up()
+        return False
     except OSError as error:
         _log.warning("the server on port %d is looked after later: %s", server.port, error)
         return True
-    return False
 
 
 def _named() -> str:

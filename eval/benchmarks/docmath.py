@@ -47,15 +47,12 @@ class DocMath(Reading):
         )
 
     def grade(self, item: Item, answer: str | None, mode: Mode) -> Grade:
-        gold = item.references[0]
-        unread = {"official": float(official_equal("", gold))}
-        if answer is None:
-            return Grade(0.0, None, metrics=unread)
+        answer, gold = answer or "", item.references[0]
         prediction = extract_answer(self.task, answer) if mode == "strict" else extract.number(answer)
+        metrics = {"official": float(official_equal(prediction or "", gold))}
         if prediction is None:
-            return Grade(0.0, None, answer.strip()[-SHOWN:], unread)
-        official = float(official_equal(prediction, gold))
-        return Grade(float(math_equal(prediction, gold)), prediction, prediction, {"official": official})
+            return Grade(0.0, None, answer.strip()[-SHOWN:], metrics)
+        return Grade(float(math_equal(prediction, gold)), prediction, prediction, metrics)
 
 
 def official_equal(prediction: str, reference: str) -> bool:

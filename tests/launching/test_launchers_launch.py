@@ -25,6 +25,7 @@ import pytest
 import yaml
 from imports import PACKAGES
 from places import ROOT
+from server_process import ServerProcess
 
 import launchers
 from launchers import check, engines, local, script, slurm
@@ -1037,24 +1038,8 @@ def test_a_server_that_the_trainer_wants_ended_is_ended_and_started_again(
     assert not Keeping(tmp_path, "7-0", "http://n2:30002").asked_to_end
 
 
-class Steady:
-    """A server that runs until it is stopped."""
-
-    def __init__(self) -> None:
-        self.alive = True
-
-    def running(self) -> bool:
-        return self.alive
-
-    def stop(self) -> None:
-        self.alive = False
-
-    def tail(self) -> str:
-        return ""
-
-
-def kept(keeping: Keeping, max_restarts: int = 1) -> tuple[engines._Kept, Steady]:
-    settings, server = SimpleNamespace(servers=SimpleNamespace(max_restarts=max_restarts)), Steady()
+def kept(keeping: Keeping, max_restarts: int = 1) -> tuple[engines._Kept, ServerProcess]:
+    settings, server = SimpleNamespace(servers=SimpleNamespace(max_restarts=max_restarts)), ServerProcess()
     launch: Any = SimpleNamespace(settings=settings)
     return engines._Kept(launch, 30001, "", keeping, server, time.monotonic()), server  # type: ignore[arg-type]
 
@@ -1071,9 +1056,9 @@ def test_a_server_that_the_trainer_gives_up_is_stopped_and_not_started_again(tmp
 def test_a_start_that_fails_counts_as_a_failed_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    failing, last = [error, error], Steady()
+    failing, last = [error, error], ServerProcess()
 
-    def start(*_: object) -> Steady:
+    def start(*_: object) -> ServerProcess:
         if failing:
             raise failing.pop()
         return last

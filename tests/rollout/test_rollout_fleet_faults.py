@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 from models import make_model
+from server_process import ServerProcess
 
 from spell_megatron.config import RolloutConfig as Settings
 from spell_megatron.config import ServersConfig
@@ -486,14 +487,14 @@ def test_a_server_whose_start_is_called_off_is_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     begun, called_off = threading.Event(), threading.Event()
-    started: list[Process] = []
+    started: list[ServerProcess] = []
 
-    def start(_: object) -> Process:
+    def start(_: object) -> ServerProcess:
         begun.set()
         called_off.wait(PATIENCE)
         if fails:
             raise OSError("no space left")
-        started.append(Process("http://127.0.0.1:9"))
+        started.append(ServerProcess("http://127.0.0.1:9"))
         return started[-1]
 
     monkeypatch.setattr(member_module.Server, "start", start)
@@ -507,9 +508,8 @@ def test_a_server_whose_start_is_called_off_is_stopped(
         await asyncio.to_thread(begun.wait, PATIENCE)
         starting.cancel()
         called_off.set()
-        with pytest.raises(
-            asyncio.CancelledError
-        ):  # whatever the thread met: a task goes on after other errors
+        # Whatever the thread met: a task goes on after other errors.
+        with pytest.raises(asyncio.CancelledError):
             await starting
         await member.close()
 
@@ -608,32 +608,14 @@ def test_a_closed_fleet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -
             sample(fleet)
 
 
-class Process:
-    """What is behind a server that the fleet started."""
-
-    group = 0
-
-    def __init__(self, url: str) -> None:
-        self.address, self.alive = Address(url), True
-
-    def running(self) -> bool:
-        return self.alive
-
-    def stop(self) -> None:
-        self.alive = False
-
-    def tail(self) -> str:
-        return ""
-
-
 @pytest.mark.parametrize("dies", ["asleep", "on its way"])
 def test_while_the_trainer_has_the_memory_no_server_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
-    started: list[Process] = []
+    started: list[ServerProcess] = []
 
-    def start(_: object) -> Process:
-        started.append(Process(fake.url))
+    def start(_: object) -> ServerProcess:
+        started.append(ServerProcess(fake.url))
         return started[-1]
 
     monkeypatch.setattr(member_module.Server, "start", start)

@@ -41,8 +41,7 @@ class Archive:
         self._worker.shutdown(wait=True)
 
     def _put_away(self, step: int) -> None:
-        paths = self._folder.rollouts(step), self._folder.packed_rollouts(step)
-        self._worker.submit(_put_away, *paths, self._record.old_rollouts)
+        self._worker.submit(_put_away, *self._folder.rollout_files(step), self._record.old_rollouts)
 
 
 def kept_steps(record: RecordConfig) -> int | None:

@@ -156,10 +156,10 @@ class RunFolder:
         share its GPUs on other nodes may start then alone."""
         return self.path / f".vacated-{attempt}"
 
-    def packed_rollouts(self, step: int) -> Path:
-        """Where they are when they have been put away."""
+    def rollout_files(self, step: int) -> tuple[Path, Path]:
+        """Where they are as they were written, and where when they have been put away."""
         path = self.rollouts(step)
-        return path.with_name(f"{path.name}.gz")
+        return path, path.with_name(f"{path.name}.gz")
 
     @property
     def recorded_steps(self) -> list[int]:

@@ -134,8 +134,7 @@ def _table(rows: list[Row]) -> list[tuple[str, list[str]]]:
 
 def _asked(folder: RunFolder, steps: Iterable[int]) -> list[Episode]:
     """Episodes with a question, the first ones of some steps."""
-    paths = (path for step in steps for path in (folder.rollouts(step), folder.packed_rollouts(step)))
-    records = (row for path in paths for row in read_lines(path))
+    records = (row for step in steps for path in folder.rollout_files(step) for row in read_lines(path))
     return [episode for row in islice(records, SEARCHED) if (episode := Episode.from_dict(row)).question]
 
 

@@ -34,7 +34,7 @@ def forget_stale(folder: RunFolder, step: int, before: Config, now: Config, *, a
 def _forget_episodes(folder: RunFolder, after: int) -> None:
     for step in (step for step in folder.played_steps if step > after):
         _log.info("the episodes of step %d belong to another configuration and are asked for again", step)
-        for path in (folder.rollouts(step), folder.packed_rollouts(step)):
+        for path in folder.rollout_files(step):
             with writing(path):
                 path.unlink(missing_ok=True)
 
